@@ -1,0 +1,62 @@
+"""Every bad input ends in one of these errors, with a sentence: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class SPOError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+
+class AdapterError(SPOError, ValueError):
+    """An adapter file is broken, unsafe to open, or does not fit the pipeline."""
+
+
+class ConfigError(SPOError, ValueError):
+    """An option or argument is outside its range."""
+
+
+class DomainError(SPOError, ValueError):
+    """A cost model was asked to judge pictures of a domain it was not made for."""
+
+
+class ImageError(SPOError, ValueError):
+    """A picture has the wrong shape, type or range, or holds NaN."""
+
+
+class MissingExtraError(SPOError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class NotScoredError(SPOError):
+    """A picture could not be scored where a score is required."""
+
+
+class PipelineError(SPOError, TypeError):
+    """A pipeline cannot do what was asked of it."""
+
+
+class PolicyError(SPOError, ValueError):
+    """A policy is malformed, or asks for a category that the cost model does not know."""
+
+
+class TableError(SPOError, ValueError):
+    """A table lacks columns, has wrong types, or holds rows that contradict each other."""
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra brings it.
+
+    Raises:
+        MissingExtraError: `module` itself is not installed. An import error inside an installed module passes through.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise MissingExtraError(
+            f"{module} is not installed; install it with: pip install 't2i_spo_plugin[{extra}]'", name=error.name
+        ) from error

@@ -1,0 +1,6 @@
+"""Quality rewards behind one protocol."""
+
+from .base import QualityReward
+
+
+__all__ = ["QualityReward"]

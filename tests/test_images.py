@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i_spo_plugin.errors import ImageError
+from t2i_spo_plugin.images import count, split, to_pil, to_tensor
+
+
+@pytest.fixture
+def array():
+    return np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
+
+
+def test_all_kinds_of_input_give_one_tensor(array):
+    expected = torch.from_numpy(array).permute(0, 3, 1, 2) / 255.0
+    pictures = [Image.fromarray(picture) for picture in array]
+    for images in (
+        array,
+        pictures,
+        list(array),
+        expected,
+        list(expected),
+        array.astype(np.float32) / 255,
+        expected.half(),
+    ):
+        assert torch.allclose(to_tensor(images), expected, atol=1e-3)
+        assert to_tensor(images).dtype == torch.float32
+        assert count(images) == len(split(images)) == 2
+    assert torch.equal(to_tensor(pictures[0]), expected[:1])
+    assert torch.equal(to_tensor(expected[0]), expected[:1])
+
+
+def test_the_input_is_not_changed(array):
+    before = array.copy()
+    to_tensor(array, size=4).mul_(0)
+    pixels = torch.rand(1, 3, 4, 4)
+    kept = pixels.clone()
+    to_tensor(pixels).mul_(0)
+    assert np.array_equal(array, before)
+    assert torch.equal(pixels, kept)
+
+
+def test_round_trip_to_pil_is_exact(array):
+    back = to_pil(to_tensor(array))
+    assert all(np.array_equal(np.asarray(picture), original) for picture, original in zip(back, array, strict=True))
+
+
+def test_transparency_is_laid_over_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert torch.equal(to_tensor(clear), torch.ones(1, 3, 4, 4))
+
+
+def test_resampling_is_antialiased_and_does_not_depend_on_the_batch():
+    checkerboard = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(32, 32).expand(1, 3, 64, 64)
+    small = to_tensor(checkerboard, size=8)
+    assert small.shape == (1, 3, 8, 8)
+    assert torch.allclose(small, torch.full_like(small, 0.5), atol=0.05)
+    other = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(to_tensor(torch.cat([other, checkerboard]), size=8)[3:], small)
+
+
+def test_resampling_stays_in_range():
+    edge = torch.zeros(1, 3, 8, 8)
+    edge[..., 4:] = 1.0
+    large = to_tensor(edge, size=64)
+    assert 0.0 <= float(large.min()) and float(large.max()) <= 1.0
+
+
+def test_gradients_reach_the_pixels():
+    pixels = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
+    to_tensor(pixels, size=4).sum().backward()
+    assert float(pixels.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (torch.full((1, 3, 4, 4), float("nan")), "NaN"),
+        (np.full((4, 4, 3), np.inf), "NaN or Inf"),
+        (torch.full((1, 3, 4, 4), -1.0), r"\[0, 1\]"),
+        (np.full((4, 4, 3), 200.0), r"\[0, 1\]"),
+        (np.zeros((4, 4, 3), dtype=np.int64), "int64"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.int32), "int32"),
+        (np.zeros((3, 4, 4), dtype=np.uint8), "shape"),
+        (torch.zeros(1, 4, 4, 4), "shape"),
+        (torch.zeros(0, 3, 4, 4), "shape"),
+        ([], "empty"),
+        ("picture.png", "str"),
+        ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], "different sizes"),
+    ],
+)
+def test_bad_images_are_refused(images, reason):
+    with pytest.raises(ImageError, match=reason):
+        to_tensor(images)
+
+
+def test_images_of_different_sizes_are_fine_with_a_size():
+    assert to_tensor([Image.new("RGB", (4, 4)), Image.new("RGB", (9, 5))], size=6).shape == (2, 3, 6, 6)
+    with pytest.raises(ImageError, match="at least 1"):
+        to_tensor(Image.new("RGB", (4, 4)), size=0)
