@@ -1,0 +1,1 @@
+"""Adapters in, numbers out: prompt sets, the runner, metrics and the report."""

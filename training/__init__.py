@@ -1,0 +1,1 @@
+"""Pairs in, adapters out: the pair table, caches, objectives and the trainer."""
