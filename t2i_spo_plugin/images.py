@@ -29,7 +29,7 @@ def to_tensor(images: Images, size: int | None = None) -> Tensor:
     Args:
         images: PIL image(s) of any mode (transparency is laid over white), numpy uint8 or float in [0, 1] with the
             channels last, tensors uint8 or float in [0, 1] with the channels first; one, a batch, or a sequence.
-        size: edge of the square that the whole picture is resampled to; None keeps the size, which must be common then.
+        size: edge of the square that the whole picture is resampled to; None keeps the size (all must share it).
 
     Raises:
         ImageError: (a ValueError) wrong type, shape or range, NaN or Inf, an empty list, or sizes that differ.

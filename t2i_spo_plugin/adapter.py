@@ -1,0 +1,336 @@
+"""A safety adapter in memory and as a file: weights, alpha, base architecture, training facts in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import layouts
+from .errors import AdapterError
+from .layouts import LoraPair
+
+
+__all__ = ["Adapter", "AdapterFacts", "LoraPair", "find_adapter_file", "read_adapter", "write_adapter"]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "sample")
+MAX_SCALE = 1000.0
+"""Largest `alpha / rank` taken for meant."""
+
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+_DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+_FORMAT = "1"
+
+_KOHYA_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "stable-diffusion-3": "sd3",
+    "flux-1-dev": "flux1",
+}
+_SPELLINGS = {
+    "stable-diffusion-v2-512": "stable-diffusion-v2",
+    "stable-diffusion-v2-768-v": "stable-diffusion-v2",
+    "stable-diffusion-3-medium": "stable-diffusion-3",
+    "stable-diffusion-v3-medium": "stable-diffusion-3",
+    "flux-1-schnell": "flux-1-dev",
+}
+_RESOLUTIONS = {"stable-diffusion-v1": "512x512", "stable-diffusion-v2": "768x768"}
+_SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
+_OUR_KEYS = ("spo.base_architecture", "spo.prediction_type", "spo.format")
+_WRITTEN_KEYS = (
+    "modelspec.sai_model_spec",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.title",
+    "modelspec.prediction_type",
+    "modelspec.date",
+    "modelspec.hash_sha256",
+)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter says about itself.
+
+    Attributes:
+        base_architecture: such as `stable-diffusion-v1` or `flux-1-dev`; empty when a foreign file does not say.
+        prediction_type: `epsilon`, `v_prediction`, `flow` or `sample`; empty when unknown.
+        title: for people.
+        extra: more facts. A bare key such as `base_fingerprint` stands in the header as `spo.base_fingerprint`; keys
+            that begin with `modelspec.` stand there as they are.
+    """
+
+    base_architecture: str = ""
+    prediction_type: str = ""
+    title: str = "Safety adapter"
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type and self.prediction_type not in PREDICTION_TYPES:
+            raise AdapterError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {self.prediction_type!r}"
+            )
+        for key, value in self.extra.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise AdapterError(f"facts are text, got {key!r}: {value!r}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank pairs by module name, such as `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`."""
+
+    modules: dict[str, LoraPair]
+    facts: AdapterFacts = field(default_factory=AdapterFacts)
+
+    def validate(self) -> Adapter:
+        """Return the adapter itself when its numbers can be meant.
+
+        Raises:
+            AdapterError: no module, a module name without component, NaN or Inf, an alpha that is not a positive number
+                in proportion to the rank, or weights that change nothing.
+        """
+        if not self.modules:
+            raise AdapterError("the adapter has no module")
+        changes_something = False
+        for name, pair in self.modules.items():
+            if name.partition(".")[0] not in layouts.COMPONENTS or "." not in name:
+                raise AdapterError(f"{name}: a module name starts with one of {', '.join(layouts.COMPONENTS)}")
+            if not (math.isfinite(pair.alpha) and 0.0 < pair.alpha <= MAX_SCALE * pair.rank):
+                raise AdapterError(
+                    f"{name}: alpha {pair.alpha} makes no sense for rank {pair.rank}; it must be positive and at most "
+                    f"{MAX_SCALE:.0f} times the rank"
+                )
+            peaks = [_peak(half, name) for half in (pair.down, pair.up)]
+            changes_something = changes_something or all(peak > 0.0 for peak in peaks)
+        if not changes_something:
+            raise AdapterError("all weights are zero: the adapter changes nothing")
+        return self
+
+    @property
+    def rank(self) -> int:
+        """The most common rank."""
+        return Counter(pair.rank for pair in self.modules.values()).most_common(1)[0][0]
+
+    def num_parameters(self) -> int:
+        return sum(pair.down.numel() + pair.up.numel() for pair in self.modules.values())
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read and validate an adapter file, or the one adapter file of a folder. No pickle is ever opened.
+
+    Raises:
+        AdapterError: no such file, not a safetensors file, an unknown layout, or weights that `validate` refuses.
+    """
+    path = find_adapter_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+    try:
+        modules = layouts.decode(tensors, metadata, _peft_config(path))
+        return Adapter(modules, _facts_from_header(metadata)).validate()
+    except AdapterError as error:
+        raise AdapterError(f"{path.name}: {error}") from error
+
+
+def write_adapter(adapter: Adapter, path: str | Path) -> Path:
+    """Write `adapter` as safetensors, atomically; equal adapters give equal bytes.
+
+    SD1, SD2 and SDXL are written in the kohya layout with alpha, everything else in the native layout with alpha folded
+    into B. There is no date unless SOURCE_DATE_EPOCH is set.
+
+    Raises:
+        AdapterError: the adapter is not valid, does not name its architecture, or `path` does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"adapters are written as .safetensors, got {path.name}")
+    adapter.validate()
+    if not adapter.facts.base_architecture:
+        raise AdapterError("an adapter must name its base architecture, so that loading can check it")
+    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture)
+    # Wide types first, as safetensors itself does: readers view the bytes in place and need them aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    data = [_bytes(tensors[name]) for name in names]
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(part)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(_header(adapter, digest.hexdigest()).items()))}
+    offset = 0
+    for name, part in zip(names, data, strict=True):
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(part)],
+        }
+        offset += len(part)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(struct.pack("<Q", len(text)))
+            file.write(text)
+            for part in data:
+                file.write(part)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def find_adapter_file(path: str | Path) -> Path:
+    """`path` itself, or the one safetensors file in the folder `path`.
+
+    Raises:
+        AdapterError: there is none, more than one and none has the usual name, or it is a pickle.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        usual = [file for file in files if file.name == _DIFFUSERS_NAME]
+        if len(files) > 1 and not usual:
+            names = ", ".join(file.name for file in files)
+            raise AdapterError(f"{path} holds {len(files)} safetensors files ({names}); pass one of them")
+        if not files:
+            pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+            hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
+            raise AdapterError(f"{path} holds no safetensors file{hint}")
+        return usual[0] if usual else files[0]
+    refuse_pickle(path.name)
+    if not path.is_file():
+        raise AdapterError(f"there is no file {path}")
+    return path
+
+
+def refuse_pickle(name: str) -> None:
+    """Raise for a file name that is not safetensors.
+
+    Raises:
+        AdapterError: always, unless `name` ends in .safetensors.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix in _PICKLES:
+        raise AdapterError(f"{name} is a pickle, which can run code and is never opened; convert it to .safetensors")
+    if suffix != ".safetensors":
+        raise AdapterError(f"{name} is not a .safetensors file")
+
+
+def normalise_architecture(name: str) -> str:
+    """One spelling for an architecture: `stable-diffusion-v2-768-v/lora` is `stable-diffusion-v2`."""
+    name = name.partition("/")[0].strip().lower()
+    return _SPELLINGS.get(name, name)
+
+
+def _facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+    architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
+    if not architecture:
+        version = metadata.get("ss_base_model_version", "")
+        architecture = next((name for name, kohya in _KOHYA_VERSIONS.items() if version == kohya), "")
+    architecture = normalise_architecture(architecture)
+    prediction = metadata.get("spo.prediction_type", "")
+    if not prediction:
+        spec = metadata.get("modelspec.prediction_type", "")
+        prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
+    extra = {key.removeprefix("spo."): value for key, value in metadata.items() if _is_own_fact(key)}
+    for key, value in metadata.items():
+        is_default = key == "modelspec.resolution" and value == _RESOLUTIONS.get(architecture, "1024x1024")
+        if key.startswith("modelspec.") and key not in _WRITTEN_KEYS and not is_default:
+            extra[key] = value
+    return AdapterFacts(architecture, prediction, metadata.get("modelspec.title", "Safety adapter"), extra)
+
+
+def _is_own_fact(key: str) -> bool:
+    return key.startswith("spo.") and key not in _OUR_KEYS
+
+
+def _header(adapter: Adapter, digest: str) -> dict[str, str]:
+    facts = adapter.facts
+    folded = facts.base_architecture not in layouts.KOHYA_ARCHITECTURES
+    ranks = {pair.rank for pair in adapter.modules.values()}
+    alphas = {float(pair.rank) if folded else pair.alpha for pair in adapter.modules.values()}
+    architecture = facts.base_architecture
+    if architecture == "stable-diffusion-v2":
+        architecture += "-768-v" if facts.prediction_type == "v_prediction" else "-512"
+    header = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": facts.title,
+        "modelspec.resolution": _RESOLUTIONS.get(facts.base_architecture, "1024x1024"),
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "spo.base_architecture": facts.base_architecture,
+        "spo.format": _FORMAT,
+    }
+    if facts.prediction_type:
+        header["spo.prediction_type"] = facts.prediction_type
+    if facts.prediction_type in _SPEC_PREDICTION:
+        header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
+    if facts.base_architecture in _KOHYA_VERSIONS:
+        header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is not None:
+        header["modelspec.date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(epoch)))
+    for key, value in facts.extra.items():
+        full = key if key.startswith("modelspec.") else f"spo.{key}"
+        if full in _OUR_KEYS or full in _WRITTEN_KEYS:
+            raise AdapterError(f"the fact {key} is written from the adapter itself and cannot be given")
+        header[full] = value
+    return header
+
+
+def _peft_config(path: Path) -> dict[str, Any] | None:
+    config = path.parent / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot read {config}: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{config} is not a mapping")
+    return content
+
+
+def _peak(half: Tensor, name: str) -> float:
+    if not half.is_floating_point():
+        raise AdapterError(f"{name}: weights must be floating point, got {half.dtype}")
+    half = half.detach()
+    # One pass: the largest magnitude is NaN or Inf when any weight is, and 0 when all are.
+    peak = float((half if half.element_size() > 1 else half.float()).abs().amax())
+    if not math.isfinite(peak):
+        raise AdapterError(f"{name}: the weights hold NaN or Inf")
+    return peak
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

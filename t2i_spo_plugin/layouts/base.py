@@ -1,0 +1,70 @@
+"""The neutral form that every codec translates to and from: one low-rank pair per module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import AdapterError
+
+
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Pipeline components that an adapter's module names start with."""
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The low-rank change of one module: `alpha / rank * up @ down`.
+
+    Attributes:
+        down: A, `[rank, in]`, or `[rank, in, *kernel]` for a convolution.
+        up: B, `[out, rank]`, or `[out, rank, 1, ...]` for a convolution.
+        alpha: divided by the rank it is the scale of the product.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """The change of the weight at strength 1, float32, in the shape of the weight."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+def pair_up(parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraPair]:
+    """Join `{module: {"down": A, "up": B}}` and alphas (the rank where there is none) into pairs, sorted by module.
+
+    Raises:
+        AdapterError: a module has only one half, or A and B do not fit each other.
+    """
+    pairs = {}
+    for name in sorted(parts):
+        halves = parts[name]
+        if set(halves) != {"down", "up"}:
+            have = ", ".join(sorted(halves)) or "alpha"
+            raise AdapterError(f"{name} has only {have}; an adapter needs a down and an up matrix for every module")
+        down, up = halves["down"], halves["up"]
+        if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0] or not down.numel() or not up.numel():
+            raise AdapterError(
+                f"{name}: the matrices do not fit each other, down {tuple(down.shape)} and up {tuple(up.shape)}"
+            )
+        pairs[name] = LoraPair(down, up, float(alphas.get(name, down.shape[0])))
+    return pairs
+
+
+def canonical(name: str) -> str:
+    """One spelling for CLIP modules: some versions of transformers leave out `text_model.`, files mostly carry it."""
+    component, _, path = name.partition(".")
+    if component.startswith("text_encoder") and path.startswith("encoder.layers."):
+        return f"{component}.text_model.{path}"
+    return name

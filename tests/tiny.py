@@ -1,0 +1,232 @@
+"""Tiny random pipelines of four families, built in memory: real models, real schedulers, no download."""
+
+from __future__ import annotations
+
+import string
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+
+FAMILIES = ("sd1", "sdxl", "sd3", "flux")
+STEPS = 2
+SIZE = 16
+
+
+def tiny_pipeline(family: str, seed: int = 0, width: int = 32, prediction_type: str = "epsilon") -> DiffusionPipeline:
+    """A fresh tiny pipeline of `family`; `seed` draws the weights, `width` sets the channels of the SD1 UNet."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if family == "sd1":
+            pipe = _sd1(width, prediction_type)
+        else:
+            pipe = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, prompt: str | list[str] = "a sunny street", seed: int = 0, **options: Any) -> Any:
+    """The output of `pipe`, called the same way every time; numpy pictures unless `options` say otherwise."""
+    defaults = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, "output_type": "np"}
+    if hasattr(pipe, "text_encoder_3") or type(pipe).__name__.startswith("Flux"):
+        defaults["max_sequence_length"] = 16
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **(defaults | options))
+
+
+def pictures(pipe: Any, **options: Any) -> torch.Tensor:
+    """The drawn pictures `[B, H, W, 3]`, for comparison bit for bit."""
+    return torch.from_numpy(draw(pipe, **options).images)
+
+
+def denoiser(pipe: Any) -> torch.nn.Module:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+@cache
+def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    symbols = [chr(code) for code in range(33, 127)]
+    vocab = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: number for number, token in enumerate(vocab)}
+    return CLIPTokenizer(vocab=numbers, merges=[], model_max_length=16, pad_token=pad_token)
+
+
+@cache
+def _t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((symbol, -3.0) for symbol in "▁" + string.printable)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
+
+
+def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _t5(width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(_t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _vae(latent_channels: int, shift: float | None = None) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
+        shift_factor=shift,
+        sample_size=SIZE,
+    ).eval()
+
+
+def _sd1(width: int, prediction_type: str) -> StableDiffusionPipeline:
+    tokenizer = _clip_tokenizer()
+    unet = UNet2DConditionModel(
+        block_out_channels=(width, 2 * width),
+        layers_per_block=1,
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return StableDiffusionPipeline(
+        vae=_vae(4),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, prediction_type=prediction_type
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer("!")
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=SIZE // 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(4),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer_2)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def _sd3() -> StableDiffusion3Pipeline:
+    tokenizer = _clip_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=SIZE,
+    )
+    return StableDiffusion3Pipeline(
+        vae=_vae(4, shift=0.0609),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer)).eval(),
+        text_encoder_3=_t5(64),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=_t5_tokenizer(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _flux() -> FluxPipeline:
+    tokenizer = _clip_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        vae=_vae(4, shift=0.0609),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer)).eval(),
+        text_encoder_2=_t5(32),
+        tokenizer=tokenizer,
+        tokenizer_2=_t5_tokenizer(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
