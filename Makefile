@@ -1,0 +1,58 @@
+# Everything one needs from day to day. Each target makes its own environment when there is none.
+#   make demo      pictures without and with the safety adapter, their cost, and the score (needs no network once installed)
+#   make test      the default test suite, under ten minutes on two cores
+#   make quality   format, lint, types, and the direction of imports
+#   make bench     the benchmarks, as ratios within one run
+#   make sticker   rebuilds every bundled artefact of the sticker world (hours)
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality format bench sticker clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): once, a few minutes, most of it torch."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/spo demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+
+quality: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# In the order in which they need each other; each step resumes where it stopped and leaves its report beside the weights.
+sticker: $(STAMP)
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.atlas
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.autoencoder
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.generator
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.cost
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.quality
+	$(BIN)/python -m t2i_spo_plugin.sticker.build.referee
+	$(BIN)/spo pairs --config sticker-pairs.yaml
+	$(BIN)/spo train --config sticker-spo.yaml
+	$(BIN)/spo train --config sticker-dpo.yaml
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
