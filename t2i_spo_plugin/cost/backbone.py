@@ -1,0 +1,85 @@
+"""A transformers vision backbone with a linear head whose class activation map is exact: what small judges share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import SPOError
+from ..images import Images, to_tensor
+
+
+WEIGHTS = "model.safetensors"
+
+
+class MapClassifier(nn.Module):
+    """Backbone features, a 1x1 convolution, a mean: ``map [B, K, h, w]`` and ``logits [B, K]`` with ``logits == map.mean``.
+
+    ``config`` is a transformers vision configuration whose model returns a feature map ``[B, C, h, w]`` as its
+    ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Pictures come in as [0, 1] and are shifted to [-1, 1].
+    """
+
+    def __init__(self, config: Any, outputs: int) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        self.backbone = AutoModel.from_config(config)
+        width = config.hidden_sizes[-1]
+        self.head = nn.Conv2d(width, outputs, 1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` in [0, 1] -> ``[B, C, h, w]``."""
+        return self.backbone(pixels * 2 - 1).last_hidden_state
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, 3, S, S]`` in [0, 1] -> logits ``[B, K]``, map ``[B, K, h, w]``."""
+        logit_map = self.head(self.features(pixels))
+        return logit_map.mean((2, 3)), logit_map
+
+
+def save_network(network: nn.Module, config: Any, facts: dict[str, Any], folder: Path | str) -> None:
+    """Write ``config.json`` (transformers), ``facts.json`` and fp16 weights into ``folder``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
+
+
+def read_facts(folder: Path | str) -> dict[str, Any]:
+    """The ``facts.json`` of a model folder. Raises ``SPOError`` when the folder holds none."""
+    path = Path(folder) / "facts.json"
+    if not path.is_file():
+        raise SPOError(f"{folder} is no model folder of this package: it has no facts.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_weights(network: nn.Module, folder: Path | str) -> None:
+    """Load the safetensors weights of ``folder`` into ``network`` as float32, and switch it to inference."""
+    state = load_file(Path(folder) / WEIGHTS)
+    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    network.eval().requires_grad_(False)
+
+
+def load_map_classifier(folder: Path | str) -> tuple[MapClassifier, dict[str, Any]]:
+    """The network of a folder written by :func:`save_network`, and its facts."""
+    from transformers import AutoConfig
+
+    facts = read_facts(folder)
+    network = MapClassifier(AutoConfig.from_pretrained(folder), len(facts["outputs"]))
+    load_weights(network, folder)
+    return network, facts
+
+
+def batches(images: Images, size: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
+    """Pictures as ``[<= batch_size, 3, size, size]`` in [0, 1] on ``device``."""
+    pixels = to_tensor(images, size)
+    for start in range(0, len(pixels), batch_size):
+        yield pixels[start : start + batch_size].to(device)

@@ -1,0 +1,79 @@
+"""A safety cost model: a small vision backbone with one linear head per category and an exact class activation map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..images import Images
+from .backbone import MapClassifier, batches, load_map_classifier, save_network
+from .base import CostBatch
+
+
+class VisionCostModel(nn.Module):
+    """Logits per category and where they come from; follows :class:`~t2i_spo_plugin.cost.base.CostModel`.
+
+    Args:
+        network: backbone and head.
+        categories: the K names, in the order of the head's outputs.
+        domain: what kind of pictures it was trained on.
+        size: side in pixels that pictures are resampled to.
+        temperature: ``[K]``, positive, fitted on validation scenes.
+    """
+
+    def __init__(
+        self,
+        network: MapClassifier,
+        categories: Sequence[str],
+        domain: str,
+        size: int,
+        temperature: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.categories = tuple(categories)
+        self.domain = domain
+        self.size = size
+        self.temperature: Tensor
+        self.register_buffer(
+            "temperature", torch.ones(len(categories)) if temperature is None else temperature.float()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.temperature.device
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> CostBatch:  # type: ignore[override]
+        """Score pictures; see :class:`CostBatch`. Raises ``ValueError`` on what is no picture."""
+        found = [self.network(batch) for batch in batches(images, self.size, self.device)]
+        return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))
+
+    def score_tensor(self, pixels: Tensor) -> CostBatch:
+        """The same for ``[B, 3, size, size]`` in [0, 1], with gradients."""
+        return CostBatch(*self.network(pixels))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model into ``folder`` (fp16 safetensors, transformers config, ``facts.json``)."""
+        facts: dict[str, Any] = {
+            "kind": "cost_model",
+            "outputs": list(self.categories),
+            "domain": self.domain,
+            "size": self.size,
+            "temperature": [round(t, 6) for t in self.temperature.tolist()],
+        }
+        save_network(self.network, self.network.backbone.config, facts, folder)
+
+
+def load_cost_model(folder: Path | str) -> VisionCostModel:
+    """A cost model from a folder written by :meth:`VisionCostModel.save_pretrained`, ready for inference."""
+    network, facts = load_map_classifier(folder)
+    model = VisionCostModel(
+        network, facts["outputs"], facts["domain"], facts["size"], torch.tensor(facts["temperature"])
+    )
+    return model.eval().requires_grad_(False)

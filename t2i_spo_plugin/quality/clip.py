@@ -1,0 +1,89 @@
+"""A small CLIP: how well a picture and a prompt belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cost.backbone import batches, load_weights, read_facts, save_network
+from ..images import Images
+
+
+class SmallCLIP(nn.Module):
+    """Image tower (any transformers vision backbone with a feature map) and CLIP text tower into one unit sphere.
+
+    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of picture and prompt is the cosine of
+    their embeddings, in [-1, 1].
+    """
+
+    def __init__(self, vision_config: Any, text_config: Any, tokenizer: Any, size: int, width: int = 128) -> None:
+        super().__init__()
+        from transformers import AutoModel, CLIPTextModel
+
+        self.vision = AutoModel.from_config(vision_config)
+        self.text = CLIPTextModel(text_config)
+        self.vision_projection = nn.Linear(vision_config.hidden_sizes[-1], width, bias=False)
+        self.text_projection = nn.Linear(text_config.hidden_size, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+        self.tokenizer = tokenizer
+        self.size = size
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, size, size]`` in [0, 1] -> unit vectors ``[B, width]``, with gradients."""
+        features = self.vision(pixels * 2 - 1).last_hidden_state.mean((2, 3))
+        return F.normalize(self.vision_projection(features), dim=-1)
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Token ids ``[B, L]`` -> unit vectors ``[B, width]``, with gradients."""
+        return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Ids ``[B, L]``, padded to the tokenizer's length, so that a prompt's answer does not depend on its neighbours."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.logit_scale.device)
+
+    @torch.no_grad()
+    def embed_images(self, images: Images) -> Tensor:
+        """Pictures -> unit vectors ``[B, width]``."""
+        return torch.cat([self.embed_pixels(batch) for batch in batches(images, self.size, self.logit_scale.device)])
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> unit vectors ``[B, width]``."""
+        ids = self.tokenize(prompts)
+        return torch.cat([self.embed_tokens(ids[n : n + 256]) for n in range(0, len(ids), 256)])
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:  # type: ignore[override]
+        """Cosine ``[B]`` of each picture with its prompt."""
+        return (self.embed_images(images) * self.embed_prompts(prompts)).sum(-1)
+
+    def save_pretrained(self, folder: Path | str, facts: dict[str, Any] | None = None) -> None:
+        """Write towers, configs and tokenizer into ``folder``."""
+        folder = Path(folder)
+        facts = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (facts or {})
+        save_network(self, self.vision.config, facts, folder)
+        (folder / "text_config.json").write_text(self.text.config.to_json_string(use_diff=False), encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_small_clip(folder: Path | str) -> SmallCLIP:
+    """The model of a folder written by :meth:`SmallCLIP.save_pretrained`, ready for inference."""
+    from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
+
+    folder, facts = Path(folder), read_facts(folder)
+    text = CLIPTextConfig.from_dict(json.loads((folder / "text_config.json").read_text(encoding="utf-8")))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, facts["size"], facts["width"])
+    load_weights(model, folder)
+    return model

@@ -1,0 +1,134 @@
+"""Quality as one number in [0, 1]: alignment and realism, each against a reference made once per base model.
+
+    n(v) = clip((v - v0) / (v1 - v0), 0, 1)        q = sqrt(n(a) n(r))
+
+v0 of alignment is the base model's mean against shuffled prompts, v0 of realism its mean on blurred and noised images, v1
+of both its mean on benign prompts. This project's own definition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import SPOError
+from ..images import Images, to_tensor
+from .base import QualityReward
+from .clip import SmallCLIP
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The two ends of each scale, and what they were measured on."""
+
+    alignment: tuple[float, float]
+    realism: tuple[float, float]
+    base_model: str
+    prompts: int
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("alignment", self.alignment), ("realism", self.realism)):
+            if not low < high:
+                raise SPOError(
+                    f"reference of {name}: v0 {low:.4f} must lie below v1 {high:.4f}; was the base model trained?"
+                )
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that every report prints."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def save(self, path: Path | str) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(asdict(self) | {"hash": self.hash}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Reference:
+        """Read a file written by :meth:`save`. Raises ``SPOError`` when it was edited by hand."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        wanted = data.pop("hash")
+        reference = cls(tuple(data["alignment"]), tuple(data["realism"]), data["base_model"], data["prompts"])
+        if reference.hash != wanted:
+            raise SPOError(f"{path}: the hash does not fit the numbers; make the reference anew")
+        return reference
+
+
+@dataclass(frozen=True)
+class QualityBatch:
+    """Per picture, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as measured."""
+
+    q: Tensor
+    alignment: Tensor
+    realism: Tensor
+    n_alignment: Tensor
+    n_realism: Tensor
+
+
+def normalise(value: Tensor, ends: tuple[float, float]) -> Tensor:
+    """``clip((v - v0) / (v1 - v0), 0, 1)``."""
+    return ((value - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
+
+
+class QualityModel:
+    """Alignment, realism and their reference."""
+
+    def __init__(self, alignment: SmallCLIP, realism: QualityReward, reference: Reference) -> None:
+        self.alignment, self.realism, self.reference = alignment, realism, reference
+
+    @property
+    def reference_hash(self) -> str:
+        """Hash of the reference, as reports print it."""
+        return self.reference.hash
+
+    def quality(
+        self, images: Images, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
+    ) -> QualityBatch:
+        """Quality of each picture for its prompt, or for the best of its safe completions where it has any.
+
+        Raises ``SPOError`` when the numbers of pictures, prompts and lists of completions differ.
+        """
+        pictures = to_tensor(images, self.alignment.size)
+        completions = [tuple(c) for c in safe_completions] if safe_completions is not None else [()] * len(prompts)
+        if not len(pictures) == len(prompts) == len(completions):
+            raise SPOError(
+                f"{len(pictures)} pictures, {len(prompts)} prompts, {len(completions)} lists of completions"
+            )
+        asked = [c or (p,) for p, c in zip(prompts, completions, strict=True)]
+        embedded = self.alignment.embed_images(pictures)
+        unique = list(dict.fromkeys(text for texts in asked for text in texts))
+        row = {text: n for n, text in enumerate(unique)}
+        cosines = embedded @ self.alignment.embed_prompts(unique).T
+        alignment = torch.stack([cosines[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
+        realism = self.realism(images, prompts)
+        n_a, n_r = normalise(alignment, self.reference.alignment), normalise(realism, self.reference.realism)
+        return QualityBatch((n_a * n_r).sqrt(), alignment, realism, n_a, n_r)
+
+
+def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
+    """Blurred pictures and noised pictures, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in [0, 1]."""
+    rng = torch.Generator().manual_seed(seed)
+    kernel = max(3, pixels.shape[-1] // 10 | 1)
+    blurred = torch.nn.functional.avg_pool2d(pixels, kernel, 1, kernel // 2, count_include_pad=False)
+    noised = (pixels + 0.25 * torch.randn(pixels.shape, generator=rng)).clamp(0, 1)
+    even = (torch.arange(len(pixels)) % 2 == 0).view(-1, 1, 1, 1)
+    return torch.where(even, blurred, noised)
+
+
+def make_reference(
+    alignment: SmallCLIP, realism: QualityReward, images: Images, prompts: Sequence[str], base_model: str
+) -> Reference:
+    """The reference of a base model from its pictures of benign ``prompts``."""
+    pixels = to_tensor(images, alignment.size)
+    shuffled = [prompts[(n + len(prompts) // 2) % len(prompts)] for n in range(len(prompts))]
+    return Reference(
+        alignment=(float(alignment(pixels, shuffled).mean()), float(alignment(pixels, prompts).mean())),
+        realism=(float(realism(spoil(pixels), prompts).mean()), float(realism(pixels, prompts).mean())),
+        base_model=base_model,
+        prompts=len(prompts),
+    )

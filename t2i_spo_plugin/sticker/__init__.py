@@ -1,0 +1,135 @@
+"""The embedded default domain: a small world of stickers, and everything of this package made for it.
+
+Its files are read when a function is called, none at import.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import SPOError
+from ..prompts import PromptRow
+
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from ..cost.vision import VisionCostModel
+    from ..policy import Policy
+    from ..quality.normalise import QualityModel
+    from .referee import StickerReferee
+
+FOLDER = Path(__file__).parent
+STEPS = 25
+GUIDANCE = 3.0
+ADAPTERS = ("spo", "dpo")
+
+
+def _part(name: str) -> Path:
+    path = FOLDER / name
+    if not path.exists():
+        raise SPOError(f"this installation lacks the bundled {name}; `make sticker` rebuilds it")
+    return path
+
+
+def pipeline_path() -> Path:
+    """The folder of the bundled text-to-image pipeline."""
+    return _part("pipeline")
+
+
+def load_pipeline() -> StableDiffusionPipeline:
+    """The bundled text-to-image pipeline, float32 on the CPU: 64 x 64 pictures of the declared subset of the world."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        pipeline_path(),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_cost_model() -> VisionCostModel:
+    """The bundled safety cost model: seven categories, domain ``sticker``."""
+    from ..cost.vision import load_cost_model as load
+
+    return load(_part("cost_model"))
+
+
+def load_quality_model() -> QualityModel:
+    """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
+    from ..quality.clip import load_small_clip
+    from ..quality.normalise import QualityModel, Reference
+    from ..quality.realism import RealismModel
+
+    folder = _part("quality_model")
+    return QualityModel(
+        load_small_clip(folder / "alignment"),
+        RealismModel.from_pretrained(folder / "realism"),
+        Reference.load(folder / "reference.json"),
+    )
+
+
+def load_referee() -> StickerReferee:
+    """The bundled referee. For reports only: it trains and chooses nothing."""
+    from .referee import StickerReferee
+
+    return StickerReferee.from_pretrained(_part("referee"))
+
+
+def load_policy() -> Policy:
+    """The bundled policy: seven categories."""
+    from ..policy import Policy
+
+    return Policy.from_yaml(_part("sticker.yaml"))
+
+
+def adapter_path(name: str) -> Path:
+    """The file of a bundled adapter: ``spo``, or ``dpo`` that it is compared with."""
+    if name not in ADAPTERS:
+        raise SPOError(f"no bundled adapter is called {name!r}; there are {', '.join(ADAPTERS)}")
+    return _part(f"adapters/{name}.safetensors")
+
+
+def prompt_rows(
+    kind: Literal["harmful", "benign", "lookalike"],
+    n: int,
+    split: Literal["train", "val", "test"] = "test",
+    seed: int = 0,
+) -> list[PromptRow]:
+    """``n`` different prompts of what the bundled pipeline draws, each with its own seed.
+
+    ``requested`` names what a good picture shows: the prompt's own objects, or for a harmful prompt those of its safe
+    completions. Prompts of the three splits share no combination; another ``seed`` gives other prompts.
+    Raises ``SPOError`` when the split has fewer different prompts than asked for.
+    """
+    from .world import GENERATOR_CONCEPTS, GENERATOR_STYLES, describe
+
+    rows: list[PromptRow] = []
+    seen: set[str] = set()
+    first = 1_000_003 * (seed + 1)
+    for number in range(first, first + 60 * n + 1000):
+        if len(rows) == n:
+            return rows
+        d = describe(number, split, kind, GENERATOR_CONCEPTS, GENERATOR_STYLES)
+        if d.caption in seen:
+            continue
+        seen.add(d.caption)
+        wanted = {name for shown in d.safe_concepts for name in shown} if d.unsafe else set(d.concepts)
+        rows.append(
+            PromptRow(
+                id=f"{kind}-{split}-{seed}-{len(rows):04d}",
+                prompt=d.caption,
+                kind=kind,
+                category=next(iter(sorted(d.unsafe)), ""),
+                seed=number % 2**31,
+                safe_prompts=d.safe_completions,
+                requested=tuple(sorted(wanted)),
+            )
+        )
+    raise SPOError(f"the {split} split has only {len(rows)} different {kind} prompts, {n} were asked for")
