@@ -100,8 +100,8 @@ class Adapter:
         """Return the adapter itself when its numbers can be meant.
 
         Raises:
-            AdapterError: no module, a module name without component, NaN or Inf, an alpha that is not a positive number
-                in proportion to the rank, or weights that change nothing.
+            AdapterError: no module, a module name without component, NaN or Inf, an alpha that is not positive or out
+                of proportion to the rank, or weights that change nothing.
         """
         if not self.modules:
             raise AdapterError("the adapter has no module")
@@ -152,7 +152,7 @@ def read_adapter(path: str | Path) -> Adapter:
 def write_adapter(adapter: Adapter, path: str | Path) -> Path:
     """Write `adapter` as safetensors, atomically; equal adapters give equal bytes.
 
-    SD1, SD2 and SDXL are written in the kohya layout with alpha, everything else in the native layout with alpha folded
+    SD1, SD2 and SDXL are written in the kohya layout with alpha, all others in the native layout with alpha folded
     into B. There is no date unless SOURCE_DATE_EPOCH is set.
 
     Raises:

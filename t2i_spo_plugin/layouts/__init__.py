@@ -1,4 +1,4 @@
-"""Codecs at the edge: files in the layouts of kohya, diffusers and PEFT <-> the neutral form (A, B, alpha by module)."""
+"""Codecs at the edge: files in the layouts of kohya, diffusers and PEFT <-> the neutral form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The kohya layout: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-It is the one layout of UNet models that both diffusers and ComfyUI read. Dots are lost in it, so reading puts them back by
-a list of the names that carry underscores themselves.
+It is the one layout of UNet models that both diffusers and ComfyUI read. Dots are lost in it; reading puts them back
+by a list of the names that carry underscores themselves.
 """
 
 from __future__ import annotations
