@@ -1,0 +1,105 @@
+"""What a training step draws, as functions of seed, step and position: nothing is remembered between steps.
+
+A run that is killed and resumed, split into other micro-batches or spread over other ranks sees the same pairs with
+the same noise, since every sample has a generator of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, *path: int | str) -> torch.Generator:
+    """A generator that belongs to `seed` and a place such as ("sample", step, position)."""
+    digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random part of one pair in one step; both pictures share it, but for the autoencoder's noise.
+
+    Attributes:
+        index: timestep index. noise: `[C, h, w]`.
+        posterior: `[2, C, h, w]`, for winner and loser.
+        drop_caption, mirror: whether to.
+    """
+
+    index: int
+    noise: Tensor
+    posterior: Tensor
+    drop_caption: bool
+    mirror: bool
+
+
+def draw(
+    own: torch.Generator,
+    shape: Sequence[int],
+    t_range: tuple[int, int],
+    caption_dropout: float = 0.0,
+    random_flip: bool = False,
+) -> Draw:
+    """Draw for one pair; `t_range` is [low, high). The order of the draws does not depend on the options."""
+    index = int(torch.randint(*t_range, (1,), generator=own))
+    chances = torch.rand(2, generator=own)
+    noise = torch.randn(tuple(shape), generator=own)
+    posterior = torch.randn((2, *shape), generator=own)
+    return Draw(index, noise, posterior, bool(chances[0] < caption_dropout), bool(random_flip and chances[1] < 0.5))
+
+
+class Order:
+    """Which pair stands at which position of an endless stream: one permutation after another.
+
+    Args:
+        benign: `[N]` bool.
+        share: share of benign positions, spread evenly; None leaves the pairs as they are. Two streams are then
+            walked, each by permutations of its own.
+
+    Raises:
+        ValueError: nothing to draw from.
+    """
+
+    def __init__(self, benign: Tensor, seed: int, share: float | None = None) -> None:
+        self.seed, self.share = seed, share
+        if share is None:
+            self._streams = [torch.arange(len(benign))]
+        else:
+            self._streams = [(~benign).nonzero()[:, 0], benign.nonzero()[:, 0]]
+        needed = [True] if share is None else [share < 1.0, share > 0.0]
+        for stream, wanted in zip(self._streams, needed, strict=True):
+            if wanted and not len(stream):
+                raise ValueError("a kind of pair that benign_share asks for does not occur among the pairs kept")
+        self._permutation = lru_cache(maxsize=8)(self._permuted)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The pair at `position` and how many times its stream was walked through before."""
+        if self.share is None:
+            return self._pick(0, position)
+        before, after = int(position * self.share), int((position + 1) * self.share)
+        return self._pick(1, before) if after > before else self._pick(0, position - before)
+
+    def _pick(self, stream: int, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, len(self._streams[stream]))
+        return int(self._permutation(stream, epoch)[place]), epoch
+
+    def _permuted(self, stream: int, epoch: int) -> Tensor:
+        members = self._streams[stream]
+        return members[torch.randperm(len(members), generator=generator(self.seed, "order", stream, epoch))]
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The factor on the learning rate at `step`, counted from 0: linear warm-up, then the schedule."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(done * torch.pi, dtype=torch.float64))))
+    return 1.0
