@@ -1,0 +1,291 @@
+"""The command `spo`: one thin function a command over the functions and dataclasses of the Python API.
+
+Everything heavy is imported inside the command that needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from . import __version__
+from .errors import ConfigError, NotScoredError, SPOError
+from .options import read_options
+
+
+if TYPE_CHECKING:
+    from .guard import Guard, SafetyReport
+
+Command = Callable[[Sequence[str]], None]
+
+
+def demo(args: Sequence[str]) -> None:
+    """Pictures without and with the safety adapter, what each costs, and the score; offline, in three minutes."""
+    from .demo import DemoConfig, run_demo
+
+    run_demo(read_options(DemoConfig, args, "spo demo"))
+
+
+def generate(args: Sequence[str]) -> None:
+    """Draw pictures with a pipeline and a safety adapter."""
+    tyro.cli(_generate, args=args, prog="spo generate", description=generate.__doc__)
+
+
+def score(args: Sequence[str]) -> None:
+    """Say how unsafe pictures are, overall and by category, and show where."""
+    tyro.cli(_score, args=args, prog="spo score", description=score.__doc__)
+
+
+def inspect(args: Sequence[str]) -> None:
+    """Say what an adapter file is, without loading it anywhere."""
+    tyro.cli(_inspect, args=args, prog="spo inspect", description=inspect.__doc__)
+
+
+def pairs(args: Sequence[str]) -> None:
+    """Draw candidates, annotate each with cost and quality, and write the pair table."""
+    from .training.pairs import PairConfig, build_pairs
+
+    print(build_pairs(read_options(PairConfig, args, "spo pairs")))
+
+
+def train(args: Sequence[str]) -> None:
+    """Train an adapter on a pair table."""
+    from .training.trainer import TrainConfig
+    from .training.trainer import train as run
+
+    print(run(read_options(TrainConfig, args, "spo train")))
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Draw prompt sets with base and adapters, judge every picture, and write scores, table and report."""
+    from .eval.runner import EvalConfig, run_eval
+
+    print(run_eval(read_options(EvalConfig, args, "spo eval")))
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "generate": generate,
+    "score": score,
+    "inspect": inspect,
+    "pairs": pairs,
+    "train": train,
+    "eval": evaluate,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, or 2 after one plain sentence on standard error."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"t2i_spo_plugin {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise ConfigError(f"there is no command {words[0]}; there are {', '.join(COMMANDS)}")
+        COMMANDS[words[0]](words[1:])
+    except SPOError as error:
+        print(f"spo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spo: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: spo COMMAND [OPTIONS]", "", "Safety adapters for text-to-image models.", "", "commands:", *lines, ""]
+        + ["`spo COMMAND --help` explains a command's options; `spo --version` prints the version."]
+    )
+
+
+def _generate(
+    prompts: tuple[str, ...],
+    pipeline: str = "sticker",
+    adapter: str | None = None,
+    strength: float = 1.0,
+    out: Path = Path("outputs"),
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 3.0,
+    batch_size: int = 4,
+) -> None:
+    """Draw.
+
+    Args:
+        prompts: one or more prompts, or a single .csv, .jsonl or .parquet file of them.
+        pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
+        adapter: `spo` or `dpo` (bundled, for the sticker pipeline), a file, a folder, or a Hub id.
+        strength: 0 is the base model exactly, 1 as trained.
+        out: the folder that receives the pictures.
+        seed: of the first prompt; the following ones count up.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        batch_size: pictures drawn at a time.
+    """
+    from .generate import generate as draw
+    from .guard import pipeline_domain
+    from .loading import load_spo_lora
+
+    rows = _prompt_rows(prompts, seed)
+    pipe = _pipeline(pipeline)
+    if adapter is not None:
+        load_spo_lora(pipe, _adapter_source(adapter), strength=strength)
+    facts = {"pipeline": pipeline, "adapter": adapter or "", "strength": strength if adapter else 0.0}
+    drawn = draw(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, facts=facts)
+    if drawn.n_dropped_minors:
+        print(f"{drawn.n_dropped_minors} prompts speak of minors and were not drawn")
+    shown = [image for image in drawn.images if image.path is not None]
+    for failed in (image for image in drawn.images if image.path is None):
+        print(f"{failed.row.id}: not drawn: {failed.failed}", file=sys.stderr)
+    verdicts = [f"not scored: no bundled cost model knows {pipeline_domain(pipe)} pictures"] * len(shown)
+    if pipeline_domain(pipe) == "sticker" and shown:
+        report = _guard("sticker", "sticker", False)([image.open() for image in shown], "sticker")
+        verdicts = [_verdict(report, number) for number in range(len(shown))]
+    for image, verdict in zip(shown, verdicts, strict=True):
+        print(f"{image.path}: {verdict}: {image.row.prompt}")
+
+
+def _score(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    domain: str | None = None,
+    overlays: Path | None = None,
+    category: str | None = None,
+    cost_model: str = "sticker",
+    policy: str = "sticker",
+    override_domain: bool = False,
+) -> None:
+    """Score.
+
+    Args:
+        images: picture files.
+        domain: what the pictures are, such as `sticker`. A cost model knows one domain and says nothing of another.
+        overlays: a folder that receives each picture with its cost drawn over it.
+        category: draw the cost of this category instead of the deciding one.
+        cost_model: `sticker` (the bundled one) or a folder.
+        policy: `sticker` (the bundled one) or a YAML file.
+        override_domain: score pictures of another domain all the same; their costs may mean little.
+    """
+    if not images:
+        raise ConfigError("name at least one picture")
+    guard = _guard(cost_model, policy, override_domain)
+    if domain is None and not override_domain:
+        known = guard.cost_model.domain
+        raise ConfigError(
+            f"say what the pictures are: the cost model knows {known} pictures only (--domain {known}); "
+            "--override-domain scores others too, but their costs may mean little"
+        )
+    if overlays is not None:
+        overlays.mkdir(parents=True, exist_ok=True)
+    not_scored = 0
+    for number, path in enumerate(images):
+        picture, reason = _open(path)
+        report = guard([picture], domain) if picture is not None else None
+        reason = report.reasons[0] if report is not None else reason
+        if report is None or reason is not None:
+            print(f"{path}: not scored: {reason}")
+            not_scored += 1
+            continue
+        print(f"{path}: {_verdict(report, 0)}")
+        for name, cost in sorted(report.category_costs[0].items(), key=lambda item: -item[1]):
+            print(f"    {name:<16}{cost:.3f}")
+        if overlays is not None:
+            made = overlays / f"{number:04d}-{path.stem}-overlay.png"
+            report.overlays(category=category)[0].save(made)
+            print(f"    overlay: {made}")
+    if not_scored:
+        raise NotScoredError(f"{not_scored} of {len(images)} pictures were not scored; that says nothing of them")
+
+
+def _inspect(file: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Inspect.
+
+    Args:
+        file: a safetensors file, or a folder with one.
+    """
+    from .adapter import find_adapter_file, read_adapter
+
+    path = find_adapter_file(file)
+    adapter = read_adapter(path)
+    components = sorted({name.partition(".")[0] for name in adapter.modules})
+    scales = sorted({pair.alpha / pair.rank for pair in adapter.modules.values()})
+    lines = {
+        "file": f"{path} ({path.stat().st_size / 1e6:.2f} MB)",
+        "title": adapter.facts.title,
+        "architecture": adapter.facts.base_architecture or "not said",
+        "prediction": adapter.facts.prediction_type or "not said",
+        "modules": f"{len(adapter.modules)} in {', '.join(components)}",
+        "rank": f"{adapter.rank}, alpha / rank {', '.join(f'{scale:g}' for scale in scales)}",
+        "parameters": f"{adapter.num_parameters():,}",
+    }
+    for name, value in (lines | dict(sorted(adapter.facts.extra.items()))).items():
+        print(f"{name:<24}{value}")
+
+
+def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
+    from .prompts import PromptRow, read_prompts
+
+    if not prompts:
+        raise ConfigError("name at least one prompt")
+    if len(prompts) == 1 and Path(prompts[0]).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        found = read_prompts(prompts[0], seed=seed)
+        if found.n_dropped:
+            print(f"{found.n_dropped} prompts speak of minors and were left out")
+        return list(found)
+    return [PromptRow(f"{number:04d}", text, "unlabelled", seed=seed + number) for number, text in enumerate(prompts)]
+
+
+def _pipeline(name: str) -> Any:
+    from .errors import PipelineError
+    from .training.trainer import load_pipeline
+
+    try:
+        return load_pipeline(name)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"cannot load the pipeline {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _adapter_source(adapter: str) -> str | Path:
+    from . import sticker
+
+    return sticker.adapter_path(adapter) if adapter in sticker.ADAPTERS else adapter
+
+
+def _guard(cost_model: str, policy: str, override_domain: bool) -> Guard:
+    from . import sticker
+    from .cost.vision import load_cost_model
+    from .guard import Guard
+    from .policy import load_policy
+
+    model = sticker.load_cost_model() if cost_model == "sticker" else load_cost_model(Path(cost_model))
+    return Guard(model, load_policy(policy), override_domain=override_domain)
+
+
+def _open(path: Path) -> tuple[Any, str | None]:
+    """The picture, or why there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB"), None
+    except UnidentifiedImageError:
+        return None, "it is no picture"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return None, f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _verdict(report: SafetyReport, number: int) -> str:
+    if report.reasons[number] is not None:
+        return f"not scored: {report.reasons[number]}"
+    costs = report.category_costs[number]
+    word = "unsafe" if report.flagged[number] else "safe"
+    return f"cost {float(report.costs[number]):.3f} {word} ({max(costs, key=lambda name: costs[name])})"
