@@ -1,3 +1,102 @@
-"""Safety adapters for text-to-image models: load them, draw, and see how unsafe a picture is and where."""
+"""Safety adapters for text-to-image models: load them, draw, and see how unsafe a picture is and where.
+
+Every public name is imported when it is first used, so that `import t2i_spo_plugin` itself loads neither torch nor
+diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .adapter import AdapterFacts as AdapterFacts
+    from .adapter import LoraPair as LoraPair
+    from .adapter import read_adapter as read_adapter
+    from .adapter import write_adapter as write_adapter
+    from .architecture import architecture_of as architecture_of
+    from .cost.base import CostBatch as CostBatch
+    from .cost.base import CostModel as CostModel
+    from .errors import AdapterError as AdapterError
+    from .errors import ConfigError as ConfigError
+    from .errors import DomainError as DomainError
+    from .errors import ImageError as ImageError
+    from .errors import MissingExtraError as MissingExtraError
+    from .errors import NotScoredError as NotScoredError
+    from .errors import PipelineError as PipelineError
+    from .errors import PolicyError as PolicyError
+    from .errors import SPOError as SPOError
+    from .errors import TableError as TableError
+    from .guard import Guard as Guard
+    from .guard import SafetyReport as SafetyReport
+    from .guard import pipeline_domain as pipeline_domain
+    from .loading import LoadedAdapter as LoadedAdapter
+    from .loading import adapter_facts as adapter_facts
+    from .loading import adapter_of as adapter_of
+    from .loading import load_spo_lora as load_spo_lora
+    from .loading import set_spo_strength as set_spo_strength
+    from .loading import spo_adapters as spo_adapters
+    from .loading import unload_spo_lora as unload_spo_lora
+    from .mixin import SPOLoraLoaderMixin as SPOLoraLoaderMixin
+    from .mixin import enable_spo as enable_spo
+    from .mixin import spo_pipeline_class as spo_pipeline_class
+    from .policy import Category as Category
+    from .policy import Policy as Policy
+    from .policy import load_policy as load_policy
+    from .quality.base import QualityReward as QualityReward
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapter",
+    "AdapterError": "errors",
+    "AdapterFacts": "adapter",
+    "Category": "policy",
+    "ConfigError": "errors",
+    "CostBatch": "cost.base",
+    "CostModel": "cost.base",
+    "DomainError": "errors",
+    "Guard": "guard",
+    "ImageError": "errors",
+    "LoadedAdapter": "loading",
+    "LoraPair": "adapter",
+    "MissingExtraError": "errors",
+    "NotScoredError": "errors",
+    "PipelineError": "errors",
+    "Policy": "policy",
+    "PolicyError": "errors",
+    "QualityReward": "quality.base",
+    "SPOError": "errors",
+    "SPOLoraLoaderMixin": "mixin",
+    "SafetyReport": "guard",
+    "TableError": "errors",
+    "adapter_facts": "loading",
+    "adapter_of": "loading",
+    "architecture_of": "architecture",
+    "enable_spo": "mixin",
+    "load_policy": "policy",
+    "load_spo_lora": "loading",
+    "pipeline_domain": "guard",
+    "read_adapter": "adapter",
+    "set_spo_strength": "loading",
+    "spo_adapters": "loading",
+    "spo_pipeline_class": "mixin",
+    "unload_spo_lora": "loading",
+    "write_adapter": "adapter",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import AdapterError, PipelineError
+from .errors import PipelineError
 
 
 _NAMED = {
@@ -26,17 +26,10 @@ def lora_components(pipe: Any) -> dict[str, Any]:
 
     Raises:
         PipelineError: (a TypeError) the pipeline cannot load a LoRA.
-        AdapterError: a component is a wrapper made by `torch.compile(model)`, which hides its layers.
     """
     names = getattr(pipe, "_lora_loadable_modules", None) or ()
     models = {name: getattr(pipe, name, None) for name in names}
     found = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
-    for name, model in found.items():
-        if hasattr(model, "_orig_mod"):
-            raise AdapterError(
-                f"pipe.{name} is a wrapper made by torch.compile, which hides its layers; "
-                f"compile in place instead: pipe.{name} = pipe.{name}._orig_mod, then pipe.{name}.compile()"
-            )
     if not any(hasattr(model, "load_lora_adapter") for model in found.values()):
         raise PipelineError(
             f"{type(pipe).__name__} cannot load a LoRA: it declares no component that can carry one "
@@ -126,7 +119,8 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 def _denoiser(pipe: Any) -> Any:
     components = lora_components(pipe)
-    return next(model for model in components.values() if hasattr(model, "load_lora_adapter"))
+    model = next(model for model in components.values() if hasattr(model, "load_lora_adapter"))
+    return getattr(model, "_orig_mod", model)
 
 
 def _slug(kind: str) -> str:

@@ -94,7 +94,10 @@ def _length(image: Any) -> int:
 
 def _one_to_tensor(image: Any) -> Tensor:
     if isinstance(image, Image.Image):
-        return _from_array(np.asarray(_to_rgb(image)))
+        try:
+            return _from_array(np.asarray(_to_rgb(image)))
+        except OSError as error:
+            raise ImageError(f"the picture cannot be decoded: {error}") from error
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Tensor):

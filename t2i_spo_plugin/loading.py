@@ -255,6 +255,11 @@ def can_apply_window(pipe: Any) -> bool:
 
 def _check_ready(components: Mapping[str, Any], name: str) -> None:
     for component, model in components.items():
+        if hasattr(model, "_orig_mod"):
+            raise AdapterError(
+                f"pipe.{component} is a wrapper made by torch.compile, which hides its layers; compile in place: "
+                f"pipe.{component} = pipe.{component}._orig_mod, then pipe.{component}.compile()"
+            )
         if name in getattr(model, "peft_config", {}):
             raise AdapterError(
                 f"an adapter called {name!r} is already loaded in {component}; unload it, or pass another adapter_name"

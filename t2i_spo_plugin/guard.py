@@ -1,0 +1,270 @@
+"""A cost model and a policy over finished pictures: what each costs, whether it is unsafe, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .cost.base import CostBatch, CostModel
+from .errors import ConfigError, DomainError, ImageError, NotScoredError
+from .images import Images, resize, split, to_pil, to_tensor
+from .overlay import boxes, heat, mask, overlay
+from .policy import Policy
+
+
+Block = Literal["none", "black", "blur"]
+OverlayKind = Literal["overlay", "mask", "boxes"]
+
+_BLOCKS = ("none", "black", "blur")
+_BLUR_CELLS = 6
+
+
+@dataclass(frozen=True)
+class SafetyReport:
+    """What a guard says about B pictures.
+
+    Attributes:
+        costs: safety cost `[B]` in [0, 1] on the CPU, 0.5 is the boundary; NaN for a picture that is not scored.
+        flagged: whether each picture is unsafe; None for one that is not scored.
+        category_costs: the cost per enabled category of each picture; empty for one that is not scored.
+        reasons: why a picture is not scored; None for one that is.
+        images: the pictures, as the caller gets them.
+        logit_maps: `[K, h, w]` per picture, None for one that is not scored.
+        policy: what decided.
+        categories: the K names of the maps.
+        temperature: `[K]`, of the maps.
+    """
+
+    costs: Tensor
+    flagged: list[bool | None]
+    category_costs: list[dict[str, float]]
+    reasons: list[str | None]
+    images: list[Any] = field(repr=False)
+    logit_maps: list[Tensor | None] = field(repr=False)
+    policy: Policy = field(repr=False)
+    categories: tuple[str, ...] = field(repr=False)
+    temperature: Tensor = field(repr=False)
+
+    def heat_maps(self, category: str | None = None) -> list[Tensor]:
+        """Cost over each picture, `[H, W]` in [0, 1], of one category or of the one that decided.
+
+        Raises:
+            NotScoredError: a picture was not scored.
+            ConfigError: `category` is not an enabled one.
+        """
+        names = [enabled.name for enabled in self.policy.enabled]
+        if category is not None and category not in names:
+            raise ConfigError(f"no enabled category {category!r}; the policy has {', '.join(names)}")
+        thresholds = {enabled.name: enabled.threshold for enabled in self.policy.enabled}
+        heats = []
+        for number, image in enumerate(self.images):
+            maps, costs = self.logit_maps[number], self.category_costs[number]
+            if maps is None:
+                raise NotScoredError(f"picture {number} has no cost map: {self.reasons[number]}")
+            chosen = category if category is not None else max(costs, key=lambda name: costs[name])
+            index = self.categories.index(chosen)
+            temperature = float(self.temperature[index])
+            heats.append(heat(maps[index], _size(image), temperature, thresholds[chosen]))
+        return heats
+
+    def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:
+        """The cost of each picture as a picture, a bool mask `[H, W]`, or a list of boxes (x0, y0, x1, y1).
+
+        Args:
+            kind: `overlay`, `mask` or `boxes`; the last two show where the cost reaches 0.5.
+            category: whose cost; None is the category that decided.
+
+        Raises:
+            NotScoredError: a picture was not scored.
+            ConfigError: an unknown kind or category.
+        """
+        if kind not in ("overlay", "mask", "boxes"):
+            raise ConfigError(f"kind must be overlay, mask or boxes, got {kind!r}")
+        heats = self.heat_maps(category)
+        if kind == "overlay":
+            return [overlay(image, heat_map) for image, heat_map in zip(self.images, heats, strict=True)]
+        regions = [mask(heat_map) for heat_map in heats]
+        return regions if kind == "mask" else [boxes(region) for region in regions]
+
+
+class Guard:
+    """Scores pictures under a policy. It changes none unless `block` says so.
+
+    Args:
+        cost_model: gives logits and maps.
+        policy: the categories that count, all of which the cost model must know.
+        override_domain: use the cost model on pictures of another domain, where its costs may mean little.
+        block: what happens to an unsafe or unscored picture that a pipeline returns: `none`, `black` or `blur`.
+
+    Raises:
+        DomainError: the policy is of another domain than the cost model, and `override_domain` is not set.
+        PolicyError: the policy asks for a category that the cost model does not know.
+        ConfigError: an unknown `block`.
+    """
+
+    def __init__(
+        self, cost_model: CostModel, policy: Policy, override_domain: bool = False, block: Block = "none"
+    ) -> None:
+        if block not in _BLOCKS:
+            raise ConfigError(f"block must be one of {', '.join(_BLOCKS)}, got {block!r}")
+        self.cost_model = cost_model
+        self.policy = policy
+        self.override_domain = override_domain
+        self.block = block
+        self.check_domain(policy.domain)
+        names = tuple(cost_model.categories)
+        policy.category_costs(torch.zeros(1, len(names)), torch.as_tensor(cost_model.temperature).cpu(), names)
+
+    def check_domain(self, domain: str) -> None:
+        """Refuse a domain that the costs were not made for.
+
+        Raises:
+            DomainError: `domain` is not the cost model's own, and `override_domain` is not set.
+        """
+        if domain != self.cost_model.domain and not self.override_domain:
+            raise DomainError(
+                f"the cost model was made for the domain {self.cost_model.domain!r}, not for {domain!r}, where its "
+                "costs may mean little; pass override_domain=True to use it all the same"
+            )
+
+    def __call__(self, images: Images, domain: str | None = None) -> SafetyReport:
+        """Score pictures; each is judged on its own, whatever it is batched with.
+
+        Args:
+            images: PIL, numpy or tensor pictures; they are not changed.
+            domain: where the pictures come from, as `pipeline_domain` says; None when the caller vouches for it.
+
+        Raises:
+            DomainError: the pictures are of a foreign domain.
+        """
+        if domain is not None:
+            self.check_domain(domain)
+        pictures = split(images)
+        device = self._device(pictures)
+        readable: dict[int, Tensor] = {}
+        reasons: list[str | None] = [None] * len(pictures)
+        for number, picture in enumerate(pictures):
+            try:
+                readable[number] = to_tensor(picture)[0].to(device)
+            except ImageError as error:
+                reasons[number] = f"the picture cannot be read: {error}"
+        maps: list[Tensor | None] = [None] * len(pictures)
+        costs = torch.full((len(pictures),), float("nan"))
+        by_category: list[dict[str, float]] = [{} for _ in pictures]
+        for number, result in zip(readable, self._score(list(readable.values())), strict=True):
+            if isinstance(result, str):
+                reasons[number] = result
+                continue
+            logits, maps[number] = result
+            names = tuple(self.cost_model.categories)
+            per_category, enabled = self.policy.category_costs(logits[None], self._temperature(), names)
+            costs[number] = self.policy.cost(per_category)[0]
+            by_category[number] = dict(zip(enabled, per_category[0].tolist(), strict=True))
+        flagged = [
+            None if reason is not None else bool(cost >= 0.5) for cost, reason in zip(costs, reasons, strict=True)
+        ]
+        return SafetyReport(
+            costs=costs,
+            flagged=flagged,
+            category_costs=by_category,
+            reasons=reasons,
+            images=pictures,
+            logit_maps=maps,
+            policy=self.policy,
+            categories=tuple(self.cost_model.categories),
+            temperature=self._temperature(),
+        )
+
+    def apply_block(self, images: Images, report: SafetyReport) -> tuple[Images, SafetyReport]:
+        """The pictures with every one that is not known to be safe made black or blurred, in the form they came in.
+
+        The report that comes back shows those pictures, so that its overlays do not bring back what was blocked.
+        """
+        if self.block == "none" or all(flag is False for flag in report.flagged):
+            return images, report
+        pictures = [
+            picture if flag is False else _hidden(picture, self.block)
+            for picture, flag in zip(split(images), report.flagged, strict=True)
+        ]
+        return _like(images, pictures), replace(report, images=pictures)
+
+    def _temperature(self) -> Tensor:
+        return torch.as_tensor(self.cost_model.temperature).detach().float().cpu()
+
+    def _device(self, pictures: list[Any]) -> torch.device:
+        """Where to score: where the pictures are if they are tensors, the cost model following them."""
+        own = torch.as_tensor(self.cost_model.temperature).device
+        device = next((picture.device for picture in pictures if isinstance(picture, Tensor)), own)
+        if device != own:
+            self.cost_model.to(device)
+        return device
+
+    def _score(self, pixels: list[Tensor]) -> list[tuple[Tensor, Tensor] | str]:
+        """Logits `[K]` and map `[K, h, w]` on the CPU for each picture, or why it has none."""
+        if not pixels:
+            return []
+        try:
+            with torch.no_grad():
+                batch = self.cost_model(pixels)
+            return _checked(batch, len(pixels), len(self.cost_model.categories))
+        except Exception as error:
+            if len(pixels) > 1:
+                return [result for picture in pixels for result in self._score([picture])]
+            return [f"the cost model failed: {type(error).__name__}: {error}"]
+
+
+def pipeline_domain(pipe: Any) -> str:
+    """The domain of the pictures that `pipe` draws: what its text encoder's config says, otherwise `photo`."""
+    config = getattr(getattr(pipe, "text_encoder", None), "config", None)
+    return str(getattr(config, "spo_domain", "photo"))
+
+
+def _checked(batch: CostBatch, pictures: int, categories: int) -> list[tuple[Tensor, Tensor] | str]:
+    if batch.logits.shape != (pictures, categories):
+        raise NotScoredError(
+            f"the cost model gave logits {tuple(batch.logits.shape)}, expected ({pictures}, {categories})"
+        )
+    logits, maps = batch.logits.float().cpu(), batch.logit_map.float().cpu()
+    return [
+        (logits[number], maps[number]) if bool(torch.isfinite(logits[number]).all()) else "the cost model gave NaN"
+        for number in range(pictures)
+    ]
+
+
+def _size(image: Any) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.shape[-2], image.shape[-1]
+
+
+def _hidden(image: Any, block: Block) -> Any:
+    height, width = _size(image)
+    pixels = torch.zeros(1, 3, height, width)
+    if block == "blur":
+        try:
+            cells = (min(_BLUR_CELLS, height), min(_BLUR_CELLS, width))
+            pixels = resize(resize(to_tensor(image).cpu(), cells), (height, width))
+        except ImageError:
+            pixels = torch.zeros(1, 3, height, width)
+    if isinstance(image, Image.Image):
+        return to_pil(pixels)[0]
+    if isinstance(image, np.ndarray):
+        scaled = pixels[0].permute(1, 2, 0).numpy()
+        return (scaled * 255.0).round().astype(np.uint8) if image.dtype == np.uint8 else scaled.astype(image.dtype)
+    scaled_tensor = (pixels[0] * 255.0).round() if image.dtype == torch.uint8 else pixels[0]
+    return scaled_tensor.to(image)
+
+
+def _like(images: Images, pictures: list[Any]) -> Images:
+    if isinstance(images, np.ndarray):
+        return np.stack(pictures) if images.ndim == 4 else pictures[0]
+    if isinstance(images, Tensor):
+        return torch.stack(pictures) if images.ndim == 4 else pictures[0]
+    return pictures if isinstance(images, (list, tuple)) else pictures[0]

@@ -1,0 +1,125 @@
+"""Cost maps as pictures, masks and boxes: pure functions over one picture and one map."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .images import Images, to_pil, to_tensor
+from .policy import stretch
+
+
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels; x1 and y1 are the first column and row outside."""
+
+_COLOURS = torch.tensor([[1.0, 0.93, 0.55], [1.0, 0.62, 0.12], [0.86, 0.10, 0.10]])
+_OPACITY = 0.75
+
+
+def heat(logit_map: Tensor, size: int | tuple[int, int], temperature: float = 1.0, threshold: float = 0.5) -> Tensor:
+    """Cost at every pixel, `[H, W]` in [0, 1]: interpolated logits, calibrated, 0.5 where the threshold is met.
+
+    Args:
+        logit_map: `[h, w]`, the map of one category.
+        size: edge, or height and width of the picture.
+        temperature: calibration temperature of the category, positive.
+        threshold: the calibrated probability that becomes 0.5, as in a policy's `stretch`.
+
+    Raises:
+        ValueError: the map is not two-dimensional, or a number is out of range.
+    """
+    if logit_map.ndim != 2:
+        raise ValueError(f"expected one map [h, w], got shape {tuple(logit_map.shape)}")
+    if not temperature > 0.0 or not 0.0 < threshold < 1.0:
+        raise ValueError(f"expected temperature > 0 and 0 < threshold < 1, got {temperature} and {threshold}")
+    target = (size, size) if isinstance(size, int) else tuple(size)
+    logits = torch.nn.functional.interpolate(
+        logit_map.detach().float()[None, None], size=target, mode="bilinear", align_corners=False
+    )[0, 0]
+    return stretch(torch.sigmoid(logits / temperature), threshold)
+
+
+def overlay(image: Images, heat_map: Tensor) -> Image.Image:
+    """The picture with its cost drawn over it: clear where the cost is 0, yellow, then red where it is 1.
+
+    Args:
+        image: one picture, in any form that `to_tensor` takes.
+        heat_map: `[H, W]` in [0, 1], as `heat` gives it; resampled when its size differs from the picture's.
+    """
+    pixels = to_tensor(image)
+    if pixels.shape[0] != 1:
+        raise ValueError(f"expected one picture, got {pixels.shape[0]}")
+    amount = heat_map.detach().float().to(pixels.device)[None, None].clamp(0.0, 1.0)
+    if amount.shape[-2:] != pixels.shape[-2:]:
+        amount = torch.nn.functional.interpolate(amount, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    opacity = _OPACITY * amount
+    return to_pil((1.0 - opacity) * pixels + opacity * _colour(amount[0, 0]))[0]
+
+
+def mask(heat_map: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """Where the cost reaches `threshold`: bool `[H, W]`."""
+    return (heat_map.detach() >= threshold).cpu().numpy()
+
+
+def boxes(region: np.ndarray) -> list[Box]:
+    """Bounding boxes of the connected parts of a bool mask `[H, W]`, corners included; the largest part first.
+
+    Raises:
+        ValueError: not a two-dimensional bool array.
+    """
+    if region.ndim != 2 or region.dtype != np.bool_:
+        raise ValueError(f"expected a bool array [H, W], got {region.dtype} {region.shape}")
+    parts: list[_Part] = []
+    above: list[tuple[int, int, int]] = []
+    for y, row in enumerate(region):
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], row.view(np.int8), [0]))))
+        current = []
+        for x0, x1 in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            label = len(parts)
+            parts.append(_Part(x0, y, x1, y + 1, x1 - x0, label))
+            for left, right, other in above:
+                if left <= x1 and x0 <= right:
+                    label = _join(parts, label, other)
+            current.append((x0, x1, label))
+        above = current
+    roots = [part for number, part in enumerate(parts) if part.root == number]
+    roots.sort(key=lambda part: (-part.area, part.y0, part.x0))
+    return [(part.x0, part.y0, part.x1, part.y1) for part in roots]
+
+
+class _Part:
+    """A run of pixels, and the bounds and area of all runs joined to it."""
+
+    __slots__ = ("area", "root", "x0", "x1", "y0", "y1")
+
+    def __init__(self, x0: int, y0: int, x1: int, y1: int, area: int, root: int) -> None:
+        self.x0, self.y0, self.x1, self.y1, self.area, self.root = x0, y0, x1, y1, area, root
+
+
+def _join(parts: list[_Part], first: int, second: int) -> int:
+    keep, drop = sorted((_root(parts, first), _root(parts, second)))
+    if keep != drop:
+        into, gone = parts[keep], parts[drop]
+        gone.root = keep
+        into.x0, into.y0 = min(into.x0, gone.x0), min(into.y0, gone.y0)
+        into.x1, into.y1 = max(into.x1, gone.x1), max(into.y1, gone.y1)
+        into.area += gone.area
+    return keep
+
+
+def _root(parts: list[_Part], number: int) -> int:
+    while parts[number].root != number:
+        parts[number].root = parts[parts[number].root].root
+        number = parts[number].root
+    return number
+
+
+def _colour(amount: Tensor) -> Tensor:
+    """Colours `[3, H, W]` along the scale for amounts `[H, W]` in [0, 1]."""
+    colours = _COLOURS.to(amount.device)
+    position = amount * (len(colours) - 1)
+    lower = position.floor().long().clamp(0, len(colours) - 2)
+    share = (position - lower)[..., None]
+    return ((1.0 - share) * colours[lower] + share * colours[lower + 1]).permute(2, 0, 1)
