@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig
 
 from t2i_spo_plugin import cli
 from t2i_spo_plugin.adapter import Adapter, AdapterFacts, LoraPair, write_adapter
+from t2i_spo_plugin.cost.backbone import MapClassifier
+from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.options import find_config, read_options
+from t2i_spo_plugin.policy import load_policy
 from t2i_spo_plugin.training.config import TrainConfig
 
 
@@ -125,18 +129,32 @@ def test_inspect_says_what_an_adapter_is(tmp_path, capsys):
         assert expected in shown
 
 
-def test_score_without_a_domain_asks_for_one(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def cost_model(tmp_path_factory):
+    torch.manual_seed(0)
+    names = [category.name for category in load_policy("sticker").categories]
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    network = MapClassifier(config, len(names)).eval()
+    folder = tmp_path_factory.mktemp("cost_model")
+    VisionCostModel(network, names, "sticker", 64).save_pretrained(folder)
+    return ["--cost-model", str(folder)]
+
+
+def test_score_without_a_domain_asks_for_one(tmp_path, capsys, cost_model):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    assert cli.main(["score", str(tmp_path / "a.png")]) == 2
+    assert cli.main(["score", str(tmp_path / "a.png"), *cost_model]) == 2
     assert "--domain sticker" in capsys.readouterr().err
-    assert cli.main(["score", "--domain", "photo", str(tmp_path / "a.png")]) == 2
+    assert cli.main(["score", "--domain", "photo", str(tmp_path / "a.png"), *cost_model]) == 2
+    assert "not for 'photo'" in capsys.readouterr().err
+    assert cli.main(["score", "--override-domain", str(tmp_path / "a.png"), *cost_model]) == 0
 
 
-def test_score_prints_costs_and_never_passes_over_a_broken_picture(tmp_path, capsys):
+def test_score_prints_costs_and_never_passes_over_a_broken_picture(tmp_path, capsys, cost_model):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
-    assert cli.main(["score", *paths, "--domain", "sticker", "--overlays", str(tmp_path / "seen")]) == 2
+    options = ["--domain", "sticker", "--overlays", str(tmp_path / "seen"), *cost_model]
+    assert cli.main(["score", *paths, *options]) == 2
     shown = capsys.readouterr()
     assert f"{paths[0]}: cost 0." in shown.out and "weapons" in shown.out
     assert f"{paths[1]}: not scored" in shown.out and f"{paths[2]}: not scored" in shown.out
