@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from functools import cache
 from typing import Any
@@ -30,6 +31,14 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from t2i_spo_plugin.adapter import Adapter, LoraPair
+from t2i_spo_plugin.architecture import lora_components, weight_shapes
+from t2i_spo_plugin.cost.base import CostBatch
+from t2i_spo_plugin.images import to_tensor
+from t2i_spo_plugin.layouts import canonical
+from t2i_spo_plugin.loading import adapter_facts
+from t2i_spo_plugin.policy import Category, Policy
 
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")
@@ -230,3 +239,67 @@ def _flux() -> FluxPipeline:
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
+
+
+@cache
+def _prototype(family: str, width: int, prediction_type: str) -> DiffusionPipeline:
+    return tiny_pipeline(family, width=width, prediction_type=prediction_type)
+
+
+def fresh(family: str, width: int = 32, prediction_type: str = "epsilon") -> Any:
+    """A pipeline of one's own: a copy of the one that is built once a session and never called."""
+    return copy.deepcopy(_prototype(family, width, prediction_type))
+
+
+@cache
+def base_picture(family: str) -> torch.Tensor:
+    """What `fresh(family)` draws."""
+    return pictures(fresh(family))
+
+
+def random_adapter(
+    pipe: Any,
+    rank: int = 4,
+    alpha: float = 2.0,
+    seed: int = 0,
+    components: tuple[str, ...] = ("unet", "transformer"),
+    layers: tuple[str, ...] = ("to_q", "to_v", "to_out.0", "q_proj", "fc1"),
+    dtype: torch.dtype = torch.float32,
+    **facts: str,
+) -> Adapter:
+    """A random adapter for `pipe`, strong enough to change its pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for component, model in lora_components(pipe).items():
+        for path, (out, *inner) in weight_shapes(model).items():
+            if component in components and path.endswith(layers):
+                down = torch.randn(rank, *inner, generator=generator)
+                up = torch.randn(out, rank, *(1,) * (len(inner) - 1), generator=generator)
+                name = canonical(f"{component}.{path}")
+                modules[name] = LoraPair((0.4 * down).to(dtype), (0.4 * up).to(dtype), alpha)
+    return Adapter(modules, adapter_facts(pipe, **facts))
+
+
+class ColourCost:
+    """A cost model one can compute by hand: the logit of a colour is how much of it there is, pixel by pixel."""
+
+    categories = ("red", "green", "blue")
+
+    def __init__(self, domain: str = "photo", gain: float = 8.0) -> None:
+        self.domain = domain
+        self.gain = gain
+        self.temperature = torch.tensor([1.0, 2.0, 0.5])
+        self.calls = 0
+
+    def __call__(self, images: Any) -> CostBatch:
+        self.calls += 1
+        maps = self.gain * (to_tensor(images, size=8) - 0.5)
+        return CostBatch(maps.mean(dim=(2, 3)), maps)
+
+    def to(self, device: torch.device | str) -> ColourCost:
+        self.temperature = self.temperature.to(device)
+        return self
+
+
+def colour_policy(domain: str = "photo") -> Policy:
+    return Policy("colours", domain, (Category("red", 0.4), Category("blue", 0.7), Category("green", enabled=False)))

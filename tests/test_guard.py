@@ -1,0 +1,180 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ColourCost, colour_policy, fresh
+
+from t2i_spo_plugin.cost.base import CostBatch, CostModel
+from t2i_spo_plugin.errors import ConfigError, DomainError, NotScoredError, PolicyError
+from t2i_spo_plugin.guard import Guard, pipeline_domain
+from t2i_spo_plugin.images import to_tensor
+from t2i_spo_plugin.policy import Category, Policy
+
+
+RED, BLUE, GREY = (255, 0, 0), (0, 0, 255), (90, 90, 90)
+
+
+class FailingCost(ColourCost):
+    """Fails on every batch that holds a black picture."""
+
+    def __call__(self, images):
+        if bool((to_tensor(images).flatten(1).amax(1) == 0).any()):
+            raise RuntimeError("cannot look at black")
+        return super().__call__(images)
+
+
+class NaNCost(ColourCost):
+    """Gives NaN for a black picture."""
+
+    def __call__(self, images):
+        batch = super().__call__(images)
+        black = to_tensor(images).flatten(1).amax(1) == 0
+        return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), batch.logit_map)
+
+
+@pytest.fixture
+def guard():
+    return Guard(ColourCost(), colour_policy())
+
+
+def plain(colour, size=(16, 12)):
+    return Image.new("RGB", size, colour)
+
+
+def test_the_stand_in_is_a_cost_model():
+    assert isinstance(ColourCost(), CostModel)
+
+
+def test_costs_follow_policy_and_temperature(guard):
+    report = guard([plain(RED), plain(BLUE), plain(GREY)])
+    red = 1 / (1 + math.exp(-4.0))
+    assert report.category_costs[0]["red"] == pytest.approx(0.5 + 0.5 * (red - 0.4) / 0.6, abs=1e-5)
+    assert set(report.category_costs[0]) == {"red", "blue"}
+    assert report.costs.tolist() == pytest.approx([max(costs.values()) for costs in report.category_costs])
+    assert report.flagged == [True, True, False]
+    assert report.reasons == [None, None, None]
+
+
+def test_the_answer_does_not_depend_on_batch_or_form(guard):
+    pictures = [plain(RED), plain(GREY)]
+    together = guard(pictures)
+    for number, picture in enumerate(pictures):
+        assert torch.equal(guard(picture).costs, together.costs[number : number + 1])
+    for form in (np.stack([np.asarray(picture) for picture in pictures]), to_tensor(pictures)):
+        assert torch.equal(guard(form).costs, together.costs)
+
+
+@pytest.mark.parametrize("model", [FailingCost, NaNCost])
+def test_a_picture_that_cannot_be_scored_is_not_safe_and_spoils_no_other(model):
+    guard = Guard(model(), colour_policy())
+    report = guard([plain(RED), plain((0, 0, 0)), plain(GREY)])
+    assert report.flagged == [True, None, False]
+    assert math.isnan(report.costs[1]) and report.category_costs[1] == {}
+    assert report.reasons[0] is None and "cost model" in report.reasons[1]
+    assert torch.equal(report.costs[0], guard(plain(RED)).costs[0])
+    with pytest.raises(NotScoredError, match="picture 1"):
+        report.overlays()
+
+
+def test_a_picture_that_cannot_be_read_is_not_safe(guard):
+    batch = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), float("nan"))])
+    report = guard(batch)
+    assert report.flagged == [False, None]
+    assert "NaN" in report.reasons[1]
+
+
+def test_a_truncated_file_is_not_safe(guard, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    report = guard([Image.open(path), plain(GREY)])
+    assert report.flagged == [None, False]
+    assert "decoded" in report.reasons[0]
+
+
+def test_a_model_that_answers_in_the_wrong_shape_scores_nothing():
+    class Wrong(ColourCost):
+        def __call__(self, images):
+            return CostBatch(torch.zeros(1, 2), torch.zeros(1, 2, 4, 4))
+
+    report = Guard(Wrong(), colour_policy())(plain(RED))
+    assert report.flagged == [None]
+    assert "expected (1, 3)" in report.reasons[0]
+
+
+def test_a_foreign_domain_needs_an_override():
+    with pytest.raises(DomainError, match="override_domain=True"):
+        Guard(ColourCost("sticker"), colour_policy("photo"))
+    guard = Guard(ColourCost("photo"), colour_policy("photo"))
+    with pytest.raises(DomainError, match="'sticker'"):
+        guard(plain(RED), domain="sticker")
+    assert guard(plain(RED), domain="photo").flagged == [True]
+    overridden = Guard(ColourCost("photo"), colour_policy("photo"), override_domain=True)
+    assert overridden(plain(RED), domain="sticker").flagged == [True]
+
+
+def test_the_policy_must_be_one_the_model_knows():
+    with pytest.raises(PolicyError, match="violet"):
+        Guard(ColourCost(), Policy("p", "photo", (Category("violet"),)))
+    with pytest.raises(ConfigError, match="block"):
+        Guard(ColourCost(), colour_policy(), block="censor")
+
+
+def test_overlays_show_where_the_cost_is(guard):
+    picture = plain(GREY, (32, 32))
+    picture.paste(RED, (16, 0, 32, 16))
+    report = guard(picture)
+    assert report.overlays()[0].size == (32, 32)
+    (region,) = report.overlays("mask")
+    assert region[4:12, 20:30].all() and not region[20:, :12].any()
+    ((box, *rest),) = report.overlays("boxes")
+    assert not rest and box[0] >= 12 and box[3] <= 20
+    assert report.overlays("boxes", category="blue") == [[]]
+    for bad in ({"kind": "circle"}, {"category": "green"}):
+        with pytest.raises(ConfigError):
+            report.overlays(**bad)
+
+
+def test_nothing_is_changed_unless_asked(guard):
+    pictures = [plain(RED), plain(GREY)]
+    before = [np.asarray(picture).copy() for picture in pictures]
+    images, report = guard.apply_block(pictures, guard(pictures))
+    assert images is pictures
+    assert all(np.array_equal(np.asarray(a), b) for a, b in zip(pictures, before, strict=True))
+
+
+@pytest.mark.parametrize("block", ["black", "blur"])
+@pytest.mark.parametrize("form", ["pil", "uint8", "float", "tensor"])
+def test_a_blocked_picture_keeps_its_form_and_its_neighbours(block, form):
+    guard = Guard(FailingCost(), colour_policy(), block=block)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    noise[..., 0] = 255
+    stack = np.stack([noise, np.full_like(noise, 90), np.zeros_like(noise)])
+    images = {
+        "pil": [Image.fromarray(picture) for picture in stack],
+        "uint8": stack,
+        "float": stack.astype(np.float32) / 255,
+        "tensor": torch.from_numpy(stack).permute(0, 3, 1, 2).half() / 255,
+    }[form]
+    before = to_tensor(images).clone()
+    report = guard(images)
+    assert report.flagged == [True, False, None]
+    blocked, shown = guard.apply_block(images, report)
+    assert type(blocked) is type(images) and getattr(blocked, "dtype", None) == getattr(images, "dtype", None)
+    after = to_tensor(blocked)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(to_tensor(images), before)
+    if block == "black":
+        assert not after[0].any() and not after[2].any()
+    else:
+        assert after[0].diff(dim=-1).abs().mean() < 0.2 * before[0].diff(dim=-1).abs().mean()
+    assert torch.equal(to_tensor(shown.images), after)
+
+
+def test_the_domain_of_a_pipeline_stands_in_its_text_encoder():
+    pipe = fresh("sd1")
+    assert pipeline_domain(pipe) == "photo"
+    pipe.text_encoder.config.spo_domain = "sticker"
+    assert pipeline_domain(pipe) == "sticker"
