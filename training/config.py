@@ -45,36 +45,60 @@ class TrainConfig:
         cache_dir: where latents and text embeddings are kept; None is `output_dir/cache`.
 
     Adapter
-        rank, alpha: of the LoRA; alpha None is the rank.
+        rank: of the LoRA.
+        alpha: of the LoRA; None is the rank.
         targets: names that the adapted modules end with; attention by default, `attn1.to_q` style names narrow it.
 
     Optimiser (AdamW)
-        learning_rate, warmup, schedule, weight_decay, max_grad_norm.
+        learning_rate: after the warm-up; 3e-4 suits a LoRA of rank 8 on a small denoiser.
+        warmup: steps in which the learning rate rises from 0.
+        schedule: of the learning rate after the warm-up.
+        weight_decay, max_grad_norm: as usual.
         steps: optimiser steps.
         budget: stop once this many sample passes (forward and backward) of the denoiser are spent; None is no limit.
-        batch_size: pairs per forward pass and process; gradient_accumulation: forward passes per step.
+        batch_size: pairs per forward pass and process.
+        gradient_accumulation: forward passes per step.
 
     Objective
         objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing.
         beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small nets want less).
         labels: for `dpo`: `safety` puts safe over unsafe, `table` takes the table's own labels.
         safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
-        lambda_, mode, tau, tau_soft: the composite reward (`reward.py`).
-        eta, focusing, views, view_mean, focusing_momentum: dynamic focusing (`focusing.py`); eta 0 computes nothing.
-        preservation: weight of DUO's output preservation, on `preservation_batch` samples a forward pass.
+        lambda_: weight of the cost against the quality in the composite reward.
+        mode: how the reward enters the loss (`reward.py`).
+        tau: pairs whose reward differs by less are dropped.
+        tau_soft: temperature of mode `soft`.
+        eta: strength of dynamic focusing; 0 computes nothing.
+        focusing: its formula (`focusing.py`).
+        views: in which the difficulty of a pair is measured besides the plain one.
+        view_mean: difficulty over the views.
+        focusing_momentum: of the running mean that normalises the weights.
+        preservation: weight of DUO's output preservation.
+        preservation_batch: samples of pure noise that it sees in a forward pass.
         benign_preservation: weight of keeping the reference's prediction on benign pairs (this project's own).
         anchor: weight of the winner's own error (this project's own).
-        sdpo_mu: Diffusion-SDPO's guard on the loser's gradient; None is off. sdpo_per_pair: one scale a pair
-            instead of the source's one a batch.
+        sdpo_mu: Diffusion-SDPO's guard on the loser's gradient; None is off.
+        sdpo_per_pair: one scale a pair instead of the source's one a batch.
         t_min, t_max: timesteps are drawn from [t_min, t_max); t_max None is the last. DUO takes 0 and 750.
         fixed_draws: K fixed (timestep, noise) draws per pair whose reference errors are kept; 0 draws afresh.
 
     Run
         seed: of everything random.
-        validate_every: steps between validations, 0 for never; validation_prompts: a prompt file or `sticker`;
-            validation_count: prompts of each kind; validation_steps, validation_guidance: how they are drawn.
-        checkpoint_every, keep_checkpoints, log_every, tensorboard, resume, progress, gradient_checkpointing.
-        precision: `no` or `bf16`; device: `auto` or `cpu`.
+        validate_every: steps between validations by UAScore, 0 for never. The best adapter is the one that is kept.
+        validation_prompts: a prompt file, or `sticker` for its validation split.
+        validation_count: prompts of each kind.
+        validation_seed: another one gives other sticker prompts.
+        validation_steps, validation_guidance: how they are drawn.
+        validation_cost_model, validation_policy, validation_quality_model: `sticker`, or folder, YAML file, folder.
+        checkpoint_every: steps between checkpoints, 0 for the last one alone.
+        keep_checkpoints: how many of them stay.
+        log_every: steps between entries of the curve.
+        tensorboard: write the curve for TensorBoard too.
+        resume: go on from the newest checkpoint in `output_dir`; otherwise begin again.
+        progress: show bars.
+        gradient_checkpointing: save memory for time.
+        precision: `no` is float32.
+        device: `auto` takes an accelerator where there is one.
         title: of the adapter, in its header.
     """
 
@@ -129,6 +153,10 @@ class TrainConfig:
     seed: int = 0
     validate_every: int = 0
     validation_prompts: str | None = None
+    validation_seed: int = 0
+    validation_cost_model: str = "sticker"
+    validation_policy: str = "sticker"
+    validation_quality_model: str = "sticker"
     validation_count: int = 24
     validation_steps: int = 25
     validation_guidance: float = 3.0

@@ -66,7 +66,8 @@ def denoiser_of(pipe: Any) -> Denoiser:
         PipelineError: the pipeline's family is not one of those known here.
         ConfigError: its scheduler has no training schedule.
     """
-    unet, transformer = getattr(pipe, "unet", None), getattr(pipe, "transformer", None)
+    unet: Any = getattr(pipe, "unet", None)
+    transformer: Any = getattr(pipe, "transformer", None)
     if type(unet).__name__ == "UNet2DConditionModel":
         added = unet.config.addition_embed_type
         if added in (None, "text_time") and hasattr(pipe, "encode_prompt"):

@@ -55,7 +55,7 @@ class NoiseSchedule:
         config = scheduler.config
         if getattr(scheduler, "alphas_cumprod", None) is not None:
             alphas = scheduler.alphas_cumprod.float().cpu()
-            prediction = getattr(config, "prediction_type", "epsilon")
+            prediction: Any = getattr(config, "prediction_type", "epsilon")
             return cls(prediction, alphas.sqrt(), (1.0 - alphas).sqrt(), torch.arange(len(alphas)))
         if "FlowMatch" in type(scheduler).__name__:
             # The schedule at construction, not the one that the last drawing left behind.

@@ -85,18 +85,18 @@ class Batches:
             pairs.append(pair)
             slots.append(slot)
             draws.append(self._draw(generator(self.config.seed, *place)))
-        to = {"device": self.device}
+        device = self.device
         return MicroBatch(
             winners=self._latents([self.data.winners[pair] for pair in pairs], draws, 0),
             losers=self._latents([self.data.losers[pair] for pair in pairs], draws, 1),
-            noise=torch.stack([one.noise for one in draws]).to(**to),
-            index=torch.tensor([one.index for one in draws]).to(**to),
+            noise=torch.stack([one.noise for one in draws]).to(device),
+            index=torch.tensor([one.index for one in draws]).to(device),
             text=self.embed(
                 ["" if d.drop_caption else self.data.captions[p] for p, d in zip(pairs, draws, strict=True)]
             ),
-            margin=self.data.margin[pairs].to(**to),
-            target=self.data.target[pairs].to(**to),
-            benign=self.data.benign[pairs].to(**to),
+            margin=self.data.margin[pairs].to(device),
+            target=self.data.target[pairs].to(device),
+            benign=self.data.benign[pairs].to(device),
             positions=tuple(positions),
             pairs=tuple(pairs),
             slots=tuple(slots),

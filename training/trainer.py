@@ -155,14 +155,16 @@ class _Run:
             prompts = ["", *self.data.captions]
             build_text(text, prompts, lambda some: encode_prompts(self.pipe, some, device), shard=shard, progress=bar)
         self.accelerator.wait_for_everyone()
-        latents.refresh(), text.refresh()
+        for store in (latents, text):
+            store.refresh()
         return Batches(config, self.data, latents, text, vae.config, len(self.denoiser.schedule), device)
 
     def _prepare(self, batches: Batches) -> None:
         config, accelerator = self.config, self.accelerator
         self.denoiser.module.to(accelerator.device)
         if config.gradient_checkpointing:
-            self.denoiser.module.enable_gradient_checkpointing()
+            module: Any = self.denoiser.module
+            module.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -398,7 +400,8 @@ def _on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 
 def _native_resolution(pipe: Any, denoiser: Denoiser) -> int:
-    sample, factor = denoiser.module.config.sample_size, pipe.vae_scale_factor
+    config: Any = denoiser.module.config
+    sample, factor = config.sample_size, pipe.vae_scale_factor
     if not isinstance(sample, int):
         raise ConfigError("the pipeline does not say its resolution; set resolution")
     return sample * factor
