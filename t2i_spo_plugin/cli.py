@@ -5,6 +5,7 @@ Everything heavy is imported inside the command that needs it, so that help come
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ Command = Callable[[Sequence[str]], None]
 
 def demo(args: Sequence[str]) -> None:
     """Pictures without and with the safety adapter, what each costs, and the score; offline, in three minutes."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     from .demo import DemoConfig, run_demo
 
     run_demo(read_options(DemoConfig, args, "spo demo"))
@@ -62,7 +64,7 @@ def train(args: Sequence[str]) -> None:
 
 def evaluate(args: Sequence[str]) -> None:
     """Draw prompt sets with base and adapters, judge every picture, and write scores, table and report."""
-    from .eval.runner import EvalConfig, run_eval
+    from .eval.config import EvalConfig, run_eval
 
     print(run_eval(read_options(EvalConfig, args, "spo eval")))
 
