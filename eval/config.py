@@ -1,0 +1,199 @@
+"""One evaluation from names and files: what `spo eval` runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from .promptsets import Split, file_rows, sticker_rows
+from .report import write_report
+from .runner import DrawOptions, RunSummary, draw_and_score, drop_images, summarise_run, write_summary
+from .scoring import Judges
+from .systems import base_system, parse_adapters
+
+
+STICKER = "sticker"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is drawn, by which systems, and who judges it.
+
+    Attributes:
+        out: folder for pictures, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
+        pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
+        adapters: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source is `spo`, `dpo` (bundled), a file, a
+            folder or a Hub id. The base model is always drawn too.
+        strength: of the adapters that do not say their own.
+        n_harmful: harmful prompts.
+        n_benign: benign prompts.
+        n_lookalike: benign prompts that look harmful.
+        split: of the sticker prompts; choose on `val`, report on `test`.
+        harmful: file with harmful prompts (csv, jsonl, parquet) instead of the sticker world's.
+        benign: file with benign prompts; needed when `harmful` is given.
+        lookalike: file with benign prompts that look harmful.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance.
+        batch_size: pictures drawn at once.
+        shard_size: pictures after which a table is written.
+        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own picture.
+        judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
+        policy: `sticker` or a YAML file.
+        cost_model: `sticker` or a folder.
+        quality_model: `sticker` or a folder laid out like the bundled one.
+        override_domain: use the cost model on pictures of a domain it was not made for.
+        resamples: of the bootstrap.
+        gallery: prompts shown in the report.
+        keep_images: keep the pictures after the report is written; by default only in the sticker world, whose unsafe
+            pictures are harmless to look at. Pictures that are not kept are not shown in the report either.
+        device: where the pipeline and the models run.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: an option out of range, or the referee asked to look at prompts that choices are made on.
+    """
+
+    out: Path = Path("eval-out")
+    pipeline: str = STICKER
+    adapters: tuple[str, ...] = ("spo", "dpo")
+    strength: float = 1.0
+    n_harmful: int = 500
+    n_benign: int = 500
+    n_lookalike: int = 200
+    split: Split = "test"
+    harmful: Path | None = None
+    benign: Path | None = None
+    lookalike: Path | None = None
+    steps: int = 25
+    guidance_scale: float = 3.0
+    batch_size: int = 8
+    shard_size: int = 64
+    seed: int = 0
+    judge: Literal["cost", "referee"] = "cost"
+    policy: str = STICKER
+    cost_model: str = STICKER
+    quality_model: str = STICKER
+    override_domain: bool = False
+    resamples: int = 2000
+    gallery: int = 48
+    keep_images: bool | None = None
+    device: str = "cpu"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_harmful", "n_benign", "steps", "batch_size", "shard_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("n_lookalike", "gallery", "strength"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if (self.harmful is None) != (self.benign is None) or (self.lookalike and not self.harmful):
+            raise ConfigError("prompt files come together: give harmful and benign ones (lookalike ones may follow)")
+        if self.pipeline != STICKER and self.harmful is None:
+            raise ConfigError(
+                "the bundled prompts are for the sticker world; give files with harmful and benign prompts"
+            )
+        if self.judge == "referee" and self.harmful is None and self.split != "test":
+            raise ConfigError(
+                "the referee looks at test prompts only, so that nothing is chosen by it; use judge='cost'"
+            )
+        if self.judge == "referee" and self.pipeline != STICKER:
+            raise ConfigError("the bundled referee knows the sticker world only; use judge='cost'")
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether pictures are kept and shown."""
+        return self.pipeline == STICKER if self.keep_images is None else self.keep_images
+
+    def draw_options(self) -> DrawOptions:
+        """The part of the options that drawing needs."""
+        return DrawOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
+
+
+def run_eval(config: EvalConfig) -> RunSummary:
+    """Draw, score, summarise and report as `config` says; writes everything below `config.out`."""
+    systems = [base_system(), *parse_adapters(config.adapters, config.strength)]
+    counts = config.n_harmful, config.n_benign, config.n_lookalike
+    if config.harmful is None:
+        rows, n_dropped = sticker_rows(*counts, config.split, config.seed), 0
+    else:
+        files = (("harmful", config.harmful), ("benign", config.benign), ("lookalike", config.lookalike))
+        rows, n_dropped = file_rows(files, counts, config.seed)
+    judges = load_judges(config)
+    pipe, pipeline_name = load_pipeline(config.pipeline, config.device)
+    scores = draw_and_score(pipe, systems, rows, judges, config.out, config.draw_options(), pipeline_name)
+    facts = {
+        "pipeline": pipeline_name,
+        "systems": {system.name: dict(system.facts) for system in systems},
+        "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
+        "prompts removed because they speak of minors": n_dropped,
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+    }
+    summary = summarise_run(scores, judges, facts=facts, resamples=config.resamples, seed=config.seed)
+    write_summary(summary, config.out / "summary.json")
+    write_report(summary, scores, judges, config.out, n_gallery=config.gallery if config.shows_images else 0)
+    if not config.shows_images:
+        drop_images(config.out)
+    return summary
+
+
+def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
+    """A pipeline by `sticker`, folder or Hub id, and its name with a hash where its files are at hand."""
+    from ..generate import folder_hash
+
+    if name == STICKER:
+        from .. import sticker
+
+        return sticker.load_pipeline().to(device), f"sticker {folder_hash(sticker.pipeline_path())}"
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    local = Path(name).is_dir()
+    return pipe.to(device), f"{Path(name).name} {folder_hash(name)}" if local else name
+
+
+def _load_quality_model(folder: Path) -> Any:
+    from ..quality.clip import load_small_clip
+    from ..quality.normalise import QualityModel, Reference
+    from ..quality.realism import RealismModel
+
+    return QualityModel(
+        load_small_clip(folder / "alignment"),
+        RealismModel.from_pretrained(folder / "realism"),
+        Reference.load(folder / "reference.json"),
+    )
+
+
+def load_judges(config: EvalConfig) -> Judges:
+    """Cost model with policy, quality model, and the referee when `config.judge` asks for it."""
+    import json
+
+    from .. import sticker
+    from ..cost.vision import load_cost_model
+    from ..generate import folder_hash
+    from ..guard import Guard
+    from ..policy import load_policy
+
+    cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
+    quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
+    cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(cost_path)
+    quality = sticker.load_quality_model() if config.quality_model == STICKER else _load_quality_model(quality_path)
+    cost_model.to(config.device)
+    quality.alignment.to(config.device)
+    referee, referee_name, referee_facts = None, "", {}
+    if config.judge == "referee":
+        folder = sticker.FOLDER / "referee"
+        referee, referee_name = sticker.load_referee(), f"sticker {folder_hash(folder)}"
+        if (folder / "report.json").is_file():
+            referee_facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))["measured"]
+    return Judges(
+        guard=Guard(cost_model, load_policy(config.policy), config.override_domain),
+        quality_model=quality,
+        cost_name=f"{config.cost_model} {folder_hash(cost_path)}",
+        quality_name=f"{config.quality_model} {folder_hash(quality_path)}",
+        referee=referee,
+        referee_name=referee_name,
+        referee_facts=referee_facts,
+    )

@@ -1,0 +1,64 @@
+"""The three prompt sets of an evaluation: harmful, benign, and benign that look harmful."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+from ..prompts import PromptRow, drop_minors, read_prompts
+from ..tables import KINDS
+
+
+Split = Literal["train", "val", "test"]
+
+
+def sticker_rows(n_harmful: int, n_benign: int, n_lookalike: int, split: Split, seed: int = 0) -> list[PromptRow]:
+    """Prompts of the sticker world, so many of each kind."""
+    from ..sticker import prompt_rows
+
+    counts = zip(KINDS, (n_harmful, n_benign, n_lookalike), strict=True)
+    return [row for kind, n in counts if n for row in prompt_rows(kind, n, split, seed)]  # type: ignore[arg-type]
+
+
+def file_rows(
+    files: Sequence[tuple[str, Path | None]], counts: Sequence[int], seed: int = 0
+) -> tuple[list[PromptRow], int]:
+    """The first rows of each kind from prompt files, and how many were removed because they speak of minors.
+
+    Args:
+        files: (kind, file) pairs; the kind holds for files without such a column.
+
+    Raises:
+        ConfigError: a file holds rows of another kind than it stands for, or an id occurs in two files.
+        TableError: a file cannot be read.
+    """
+    rows: list[PromptRow] = []
+    n_dropped = 0
+    for (kind, path), count in zip(files, counts, strict=True):
+        if path is None or count == 0:
+            continue
+        found = read_prompts(path, kind=kind, seed=seed)
+        strange = sorted({row.kind for row in found if row.kind != kind})
+        if strange:
+            raise ConfigError(f"{path} stands for {kind} prompts but holds {', '.join(strange)} ones; part the file")
+        n_dropped += found.n_dropped
+        rows.extend(found.rows[:count])
+    return rows, n_dropped
+
+
+def check_rows(rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
+    """The rows that may be drawn, and how many speak of minors.
+
+    Raises:
+        ConfigError: harmful or benign prompts are missing, or rows are unlabelled.
+    """
+    kept, n_dropped = drop_minors(rows)
+    unlabelled = sum(row.kind not in KINDS for row in kept)
+    if unlabelled:
+        raise ConfigError(f"{unlabelled} prompts are unlabelled; an evaluation needs to know which are harmful")
+    for kind in ("harmful", "benign"):
+        if not any(row.kind == kind for row in kept):
+            raise ConfigError(f"there are no {kind} prompts; UAScore needs harmful and benign ones")
+    return kept, n_dropped

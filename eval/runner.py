@@ -1,0 +1,270 @@
+"""Systems x prompts -> pictures -> scores table -> summary and report.
+
+Everything lies below one folder: `images/SYSTEM/`, `scores/SYSTEM/*.parquet` (one table a shard), `scores.parquet`,
+`summary.json`, `report.html`. Whoever starts again with the same options does only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..errors import ConfigError
+from ..generate import DrawnImage, generate
+from ..guard import pipeline_domain
+from ..prompts import PromptRow
+from ..scores import ScoreFacts, percent
+from ..tables import SCORE_COLUMNS, read_rows, table_metadata, write_table
+from .metrics import Comparison, SystemSummary, compare, system_summary
+from .promptsets import check_rows
+from .scoring import Judges, score_images
+from .systems import BASE, System
+
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How pictures are drawn: denoising steps, guidance scale, batch and shard sizes, further call arguments."""
+
+    steps: int = 25
+    guidance_scale: float = 3.0
+    batch_size: int = 8
+    shard_size: int = 64
+    progress: bool = True
+    call_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What an evaluation found; `str()` prints it.
+
+    Attributes:
+        systems: by name, the base first.
+        comparisons: paired differences of UAScore, by every judge that looked.
+        facts: what a reader needs to make the same numbers again.
+    """
+
+    systems: Mapping[str, SystemSummary]
+    comparisons: tuple[Comparison, ...]
+    facts: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        comparisons = [
+            {"first": c.first, "second": c.second, "judge": c.judge, "value": c.value, "interval": list(c.interval)}
+            | {"n_harmful": c.n_harmful, "n_benign": c.n_benign}
+            for c in self.comparisons
+        ]
+        systems = {name: summary.to_dict() for name, summary in self.systems.items()}
+        return {"systems": systems, "comparisons": comparisons, "facts": dict(self.facts)}
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for summary in self.systems.values():
+            lines.append(str(summary.score))
+            if summary.referee_score is not None:
+                lines.append(str(summary.referee_score))
+                lines.extend(_referee_lines(summary))
+            if summary.lookalike is not None:
+                half = summary.lookalike
+                lines.append(
+                    f"  lookalike: mean s {half.mean_safety:.3f}, mean q {half.mean_quality:.3f}, {half.n} pictures, "
+                    f"{half.not_scored} not scored, flagged {percent(half.unsafe_rate, half.unsafe_interval)}"
+                )
+        if self.comparisons:
+            lines += ["UAScore differences, paired over prompts and seeds:", *(f"  {c}" for c in self.comparisons)]
+        for name, value in self.facts.get("referee", {}).items():
+            lines.append(f"referee {name}: {value}")
+        return "\n".join(lines)
+
+
+def draw_and_score(
+    pipe: Any,
+    systems: Sequence[System],
+    rows: Sequence[PromptRow],
+    judges: Judges,
+    out_dir: str | Path,
+    options: DrawOptions | None = None,
+    pipeline_name: str = "",
+) -> dict[str, list[Row]]:
+    """Rows of `SCORE_COLUMNS` for every system, also written to `out_dir/scores.parquet`.
+
+    Args:
+        rows: harmful, benign and lookalike prompts; every system draws the same prompts with the same seeds.
+        pipeline_name: name and hash of the base weights, which decide whether stored pictures may be reused.
+
+    Raises:
+        DomainError: the judges do not know the pipeline's domain.
+        ConfigError: kinds of prompts are missing, names repeat, or the folder holds another run.
+    """
+    options, out_dir = options or DrawOptions(), Path(out_dir)
+    names = [system.name for system in systems]
+    if len(set(names)) != len(names) or not names:
+        raise ConfigError(f"systems need names of their own, got {', '.join(names) or 'none'}")
+    judges.check_domain(pipeline_domain(pipe))
+    kept, _ = check_rows(rows)
+    scores = {
+        system.name: _run_system(pipe, system, kept, judges, out_dir, options, pipeline_name) for system in systems
+    }
+    write_table([row for part in scores.values() for row in part], out_dir / "scores.parquet", SCORE_COLUMNS)
+    return scores
+
+
+def summarise_run(
+    scores: Mapping[str, Sequence[Row]],
+    judges: Judges,
+    comparisons: Sequence[tuple[str, str]] = (),
+    facts: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> RunSummary:
+    """Numbers of every system and the paired differences asked for.
+
+    Args:
+        scores: rows by system; the first system is the base that the others are held against.
+        comparisons: pairs of names; by default each system against the base, and the second against those after it.
+
+    Raises:
+        NotScoredError: more than 1 % of a system's pictures are not scored.
+        ConfigError: a comparison names an unknown system.
+    """
+    names = list(scores)
+    pairs = list(comparisons) or default_comparisons(names)
+    unknown = sorted({name for pair in pairs for name in pair} - set(names))
+    if unknown:
+        raise ConfigError(f"no system called {', '.join(unknown)}; there are {', '.join(names)}")
+    judged = judges.referee is not None
+    known = all(row["completions_known"] for part in scores.values() for row in part)
+    facts_of = {
+        judge: ScoreFacts(
+            cost_model=judges.cost_name,
+            quality_model=judges.quality_name,
+            reference_hash=judges.quality_model.reference_hash,
+            policy=judges.guard.policy.name,
+            judge=label,
+            completions_known=known,
+        )
+        for judge, label in (("cost model", "cost model"), ("referee", f"referee {judges.referee_name}".strip()))
+    }
+    base = scores[names[0]]
+    systems = {
+        name: system_summary(
+            part, base, facts_of["cost model"], facts_of["referee"] if judged else None, resamples, seed
+        )
+        for name, part in scores.items()
+    }
+    found = [
+        compare(scores[a], scores[b], judge, resamples, seed)  # type: ignore[arg-type]
+        for judge in (("referee", "cost model") if judged else ("cost model",))
+        for a, b in pairs
+    ]
+    told = dict(facts or {}) | {"versions": versions()}
+    if judged:
+        told["referee"] = {"name": judges.referee_name} | dict(judges.referee_facts)
+    return RunSummary(systems, tuple(found), told)
+
+
+def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each system against the base, and the first adapter against every other one."""
+    return [(name, names[0]) for name in names[1:]] + [(names[1], name) for name in names[2:]]
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, and what draws and judges."""
+    found = {"t2i_spo_plugin": __version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "peft", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def write_summary(summary: RunSummary, path: str | Path) -> Path:
+    """The summary as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    return path
+
+
+def drop_images(out_dir: str | Path) -> None:
+    """Remove the pictures of a run; its scores stay."""
+    shutil.rmtree(Path(out_dir) / "images", ignore_errors=True)
+
+
+def image_path(out_dir: str | Path, row: Mapping[str, Any]) -> Path | None:
+    """Where the picture of a scores row lies; None when it was not drawn or is gone."""
+    if not row["image"]:
+        return None
+    path = Path(out_dir) / "images" / row["system"] / "images" / row["image"]
+    return path if path.is_file() else None
+
+
+def _run_system(
+    pipe: Any,
+    system: System,
+    rows: Sequence[PromptRow],
+    judges: Judges,
+    out_dir: Path,
+    options: DrawOptions,
+    pipeline_name: str,
+) -> list[Row]:
+    facts = {"pipeline": pipeline_name, "system": dict(system.facts)}
+    shards = [rows[i : i + options.shard_size] for i in range(0, len(rows), options.shard_size)]
+    paths = [out_dir / "scores" / system.name / f"{number:05d}.parquet" for number in range(len(shards))]
+    prints = [_fingerprint(shard, facts, judges, options) for shard in shards]
+    todo = [n for n, path in enumerate(paths) if not _is_current(path, prints[n])]
+    if todo:
+        with system.prepare(pipe):
+            report = generate(
+                pipe,
+                rows,
+                out_dir / "images" / system.name,
+                batch_size=options.batch_size,
+                steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                shard_size=options.shard_size,
+                progress=options.progress,
+                facts=facts,
+                call_options=options.call_options,
+            )
+        drawn = {(image.row.id, image.row.seed): image for image in report.images}
+        for number in tqdm(todo, disable=not options.progress, desc=f"scoring {system.name}", unit="shard"):
+            images: list[DrawnImage] = [drawn[row.id, row.seed] for row in shards[number]]
+            table = score_images(images, system.name, judges)
+            write_table(table, paths[number], SCORE_COLUMNS, {"fingerprint": prints[number]})
+    return [row for path in paths for row in read_rows(path, SCORE_COLUMNS)]
+
+
+def _is_current(path: Path, fingerprint: str) -> bool:
+    return path.is_file() and table_metadata(path).get("fingerprint") == fingerprint
+
+
+def _fingerprint(rows: Sequence[PromptRow], facts: Mapping[str, Any], judges: Judges, options: DrawOptions) -> str:
+    content = {
+        "rows": [repr(row) for row in rows],
+        "facts": facts,
+        "judges": judges.identity,
+        "draw": [options.steps, options.guidance_scale, dict(options.call_options)],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _referee_lines(summary: SystemSummary) -> list[str]:
+    lines = [f"  safe scene on harmful prompts: {summary.safe_scene}"]
+    for kind, rate in summary.found.items():
+        relative = f", {summary.found_relative[kind]} of the base's" if kind in summary.found_relative else ""
+        relative = relative if summary.system != BASE else ""
+        lines.append(f"  requested objects recognised, {kind}: {rate}{relative}")
+    lines.append(f"  cost model agrees with the referee: {summary.agreement}")
+    return lines
