@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,18 +47,21 @@ def attach(pipe: Any, component: str, model: Any, name: str, pairs: Mapping[str,
     """
     halves = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
     halves |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
-    if hasattr(model, "load_lora_adapter"):
-        model.load_lora_adapter(halves, prefix=None, adapter_name=name, low_cpu_mem_usage=True, _pipeline=pipe)
-    else:
-        pipe.load_lora_into_text_encoder(
-            {f"{component}.{key}": half for key, half in halves.items()},
-            network_alphas=None,
-            text_encoder=model,
-            prefix=component,
-            adapter_name=name,
-            low_cpu_mem_usage=True,
-            _pipeline=pipe,
-        )
+    with warnings.catch_warnings():
+        # A second adapter beside the first is what is wanted here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        if hasattr(model, "load_lora_adapter"):
+            model.load_lora_adapter(halves, prefix=None, adapter_name=name, low_cpu_mem_usage=True, _pipeline=pipe)
+        else:
+            pipe.load_lora_into_text_encoder(
+                {f"{component}.{key}": half for key, half in halves.items()},
+                network_alphas=None,
+                text_encoder=model,
+                prefix=component,
+                adapter_name=name,
+                low_cpu_mem_usage=True,
+                _pipeline=pipe,
+            )
     layers = dict(tuner_layers(model))
     for path, pair in pairs.items():
         if name not in getattr(layers.get(path), "lora_A", {}):
