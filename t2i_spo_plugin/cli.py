@@ -89,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"t2i_spo_plugin {__version__}")
         return 0
+    # transformers advises at every start to install torchvision, which this package does without.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if words[0] not in COMMANDS:
             raise ConfigError(f"there is no command {words[0]}; there are {', '.join(COMMANDS)}")
