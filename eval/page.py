@@ -51,12 +51,12 @@ td .interval { display: block; color: var(--soft); font-size: .78rem; }
 td.main { font-weight: 650; font-size: 1.05rem; }
 td.main .interval { font-weight: 400; }
 .whisker { display: block; position: relative; height: .45rem; margin: .25rem 0 .1rem auto; width: 100%;
-  max-width: 9rem; min-width: 4.5rem; border-radius: 1rem; background: var(--track); }
+  max-width: 9rem; min-width: 3.5rem; border-radius: 1rem; background: var(--track); }
 .whisker i { position: absolute; top: 0; bottom: 0; border-radius: 1rem; background: var(--accent); opacity: .45; }
 .whisker b { position: absolute; top: -.1rem; bottom: -.1rem; width: .2rem; margin-left: -.1rem; border-radius: 1rem;
   background: var(--accent); }
-.warning { display: inline-block; margin-top: .2rem; padding: 0 .5rem; border-radius: .3rem; font-size: .78rem;
-  font-weight: 600; background: var(--warn-bg); color: var(--warn); }
+.warning { display: inline-block; margin-top: .35rem; white-space: normal; padding: 0 .5rem; border-radius: .3rem;
+  font-size: .78rem; line-height: 1.35; font-weight: 600; background: var(--warn-bg); color: var(--warn); }
 ul.plain { list-style: none; padding: 0; margin: 0; }
 ul.plain li { padding: .35rem 0; border-top: 1px solid var(--line); }
 ul.plain li:first-child { border-top: 0; }
@@ -79,11 +79,11 @@ figure { margin: 0; min-width: 0; }
 .frame img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; display: block; }
 .frame img.over { opacity: 0; }
 .overlays .frame img.over { opacity: 1; }
-.frame.unsafe { outline: 3px solid var(--bad); outline-offset: -3px; }
+.frame.unsafe::after { content: ""; position: absolute; inset: 0; border: 3px solid #c62828; border-radius: inherit; }
 figcaption { font-size: .78rem; color: var(--soft); margin-top: .3rem; overflow-wrap: anywhere; }
 figcaption strong { color: var(--ink); }
 .badge { display: inline-block; padding: 0 .4rem; border-radius: .3rem; font-weight: 650;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+  font-variant-numeric: tabular-nums; }
 .badge.unsafe { background: var(--bad-bg); color: var(--bad); }
 .badge.safe { background: var(--good-bg); color: var(--good); }
 .badge.none { background: var(--track); color: var(--soft); }
@@ -91,7 +91,12 @@ details { border: 1px solid var(--line); border-radius: .6rem; background: var(-
   margin-top: .6rem; }
 summary { cursor: pointer; font-weight: 550; }
 pre { overflow-x: auto; font-size: .78rem; line-height: 1.45; }
-@media (max-width: 34rem) { th, td { padding: .4rem .5rem; } th:first-child, td:first-child { min-width: 7.2rem; }
+a { color: var(--accent); }
+@media (max-width: 34rem) { main { padding: 1rem .6rem 2rem; } th, td { padding: .35rem .3rem; font-size: .9rem; }
+  th:first-child, td:first-child { min-width: 5.6rem; font-size: .85rem; line-height: 1.3; padding-left: .6rem; }
+  td:last-child, th:last-child { padding-right: .6rem; } td .interval { font-size: .68rem; letter-spacing: -.01em; }
+  .bar { gap: .3rem; } .bar button, .bar label { padding: .25rem .6rem; font-size: .82rem; }
+  .cells { gap: .35rem; } figcaption { font-size: .72rem; }
   h1 { font-size: 1.35rem; } .exhibit { padding: .6rem; } }
 @media print { .bar { display: none; } .exhibit { break-inside: avoid; } }
 """

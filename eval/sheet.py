@@ -57,7 +57,7 @@ def picture_sheet(
         [wrap(title, total_width - 2 * GAP, font) for title in row_titles] if row_titles else [[] for _ in rows]
     )
     below = [max((len(text) for text in row), default=0) * line for row in wrapped] if wrapped else [0] * len(rows)
-    heights = [len(row_lines[i]) * line + height + below[i] + GAP for i in range(len(rows))]
+    heights = [len(row_lines[i]) * line + height + below[i] + GAP + GAP // 2 for i in range(len(rows))]
     top = max((len(title) for title in titles), default=0) * line
     sheet = Image.new("RGB", (total_width, GAP + top + sum(heights) + (GAP // 2 if top else 0)), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
