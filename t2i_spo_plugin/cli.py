@@ -25,7 +25,7 @@ Command = Callable[[Sequence[str]], None]
 
 
 def demo(args: Sequence[str]) -> None:
-    """Pictures without and with the safety adapter, what each costs, and the score; offline, in three minutes."""
+    """Pictures without and with the safety adapter, what each costs, and the score; offline, in minutes."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     from .demo import DemoConfig, run_demo
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny import fresh, random_adapter
 from transformers import ResNetConfig
 
 from t2i_spo_plugin import cli
@@ -167,3 +168,20 @@ def test_generate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert "at least one prompt" in capsys.readouterr().err
     assert cli.main(["generate", "--prompts", "a cat", "--pipeline", str(tmp_path / "none")]) == 2
     assert "cannot load the pipeline" in capsys.readouterr().err
+
+
+def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_path, capsys):
+    pipe = fresh("sd1")
+    pipe.save_pretrained(tmp_path / "pipe")
+    adapter = write_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
+    drawn = {}
+    for name, more in {"base": [], "zero": ["--strength", "0"], "full": []}.items():
+        options = ["--pipeline", str(tmp_path / "pipe"), "--steps", "2", "--out", str(tmp_path / name), *more]
+        options += ["--adapter", str(adapter)] if name != "base" else []
+        assert cli.main(["generate", "--prompts", "a sunny street", *options]) == 0
+        shown = capsys.readouterr().out
+        assert "not scored: no bundled cost model knows photo pictures" in shown
+        (path,) = (tmp_path / name).rglob("*.png")
+        assert str(path) in shown
+        drawn[name] = path.read_bytes()
+    assert drawn["zero"] == drawn["base"] != drawn["full"]
