@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny import SIZE, tiny_pipeline
 
+from t2i_spo_plugin import training
 from t2i_spo_plugin.adapter import read_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
 from t2i_spo_plugin.tables import PAIR_COLUMNS, write_table
@@ -24,6 +25,7 @@ from t2i_spo_plugin.training.trainer import train
 
 
 PAIRS = 6
+CONFIGS = Path(training.__file__).parent / "configs"
 
 
 def _png(seed: int) -> bytes:
@@ -362,3 +364,15 @@ def test_config_from_yaml(tmp_path):
         TrainConfig.from_yaml(path)
     with pytest.raises(ConfigError, match="cannot read"):
         TrainConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["sticker-spo", "sticker-dpo", "sd15"])
+def test_bundled_configurations_are_valid(name):
+    assert TrainConfig.from_yaml(CONFIGS / f"{name}.yaml").pairs
+
+
+def test_the_two_sticker_runs_have_one_budget_and_one_optimiser():
+    spo, dpo = (TrainConfig.from_yaml(CONFIGS / f"sticker-{name}.yaml") for name in ("spo", "dpo"))
+    for field in ("pairs", "budget", "batch_size", "rank", "learning_rate", "steps", "validate_every", "benign_share"):
+        assert getattr(spo, field) == getattr(dpo, field)
+    assert (spo.objective, dpo.objective, dpo.eta) == ("spo", "dpo", 0.0)

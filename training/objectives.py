@@ -54,7 +54,7 @@ class NoiseSchedule:
         """
         config = scheduler.config
         if getattr(scheduler, "alphas_cumprod", None) is not None:
-            alphas = scheduler.alphas_cumprod.float().cpu()
+            alphas = scheduler.alphas_cumprod.float().cpu().clamp(0.0, 1.0)
             prediction: Any = getattr(config, "prediction_type", "epsilon")
             return cls(prediction, alphas.sqrt(), (1.0 - alphas).sqrt(), torch.arange(len(alphas)))
         if "FlowMatch" in type(scheduler).__name__:

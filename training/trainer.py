@@ -13,15 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin import __version__
@@ -41,6 +40,7 @@ from .checkpoints import (
 from .config import TrainConfig
 from .data import pictures, read_pairs
 from .denoisers import Denoiser, denoiser_of, encode_prompts, text_encoders
+from .lora import fresh_adapter, frozen, placed
 from .sampling import learning_rate_factor
 from .step import LOGGED, Batches, PreferenceStep
 
@@ -90,7 +90,7 @@ def train(config: TrainConfig, pipe: Any = None, validate: Validation | None = N
         validate = validation_from_config(config)
     if config.validate_every and validate is None:
         raise ConfigError("validate_every needs validation_prompts, or a validate callable")
-    with _frozen(denoiser.module), _adapter(denoiser.module, config):
+    with frozen(denoiser.module), fresh_adapter(denoiser.module, config, _NAME):
         return _Run(config, accelerator, pipe, denoiser, validate).run()
 
 
@@ -138,7 +138,7 @@ class _Run:
         device, vae = self.accelerator.device, self.pipe.vae
         latents = ShardStore(root / f"latents-{fingerprint(vae)}-{self.resolution}")
         bar = config.progress and main
-        with _on(device, vae):
+        with placed(device, vae):
             build_latents(
                 latents,
                 pictures(config.pairs),
@@ -151,7 +151,7 @@ class _Run:
             )
         encoders = text_encoders(self.pipe)
         text = ShardStore(root / f"text-{fingerprint(*encoders)}")
-        with _on(device, *encoders):
+        with placed(device, *encoders):
             prompts = ["", *self.data.captions]
             build_text(text, prompts, lambda some: encode_prompts(self.pipe, some, device), shard=shard, progress=bar)
         self.accelerator.wait_for_everyone()
@@ -349,54 +349,6 @@ class _Run:
             "device": self.accelerator.device.type,
             "versions": _versions(),
         }
-
-
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    before = {name: value.requires_grad for name, value in module.named_parameters()}
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, value in module.named_parameters():
-            value.requires_grad_(before[name])
-
-
-@contextlib.contextmanager
-def _adapter(module: Any, config: TrainConfig) -> Iterator[None]:
-    """A new LoRA in the module, drawn from the seed, float32; taken out again at the end."""
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,
-        init_lora_weights="gaussian",
-        target_modules=list(config.targets),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        try:
-            module.add_adapter(lora, _NAME)
-        except ValueError as error:
-            raise ConfigError(f"targets {', '.join(config.targets)} do not fit the denoiser: {error}") from error
-    for value in module.parameters():
-        if value.requires_grad:
-            value.data = value.data.float()
-    try:
-        yield
-    finally:
-        module.unload_lora()
-
-
-@contextlib.contextmanager
-def _on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Modules on `device`, and back where they were afterwards."""
-    before = [next(module.parameters()).device for module in modules]
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module, place in zip(modules, before, strict=True):
-            module.to(place)
 
 
 def _native_resolution(pipe: Any, denoiser: Denoiser) -> int:
