@@ -116,6 +116,7 @@ EVERYTHING = {
     "warmup": 3,
     "schedule": "cosine",
     "gradient_accumulation": 2,
+    "batch_size": 1,
 }
 
 
