@@ -92,7 +92,7 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
     from .eval.systems import adapter_system, base_system
 
     start = time.monotonic()
-    print("The same prompts and seeds, without and with the safety adapter. No network is used.")
+    print("The same prompts and seeds, without and with the safety adapter. No network is used.", flush=True)
     stage = stage or bundled_stage(config)
     options = DrawOptions(stage.steps, stage.guidance_scale, config.batch_size, progress=config.progress)
     systems = [base_system(), adapter_system(ADAPTER, stage.adapter)]
