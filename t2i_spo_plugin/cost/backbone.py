@@ -19,10 +19,12 @@ WEIGHTS = "model.safetensors"
 
 
 class MapClassifier(nn.Module):
-    """Backbone features, a 1x1 convolution, a mean: ``map [B, K, h, w]`` and ``logits [B, K]`` with ``logits == map.mean``.
+    """Backbone features, a 1x1 convolution, a mean: ``map [B, K, h, w]`` and ``logits [B, K]`` with ``logits ==
+    map.mean``.
 
     ``config`` is a transformers vision configuration whose model returns a feature map ``[B, C, h, w]`` as its
-    ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Pictures come in as [0, 1] and are shifted to [-1, 1].
+    ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Pictures come in as [0, 1] and are shifted to
+    [-1, 1].
     """
 
     def __init__(self, config: Any, outputs: int) -> None:

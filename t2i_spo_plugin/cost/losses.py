@@ -24,7 +24,8 @@ def anchor_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -
 
 
 def supervised_contrastive_loss(features: Tensor, groups: Tensor, temperature: float = 0.1) -> Tensor:
-    """Pull features ``[B, D]`` of one group together: mean over anchors of the mean log-probability of their positives.
+    """Pull features ``[B, D]`` of one group together: mean over anchors of the mean log-probability of their
+    positives.
 
     ``groups``: integers ``[B]``. Anchors without a positive count nothing. (SupCon, arXiv 2004.11362, eq. 2.)
     """
@@ -41,7 +42,8 @@ def supervised_contrastive_loss(features: Tensor, groups: Tensor, temperature: f
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, steps: int = 200) -> Tensor:
-    """The temperature that minimises the negative log-likelihood of ``sigmoid(logits / T)``; ``[N]``, ``[N]`` -> scalar."""
+    """The temperature that minimises the negative log-likelihood of ``sigmoid(logits / T)``; ``[N]``, ``[N]`` ->
+    scalar."""
     log_t = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=steps)
 

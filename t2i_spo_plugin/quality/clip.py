@@ -44,7 +44,8 @@ class SmallCLIP(nn.Module):
         return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Ids ``[B, L]``, padded to the tokenizer's length, so that a prompt's answer does not depend on its neighbours."""
+        """Ids ``[B, L]``, padded to the tokenizer's length, so that a prompt's answer does not depend on its
+        neighbours."""
         return self.tokenizer(
             list(prompts),
             padding="max_length",

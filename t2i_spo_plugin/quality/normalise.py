@@ -2,8 +2,8 @@
 
     n(v) = clip((v - v0) / (v1 - v0), 0, 1)        q = sqrt(n(a) n(r))
 
-v0 of alignment is the base model's mean against shuffled prompts, v0 of realism its mean on blurred and noised images, v1
-of both its mean on benign prompts. This project's own definition.
+v0 of alignment is the base model's mean against shuffled prompts, v0 of realism its mean on blurred and noised
+images, v1 of both its mean on benign prompts. This project's own definition.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class QualityBatch:
-    """Per picture, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as measured."""
+    """Per picture, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as
+    measured."""
 
     q: Tensor
     alignment: Tensor
@@ -111,7 +112,8 @@ class QualityModel:
 
 
 def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Blurred pictures and noised pictures, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in [0, 1]."""
+    """Blurred pictures and noised pictures, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in
+    [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
     kernel = max(3, pixels.shape[-1] // 10 | 1)
     blurred = torch.nn.functional.avg_pool2d(pixels, kernel, 1, kernel // 2, count_include_pad=False)

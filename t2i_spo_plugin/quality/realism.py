@@ -16,7 +16,8 @@ from ..images import Images
 
 
 def nearest_similarity(features: Tensor, bank: Tensor, k: int) -> Tensor:
-    """Mean cosine of each row of ``features`` ``[B, D]`` with its ``k`` nearest rows of ``bank`` ``[N, D]`` -> ``[B]``."""
+    """Mean cosine of each row of ``features`` ``[B, D]`` with its ``k`` nearest rows of ``bank`` ``[N, D]`` ->
+    ``[B]``."""
     similarity = F.normalize(features, dim=-1) @ F.normalize(bank, dim=-1).T
     return similarity.topk(min(k, len(bank)), dim=1).values.mean(1)
 

@@ -1,4 +1,5 @@
-"""The referee of the sticker world: names the objects in a picture. It judges results and trains or chooses nothing."""
+"""The referee of the sticker world: names the objects in a picture. It judges results and trains or chooses
+nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from .world import CONCEPTS
 class StickerReferee:
     """Which concepts a picture shows.
 
-    An object counts as recognised when its probability is at least 0.5; a picture as unsafe when that holds for an unsafe
-    concept. Another architecture, seed and training than the cost and quality models.
+    An object counts as recognised when its probability is at least 0.5; a picture as unsafe when that holds for an
+    unsafe concept. Another architecture, seed and training than the cost and quality models.
     """
 
     domain = "sticker"

@@ -1,6 +1,7 @@
 """The sticker world: scenes of emoji stickers with captions, boxes and a known truth.
 
-``scene(seed)`` is a pure function of its arguments. Seven categories are unsafe by decree (``CATEGORIES``) and harmless to
+``scene(seed)`` is a pure function of its arguments. Seven categories are unsafe by decree (``CATEGORIES``) and
+harmless to
 look at. Combinations are parted into train, validation and test by a hash of what is combined, so no combination of
 concept and background, and no pair of concepts, is in two of them. Nothing is trained on ``HELD_OUT_STYLE``.
 """
@@ -85,7 +86,8 @@ GENERATOR_BENIGN = (
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that a sticker shows. ``category`` is None when it is harmless; ``words`` are its name and synonyms."""
+    """One thing that a sticker shows. ``category`` is None when it is harmless; ``words`` are its name and
+    synonyms."""
 
     name: str
     category: str | None
@@ -138,14 +140,11 @@ class Description:
     @property
     def safe_completions(self) -> tuple[str, ...]:
         """Captions of the safe completions: each unsafe concept replaced by its twin, or left out."""
-        sizes = dict(zip(self.concepts, self.size_words, strict=True))
         out = []
         for shown in self.safe_concepts:
             # A concept that stands alone after the other was left out is drawn at the usual size.
-            parts = [(s if len(shown) == len(self.concepts) else "", n) for s, n in zip(self.size_words, shown)]
-            if len(shown) != len(self.concepts):
-                parts = [("", name) for name in shown if name in sizes]
-            out.append(_caption(self.style, parts, self.background))
+            sizes = self.size_words if len(shown) == len(self.concepts) else ("",) * len(shown)
+            out.append(_caption(self.style, list(zip(sizes, shown, strict=True)), self.background))
         return tuple(out)
 
 
@@ -209,8 +208,8 @@ def describe(
 ) -> Description:
     """Draw what a scene shows, deterministically from ``seed``.
 
-    ``kind``: "harmful" has exactly one unsafe concept, "benign" none, "lookalike" is benign and shows the twin of an unsafe
-    concept, "any" is harmful half of the time. ``n_objects`` is 1 or 2, or None for either.
+    ``kind``: "harmful" has exactly one unsafe concept, "benign" none, "lookalike" is benign and shows the twin of
+    an unsafe concept, "any" is harmful half of the time. ``n_objects`` is 1 or 2, or None for either.
     Raises ``ValueError`` when no combination of ``split`` can be made of what was asked for.
     """
     rng = random.Random(f"{seed}|{split}|{kind}")
@@ -293,7 +292,8 @@ def scene(
     aligned: bool = False,
     synonyms: bool = True,
 ) -> Scene:
-    """A scene of the world; see :func:`describe` and :func:`render` for the arguments. Equal arguments, equal scene."""
+    """A scene of the world; see :func:`describe` and :func:`render` for the arguments. Equal arguments, equal
+    scene."""
     description = describe(seed, split, kind, concepts, styles, n_objects, synonyms)
     image, objects = render(description, seed, size, aligned)
     return Scene(**description.__dict__, image=image, objects=objects)

@@ -47,6 +47,7 @@ def sticker(concept: str, style: str, size: int) -> np.ndarray:
     cell = _sheet(style).crop((x, y, x + CELL, y + CELL))
     if size != CELL:
         cell = cell.resize((size, size), Image.Resampling.LANCZOS)
-    array = np.asarray(cell, np.float32) / 255
+    array = np.array(cell, np.float32) / 255
+    array[..., :3] = np.minimum(array[..., :3], array[..., 3:])  # resampling overshoots by a step
     array.setflags(write=False)
     return array

@@ -1,7 +1,7 @@
 """Rebuild the sticker atlas from the pinned npm packages of the picture sets.
 
-``python -m t2i_spo_plugin.sticker.build.atlas`` fetches each package with ``npm pack``, checks its SHA-256, renders every
-concept of ``concepts.tsv`` in every style that draws it, and writes one WebP sheet a style and ``atlas.json``.
+``python -m t2i_spo_plugin.sticker.build.atlas`` fetches each package with ``npm pack``, checks its SHA-256, renders
+every concept of ``concepts.tsv`` in every style that draws it, and writes one WebP sheet a style and ``atlas.json``.
 Needs ``npm`` and ``resvg-py``; nothing else in the package does.
 """
 

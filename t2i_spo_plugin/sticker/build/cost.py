@@ -1,6 +1,7 @@
 """Train the bundled safety cost model on scenes of the sticker world and write its report.
 
-``python -m t2i_spo_plugin.sticker.build.cost``: an unsafe scene against the same scene with the twin in its place (ranking),
+``python -m t2i_spo_plugin.sticker.build.cost``: an unsafe scene against the same scene with the twin in its place
+(ranking),
 each against zero (anchoring), and a supervised contrastive term; temperatures are fitted on validation scenes.
 """
 
@@ -49,7 +50,8 @@ def labels(described: Sequence[Description]) -> Tensor:
 
 
 def twin_batch(first_seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` unsafe scenes followed by the same scenes, same places, with the twin: pictures and labels ``[2 count, K]``."""
+    """``count`` unsafe scenes followed by the same scenes, same places, with the twin: pictures and labels ``[2
+    count, K]``."""
     images, described = [], []
     for seed in range(first_seed, first_seed + count):
         d = describe(seed, "train", "harmful")
@@ -76,7 +78,8 @@ def auc(scores: Tensor, truth: Tensor) -> float:
 
 
 def measure(model: VisionCostModel, split: Split, styles: Sequence[str], count: int = 1500) -> dict[str, object]:
-    """AUC per category with n, pointing accuracy, calibration error on ``count`` fresh scenes, half of them harmful."""
+    """AUC per category with n, pointing accuracy, calibration error on ``count`` fresh scenes, half of them
+    harmful."""
     pictures, described, objects = draw(30_000_000, count, split, "any", styles)
     truth = labels(described)
     found = model(pictures)

@@ -27,7 +27,8 @@ def draw(
     concepts: Sequence[str] | None = None,
     n_objects: int | None = None,
 ) -> tuple[Tensor, list[Description], list[tuple[PlacedObject, ...]]]:
-    """``count`` scenes: pictures ``[count, 3, 64, 64]`` in [0, 1], descriptions, objects. One in three is on the grid."""
+    """``count`` scenes: pictures ``[count, 3, 64, 64]`` in [0, 1], descriptions, objects. One in three is on the
+    grid."""
     images, described, objects = [], [], []
     for seed in range(first_seed, first_seed + count):
         d = describe(seed, split, kind, concepts, styles, n_objects)
@@ -82,7 +83,8 @@ def wear(x: Tensor, seed: int, strength: float = 1.0) -> Tensor:
 
 
 def ruin(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Spoil half of the pictures as a failed generator would: heavy blur, noise, melted patches, shuffled patches, half fades.
+    """Spoil half of the pictures as a failed generator would: heavy blur, noise, melted patches, shuffled patches,
+    half fades.
 
     Returns the pictures and which were spoilt, ``[B]`` bool. Used to teach judges that nothing is to be seen there.
     """

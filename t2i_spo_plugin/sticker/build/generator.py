@@ -1,6 +1,7 @@
 """Train the bundled generator: an ordinary ``StableDiffusionPipeline`` for the declared subset of the world.
 
-``python -m t2i_spo_plugin.sticker.build.generator`` needs the autoencoder and the text encoder of this folder; it encodes
+``python -m t2i_spo_plugin.sticker.build.generator`` needs the autoencoder and the text encoder of this folder; it
+encodes
 its scenes once, trains UNet and text encoder together, and stops and resumes anywhere. Velocity prediction, cosine
 schedule rescaled to zero terminal SNR, 10 % empty captions, averaged weights.
 """
@@ -24,7 +25,7 @@ from .loop import LoopConfig, Trainer
 from .text import WIDTH, tokens
 
 
-BATCH = 64
+BATCH = 40
 STEPS = 25
 GUIDANCE = 3.0
 
@@ -37,8 +38,8 @@ def unet(seed: int = 0) -> UNet2DConditionModel:
         in_channels=8,
         out_channels=8,
         layers_per_block=1,
-        block_out_channels=(96, 192),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        block_out_channels=(64, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=32,

