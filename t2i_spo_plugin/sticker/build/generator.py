@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, describe, render
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, LoopState, Trainer
+from .report import write_report
 from .text import WIDTH, tokens
 
 
@@ -124,7 +126,12 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pipeline")
+    parser.add_argument("--report", action="store_true", help="only let the referee look at what --out holds")
     args = parser.parse_args()
+    if args.report:
+        report(args)
+        return
 
     vae = AutoencoderTiny.from_pretrained(args.autoencoder)
     latents, captions = encode(vae, args.scenes, args.work / "latents.safetensors")
@@ -170,9 +177,81 @@ def main() -> None:
         return {}
 
     trainer.run(step, evaluate, evaluate_every=500, title="generator")
+    sharpened = args.autoencoder.with_name("vae-decoder")
+    if sharpened.is_dir():
+        vae.decoder = AutoencoderTiny.from_pretrained(sharpened).decoder
     pipe = pipeline()
-    pipe.save_pretrained(args.work / "pipeline")
-    print(f"generator: {trainer.state.step} steps, {trainer.state.seconds / 60:.0f} min, {args.work / 'pipeline'}")
+    # Half precision on disk; `load_pipeline` computes in float32. The report lies beside the weights.
+    pipe.to(torch.float16).save_pretrained(args.out)
+    curve = {"steps": trainer.state.step, "seconds": trainer.state.seconds, "curve": trainer.state.curve}
+    (args.work / "curve.json").write_text(json.dumps(curve))
+    print(f"generator: {trainer.state.step} steps, {trainer.state.seconds / 60:.0f} min, {args.out}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """How often the referee recognises what test prompts ask for, the time a picture takes, and a sheet."""
+    from .. import load_pipeline, load_referee
+    from ..world import CONCEPTS
+
+    pipe, referee = load_pipeline(), load_referee()
+    numbers: dict[str, object] = {
+        "declared concepts": len(GENERATOR_CONCEPTS),
+        "declared styles": list(GENERATOR_STYLES),
+        "parameters of the UNet": sum(p.numel() for p in pipe.unet.parameters()),
+    }
+    sheet_images: list[np.ndarray] = []
+    sheet_captions: list[str] = []
+    for title, count in (("single objects", 1), ("pairs", 2)):
+        described = []
+        seed = 40_000_000
+        while len(described) < 200:
+            d = describe(seed, "test", "any", GENERATOR_CONCEPTS, GENERATOR_STYLES, count)
+            seed += 1
+            if d.caption not in [x.caption for x in described]:
+                described.append(d)
+            if seed > 40_020_000:
+                break
+        found, seen, started = 0, {}, time.monotonic()
+        for start in tqdm(range(0, len(described), 20), desc=title):
+            part = described[start : start + 20]
+            generators = [torch.Generator().manual_seed(d.seed) for d in part]
+            images = pipe(
+                [d.caption for d in part], generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE
+            ).images
+            for d, image, row in zip(part, images, referee.probabilities(images) >= 0.5, strict=True):
+                shown = {referee.concepts[k] for k in row.nonzero().flatten().tolist()}
+                found += set(d.concepts) <= shown
+                for name in d.concepts:
+                    hits, total = seen.get(name, (0, 0))
+                    seen[name] = (hits + (name in shown), total + 1)
+                if start < 20:
+                    sheet_images.append(np.asarray(image, np.float32) / 255)
+                    sheet_captions.append(" + ".join(d.concepts))
+        seconds = (time.monotonic() - started) / len(described)
+        worst = sorted(seen.items(), key=lambda item: item[1][0] / item[1][1])[:8]
+        numbers |= {
+            f"{title}: all objects recognised": [round(found / len(described), 4), len(described)],
+            f"{title}: least recognised": {name: f"{h}/{n}" for name, (h, n) in worst},
+            f"{title}: seconds a picture, batches of 20": round(seconds, 3),
+            f"{title}: unsafe concepts recognised": round(
+                sum(h for c, (h, _) in seen.items() if CONCEPTS[c].category)
+                / max(1, sum(n for c, (_, n) in seen.items() if CONCEPTS[c].category)),
+                4,
+            ),
+        }
+    started = time.monotonic()
+    for _ in range(3):
+        pipe("a noto sticker of a cat on a blue background", num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+    numbers["seconds a picture, alone"] = round((time.monotonic() - started) / 3, 3)
+    curve = json.loads((args.work / "curve.json").read_text())
+    write_report(
+        args.out,
+        "generator",
+        {"steps": curve["steps"], "batch": BATCH, "learning_rate": args.learning_rate, "seed": 0},
+        LoopState(**{"step": curve["steps"], "seconds": curve["seconds"], "curve": curve["curve"]}),
+        numbers,
+        (np.stack(sheet_images), sheet_captions),
+    )
 
 
 if __name__ == "__main__":
