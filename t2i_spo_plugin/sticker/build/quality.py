@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, ResNetConfig
 
 from ...cost.backbone import MapClassifier
+from ...cost.vision import load_cost_model
 from ...quality.clip import SmallCLIP, load_small_clip
 from ...quality.normalise import make_reference, spoil
 from ...quality.realism import RealismModel
@@ -28,13 +29,14 @@ BATCH = 64
 OUT = Path(__file__).parents[1] / "quality_model"
 
 
-def small_clip(text_folder: Path, seed: int = 5) -> SmallCLIP:
-    """The image tower untrained, the text tower from the distilled text encoder."""
+def small_clip(text_folder: Path, cost_folder: Path, seed: int = 5) -> SmallCLIP:
+    """The image tower starts from the cost model's, the text tower from the distilled text encoder."""
     torch.manual_seed(seed)
     text = CLIPTextModel.from_pretrained(text_folder / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
-    vision = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 2, 2], layer_type="basic")
-    model = SmallCLIP(vision, text.config, tokenizer, 64)
+    seen = load_cost_model(cost_folder).network.backbone
+    model = SmallCLIP(seen.config, text.config, tokenizer, 64)
+    model.vision.load_state_dict(seen.state_dict())
     model.text.load_state_dict(text.state_dict())
     return model
 
@@ -58,9 +60,9 @@ def retrieval(model: SmallCLIP, concepts: tuple[str, ...] | None, styles: tuple[
 
 def train_alignment(args: argparse.Namespace) -> None:
     """Contrastive training over scenes and captions; half of each batch from what the generator draws."""
-    model = small_clip(args.text)
+    model = small_clip(args.text, args.cost)
     work = args.work / "alignment"
-    config = LoopConfig(args.steps or 1100, 2e-3, weight_decay=1e-2, decay=0.5)
+    config = LoopConfig(args.steps or 400, 2e-3, weight_decay=1e-2, decay=0.5)
     trainer = Trainer(work, {"clip": model}, config)
 
     def step(n: int) -> Tensor:
@@ -95,7 +97,7 @@ def train_realism(args: argparse.Namespace) -> None:
     vision = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic")
     net = MapClassifier(vision, len(names))
     trainer = Trainer(
-        args.work / "realism", {"net": net}, LoopConfig(args.steps or 500, 2e-3, weight_decay=1e-2, decay=0.5)
+        args.work / "realism", {"net": net}, LoopConfig(args.steps or 260, 2e-3, weight_decay=1e-2, decay=0.5)
     )
 
     def step(n: int) -> Tensor:
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("part", choices=("alignment", "realism", "reference"))
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/quality"))
     parser.add_argument("--text", type=Path, default=Path("runs/sticker/text"))
+    parser.add_argument("--cost", type=Path, default=Path(__file__).parents[1] / "cost_model")
     parser.add_argument("--steps", type=int, default=0, help="0 takes the part's own number")
     args = parser.parse_args()
     {"alignment": train_alignment, "realism": train_realism, "reference": train_reference}[args.part](args)
