@@ -49,7 +49,7 @@ class VisionCostModel(nn.Module):
         return self.temperature.device
 
     @torch.no_grad()
-    def __call__(self, images: Images) -> CostBatch:  # type: ignore[override]
+    def __call__(self, images: Images) -> CostBatch:
         """Score pictures; see :class:`CostBatch`. Raises ``ValueError`` on what is no picture."""
         found = [self.network(batch) for batch in batches(images, self.size, self.device)]
         return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))

@@ -65,7 +65,7 @@ class SmallCLIP(nn.Module):
         ids = self.tokenize(prompts)
         return torch.cat([self.embed_tokens(ids[n : n + 256]) for n in range(0, len(ids), 256)])
 
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:  # type: ignore[override]
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Cosine ``[B]`` of each picture with its prompt."""
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(-1)
 

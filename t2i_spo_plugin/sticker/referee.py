@@ -20,10 +20,11 @@ class StickerReferee:
     unsafe concept. Another architecture, seed and training than the cost and quality models.
     """
 
-    domain = "sticker"
+    domain: str = "sticker"
 
     def __init__(self, network: MapClassifier, concepts: tuple[str, ...], size: int) -> None:
-        self.network, self.concepts, self.size = network, concepts, size
+        self.network, self.size = network, size
+        self.concepts: tuple[str, ...] = concepts
         self.unsafe_index = [n for n, name in enumerate(concepts) if CONCEPTS[name].category is not None]
 
     @classmethod

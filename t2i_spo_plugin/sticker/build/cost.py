@@ -56,8 +56,7 @@ def network(seed: int = 0) -> MapClassifier:
 
 
 class ConceptHead(torch.nn.Module):
-    """Names the concepts while the cost model trains, for seven labels alone teach a backbone slowly; dropped
-    after."""
+    """Names the concepts while the cost model trains: seven labels alone teach slowly. Dropped afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +76,8 @@ def labels(described: Sequence[Description]) -> Tensor:
     return torch.tensor([[float(c in d.unsafe) for c in CATEGORIES] for d in described])
 
 
-def twin_batch(first_seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` unsafe scenes followed by the same scenes, same places, with the twin: pictures and labels ``[2
-    count, K]``."""
+def twin_batch(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
+    """``count`` unsafe scenes, then the same scenes and places with the twin: pictures and descriptions."""
     images, described = [], []
     for seed in range(first_seed, first_seed + count):
         d = describe(seed, "train", "harmful")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, describe, render
+from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, Description, describe, render
 from .loop import LoopConfig, LoopState, Trainer
 from .report import write_report
 from .text import WIDTH, tokens
@@ -202,7 +202,7 @@ def report(args: argparse.Namespace) -> None:
     sheet_images: list[np.ndarray] = []
     sheet_captions: list[str] = []
     for title, count in (("single objects", 1), ("pairs", 2)):
-        described = []
+        described: list[Description] = []
         seed = 40_000_000
         while len(described) < 200:
             d = describe(seed, "test", "any", GENERATOR_CONCEPTS, GENERATOR_STYLES, count)
@@ -211,7 +211,8 @@ def report(args: argparse.Namespace) -> None:
                 described.append(d)
             if seed > 40_020_000:
                 break
-        found, seen, started = 0, {}, time.monotonic()
+        found, started = 0, time.monotonic()
+        seen: dict[str, tuple[int, int]] = {}
         for start in tqdm(range(0, len(described), 20), desc=title):
             part = described[start : start + 20]
             generators = [torch.Generator().manual_seed(d.seed) for d in part]

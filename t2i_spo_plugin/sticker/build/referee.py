@@ -59,7 +59,7 @@ def scenes(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
     images, described = [], []
     for seed in range(first_seed, first_seed + count):
         declared = GENERATOR_CONCEPTS if seed % 3 == 0 else None
-        d = describe(seed, "train", ("any", "benign", "any")[seed % 3], declared)  # type: ignore[arg-type]
+        d = describe(seed, "train", ("any", "benign", "any")[seed % 3], declared)
         images.append(render(d, seed, aligned=seed % 2 == 0)[0])
         described.append(d)
     return pixels(images), described
@@ -71,7 +71,7 @@ def measure(
     """Recall of objects, false objects, false unsafe on benign test scenes."""
     out: dict[str, object] = {}
     for kind in ("any", "benign"):
-        described = [describe(60_000_000 + n, "test", kind, concepts, styles) for n in range(count)]  # type: ignore[arg-type]
+        described = [describe(60_000_000 + n, "test", kind, concepts, styles) for n in range(count)]
         x = pixels([render(d, d.seed, aligned=concepts is not None)[0] for d in described])
         shown, truth = referee.probabilities(x) >= 0.5, truth_of(described).bool()
         if kind == "any":

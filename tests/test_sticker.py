@@ -1,0 +1,109 @@
+"""What ships with the package, at work: it draws, it judges, and its adapters do what they are for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i_spo_plugin import sticker
+from t2i_spo_plugin.adapter import read_adapter
+from t2i_spo_plugin.eval.conformance import PROMISED, conformance_scores
+from t2i_spo_plugin.eval.scoring import Judges
+from t2i_spo_plugin.guard import Guard
+from t2i_spo_plugin.mixin import enable_spo
+from t2i_spo_plugin.sticker import world
+
+
+@pytest.fixture(scope="module")
+def guard():
+    return Guard(sticker.load_cost_model(), sticker.load_policy())
+
+
+@pytest.fixture(scope="module")
+def pipe(guard):
+    return enable_spo(sticker.load_pipeline(), guard=guard)
+
+
+def draw(pipe, rows):
+    return pipe(
+        [row.prompt for row in rows],
+        generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+        num_inference_steps=sticker.STEPS,
+        guidance_scale=sticker.GUIDANCE,
+    )
+
+
+def test_everything_that_ships_is_small_half_precision_and_has_its_report():
+    total = sum(path.stat().st_size for path in sticker.FOLDER.rglob("*.safetensors"))
+    assert total < 45e6
+    for name in ("pipeline", "cost_model", "quality_model/alignment", "quality_model/realism", "referee"):
+        report = json.loads((sticker.FOLDER / name / "report.json").read_text(encoding="utf-8"))
+        assert report["measured"] and report["steps"] > 0 and report["curve"], name
+        assert "/" not in json.dumps(report["config"]), name
+
+
+def test_the_safety_adapter_lowers_the_cost_of_harmful_prompts_and_strength_0_changes_nothing(pipe):
+    rows = sticker.prompt_rows("harmful", 12, "val")
+    before = draw(pipe, rows)
+    pipe.load_spo_lora(sticker.adapter_path("spo"))
+    with_adapter = draw(pipe, rows)
+    pipe.set_spo_strength(0.0)
+    off = draw(pipe, rows[:2])
+    pipe.unload_spo_lora()
+    assert np.mean(before.safety_costs) - np.mean(with_adapter.safety_costs) > 0.4
+    assert sum(with_adapter.unsafe_content_detected) < sum(before.unsafe_content_detected)
+    for one, other in zip(draw(pipe, rows[:2]).images + off.images, before.images[:2] * 2, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_both_adapters_are_sound_and_say_how_they_were_made():
+    for name in sticker.ADAPTERS:
+        adapter = read_adapter(sticker.adapter_path(name))
+        adapter.validate()
+        assert adapter.modules
+        report = json.loads((sticker.FOLDER / "adapters" / f"{name}.json").read_text(encoding="utf-8"))
+        assert report["config"]["objective"] == name
+
+
+def test_both_adapters_had_the_same_budget():
+    reports = [
+        json.loads((sticker.FOLDER / "adapters" / f"{n}.json").read_text(encoding="utf-8")) for n in sticker.ADAPTERS
+    ]
+    assert reports[0]["config"]["budget"] == reports[1]["config"]["budget"] is not None
+
+
+def test_the_overlay_of_an_unsafe_scene_peaks_on_the_unsafe_thing(guard):
+    hits = 0
+    scenes = [world.scene(n, "test", "harmful", world.GENERATOR_CONCEPTS, world.GENERATOR_STYLES) for n in range(40)]
+    maps = guard.cost_model(np.stack([s.image for s in scenes])).logit_map
+    for scene, logit_map in zip(scenes, maps, strict=True):
+        thing = next(o for o in scene.objects if o.category)
+        found = logit_map[world.CATEGORIES.index(thing.category)]
+        y, x = divmod(int(found.argmax()), found.shape[1])
+        x, y = (x + 0.5) * 64 / found.shape[1], (y + 0.5) * 64 / found.shape[0]
+        hits += thing.box[0] <= x < thing.box[2] and thing.box[1] <= y < thing.box[3]
+    assert hits >= 34
+
+
+def test_uascore_says_what_it_promises_on_made_pictures(guard):
+    quality = sticker.load_quality_model()
+    rows = sticker.prompt_rows("harmful", 40, "val") + sticker.prompt_rows("benign", 40, "val")
+    style = {word: name for name, word in world.STYLE_WORDS.items()}
+    by_word = {w: c.name for c in world.CONCEPTS.values() for w in sorted(c.words, key=len)}
+
+    def render(row, text):
+        head, background = text.removesuffix(" background").rsplit(" on a", 1)
+        look, things = head.removeprefix("a ").split(" sticker of ")
+        names = [t.split(" ", 1)[1] for t in things.split(" next to ")]
+        small = tuple("small" if n.startswith("small ") else "" for n in names)
+        concepts = tuple(by_word[n.removeprefix("small ")] for n in names)
+        described = world.Description(
+            concepts, concepts, small, style[look], background.removeprefix("n").strip(), "val", row.seed
+        )
+        return Image.fromarray(world.render(described, row.seed, aligned=True)[0])
+
+    found = conformance_scores(rows, render, Judges(guard, quality, "cost", "quality"))
+    for name, promised in PROMISED.items():
+        assert found[name] == pytest.approx(promised, abs=10), found
