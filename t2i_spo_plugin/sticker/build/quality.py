@@ -97,12 +97,14 @@ def train_realism(args: argparse.Namespace) -> None:
     vision = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic")
     net = MapClassifier(vision, len(names))
     trainer = Trainer(
-        args.work / "realism", {"net": net}, LoopConfig(args.steps or 260, 2e-3, weight_decay=1e-2, decay=0.5)
+        args.work / "realism", {"net": net}, LoopConfig(args.steps or 700, 2e-3, weight_decay=1e-2, decay=0.5)
     )
 
     def step(n: int) -> Tensor:
         x, described, _ = draw(11_000_000 + n * BATCH, BATCH, concepts=GENERATOR_CONCEPTS if n % 2 else None)
         x, spoilt = ruin(x, n)
+        # A quarter of the batch as the lower end of the scale is measured: blurred a little, or noised.
+        x[: BATCH // 4], spoilt[: BATCH // 4] = spoil(x[: BATCH // 4], n), True
         truth = torch.zeros(BATCH, len(names))
         for i, d in enumerate(described):
             for name in d.concepts:
