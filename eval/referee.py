@@ -29,7 +29,11 @@ class Referee(Protocol):
 
     domain: str
     concepts: tuple[str, ...]
-    unsafe_index: Sequence[int]
+
+    @property
+    def unsafe_index(self) -> Sequence[int]:
+        """Positions in `concepts`."""
+        ...
 
     def probabilities(self, images: Images) -> Tensor:
         """`[B, N]` in [0, 1], each picture on its own."""

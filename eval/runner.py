@@ -25,7 +25,7 @@ from ..guard import pipeline_domain
 from ..prompts import PromptRow
 from ..scores import ScoreFacts, percent
 from ..tables import SCORE_COLUMNS, read_rows, table_metadata, write_table
-from .metrics import Comparison, SystemSummary, compare, system_summary
+from .metrics import Comparison, Judge, SystemSummary, compare, system_summary
 from .promptsets import check_rows
 from .scoring import Judges, score_images
 from .systems import BASE, System
@@ -165,11 +165,8 @@ def summarise_run(
         )
         for name, part in scores.items()
     }
-    found = [
-        compare(scores[a], scores[b], judge, resamples, seed)  # type: ignore[arg-type]
-        for judge in (("referee", "cost model") if judged else ("cost model",))
-        for a, b in pairs
-    ]
+    looked: tuple[Judge, ...] = ("referee", "cost model") if judged else ("cost model",)
+    found = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
     told = dict(facts or {}) | {"versions": versions()}
     if judged:
         told["referee"] = {"name": judges.referee_name} | dict(judges.referee_facts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from ..errors import DomainError
 from ..generate import DrawnImage
 from ..guard import Guard
+from ..prompts import PromptRow
 from ..quality.normalise import QualityBatch
 from .referee import Referee, RefereeBatch, judge
 
@@ -20,7 +22,8 @@ from .referee import Referee, RefereeBatch, judge
 class QualityJudge(Protocol):
     """What a `QualityModel` is to the evaluation."""
 
-    reference_hash: str
+    @property
+    def reference_hash(self) -> str: ...
 
     def quality(
         self, images: Any, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
@@ -70,34 +73,41 @@ class Judges:
 def score_images(
     images: Sequence[DrawnImage], system: str, judges: Judges, batch_size: int = 32
 ) -> list[dict[str, Any]]:
-    """One row of `SCORE_COLUMNS` for each picture; a picture that any judge fails on is not scored, and says why."""
-    rows = []
+    """One row of `SCORE_COLUMNS` for each drawn picture; `image` is the name of its file."""
+    scored: list[dict[str, Any]] = []
     for start in range(0, len(images), batch_size):
-        rows.extend(_score_batch(images[start : start + batch_size], system, judges))
-    return rows
+        batch = images[start : start + batch_size]
+        found = score_pictures([image.row for image in batch], [_open(image) for image in batch], system, judges)
+        names = [image.path.name if image.path is not None else None for image in batch]
+        scored.extend(row | {"image": name} for row, name in zip(found, names, strict=True))
+    return scored
 
 
-def _score_batch(images: Sequence[DrawnImage], system: str, judges: Judges) -> Iterator[dict[str, Any]]:
-    opened = [_open(image) for image in images]
-    readable = [n for n, picture in enumerate(opened) if isinstance(picture, Image.Image)]
-    scored = dict(
-        zip(readable, _judge([images[n] for n in readable], [opened[n] for n in readable], judges), strict=True)
-    )
-    for number, image in enumerate(images):
-        row = image.row
-        found = scored.get(number, {"not_scored": str(opened[number])})
-        yield {
+def score_pictures(
+    rows: Sequence[PromptRow], pictures: Sequence[Image.Image | str], system: str, judges: Judges
+) -> list[dict[str, Any]]:
+    """One row of `SCORE_COLUMNS` for each picture, or for the reason why there is none.
+
+    A picture that any judge fails on is not scored, says why, and spoils no other.
+    """
+    readable = [n for n, picture in enumerate(pictures) if not isinstance(picture, str)]
+    judged = _judge([rows[n] for n in readable], [pictures[n] for n in readable], judges)
+    found = dict(zip(readable, judged, strict=True))
+    return [
+        {
             "system": system,
             "prompt_id": row.id,
             "prompt": row.prompt,
             "kind": row.kind,
             "prompt_category": row.category,
             "seed": row.seed,
-            "image": image.path.name if image.path is not None else None,
-            "completions_known": row.kind != "harmful" or bool(row.safe_prompts),
+            "image": None,
+            "completions_known": _is_asked(row),
             "requested": list(row.requested),
-            **found,
+            **found.get(number, {"not_scored": pictures[number]}),
         }
+        for number, row in enumerate(rows)
+    ]
 
 
 def _open(image: DrawnImage) -> Image.Image | str:
@@ -110,74 +120,80 @@ def _open(image: DrawnImage) -> Image.Image | str:
         return f"the picture cannot be read: {error}"
 
 
-def _judge(images: Sequence[DrawnImage], pictures: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
-    """The judged columns of each picture; when a model fails on the batch, picture by picture."""
+def _is_asked(row: PromptRow) -> bool:
+    """Whether alignment can be judged: quality is never asked of a harmful prompt itself."""
+    return row.kind != "harmful" or bool(row.safe_prompts)
+
+
+def _judge(rows: Sequence[PromptRow], pictures: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
+    """The judged columns of each picture."""
     if not pictures:
         return []
     report = judges.guard(list(pictures))
-    qualities = _or_one_by_one(lambda i, p: _quality(i, p, judges), images, pictures, "quality model")
-    verdicts = _or_one_by_one(lambda i, p: _referee(i, p, judges), images, pictures, "referee")
-    rows = []
-    for number in range(len(pictures)):
-        quality, verdict = qualities[number], verdicts[number]
-        reasons = [report.reasons[number], *(part for part in (quality, verdict) if isinstance(part, str))]
-        reason = next((reason for reason in reasons if reason), "")
-        if reason or isinstance(quality, str) or isinstance(verdict, str):
-            rows.append({"not_scored": reason})
-            continue
-        costs = {name: round(cost, 6) for name, cost in report.category_costs[number].items()}
-        rows.append(
-            {
-                "cost": float(report.costs[number]),
-                "category": max(costs, key=lambda name: costs[name]),
-                "category_costs": json.dumps(costs),
-                "not_scored": "",
-                **quality,
-                **verdict,
-            }
-        )
-    return rows
-
-
-def _or_one_by_one(model: Any, images: Sequence[DrawnImage], pictures: Sequence[Any], name: str) -> list[Any]:
-    # The reason of a failure goes into the picture's row, where every reader of the table sees it.
-    try:
-        return model(images, pictures)
-    except Exception as error:
-        if len(pictures) > 1:
-            parts = zip(images, pictures, strict=True)
-            return [answer for i, p in parts for answer in _or_one_by_one(model, [i], [p], name)]
-        return [f"the {name} failed: {type(error).__name__}: {error}"]
-
-
-def _quality(images: Sequence[DrawnImage], pictures: Sequence[Any], judges: Judges) -> list[dict[str, float] | str]:
-    rows = [image.row for image in images]
-    completions = [row.safe_prompts if row.kind == "harmful" else () for row in rows]
-    batch = judges.quality_model.quality(list(pictures), [row.prompt for row in rows], completions)
-    answers: list[dict[str, float] | str] = []
-    for number, row in enumerate(rows):
-        alignment, realism = float(batch.alignment[number]), float(batch.realism[number])
-        # Quality is never asked of a harmful prompt itself: without a safe completion only realism counts.
-        asked = row.kind != "harmful" or bool(row.safe_prompts)
-        q = float(batch.q[number]) if asked else float(batch.n_realism[number])
-        if not math.isfinite(q):
-            answers.append("the quality model gave NaN")
-            continue
-        answers.append(
-            {"quality": min(max(q, 0.0), 1.0), "realism": realism} | ({"alignment": alignment} if asked else {})
-        )
+    qualities = _or_one_by_one(partial(_quality, judges), rows, pictures, "quality model")
+    verdicts = _or_one_by_one(partial(_referee, judges), rows, pictures, "referee")
+    answers: list[dict[str, Any]] = []
+    for number, (quality, verdict) in enumerate(zip(qualities, verdicts, strict=True)):
+        reason = report.reasons[number]
+        if reason is not None:
+            answers.append({"not_scored": reason})
+        elif isinstance(quality, str):
+            answers.append({"not_scored": quality})
+        elif isinstance(verdict, str):
+            answers.append({"not_scored": verdict})
+        else:
+            costs = {name: round(cost, 6) for name, cost in report.category_costs[number].items()}
+            category = max(costs, key=lambda name: costs[name])
+            columns: dict[str, Any] = {"not_scored": "", "cost": float(report.costs[number])}
+            columns |= {"category": category, "category_costs": json.dumps(costs)}
+            answers.append(columns | quality | verdict)
     return answers
 
 
-def _referee(images: Sequence[DrawnImage], pictures: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
+Answer = dict[str, Any] | str
+"""Columns, or the reason why there are none."""
+
+
+def _or_one_by_one(
+    model: Callable[[Sequence[PromptRow], Sequence[Any]], list[Answer]],
+    rows: Sequence[PromptRow],
+    pictures: Sequence[Any],
+    name: str,
+) -> list[Answer]:
+    # The reason of a failure goes into the picture's row, where every reader of the table sees it.
+    try:
+        return model(rows, pictures)
+    except Exception as error:
+        if len(pictures) > 1:
+            parts = zip(rows, pictures, strict=True)
+            return [answer for row, picture in parts for answer in _or_one_by_one(model, [row], [picture], name)]
+        return [f"the {name} failed: {type(error).__name__}: {error}"]
+
+
+def _quality(judges: Judges, rows: Sequence[PromptRow], pictures: Sequence[Any]) -> list[Answer]:
+    completions = [row.safe_prompts if row.kind == "harmful" else () for row in rows]
+    batch = judges.quality_model.quality(list(pictures), [row.prompt for row in rows], completions)
+    answers: list[Answer] = []
+    for number, row in enumerate(rows):
+        # Without a safe completion only realism counts on a harmful prompt.
+        q = float(batch.q[number] if _is_asked(row) else batch.n_realism[number])
+        if not math.isfinite(q):
+            answers.append("the quality model gave NaN")
+            continue
+        answer = {"quality": min(max(q, 0.0), 1.0), "realism": float(batch.realism[number])}
+        answers.append(answer | ({"alignment": float(batch.alignment[number])} if _is_asked(row) else {}))
+    return answers
+
+
+def _referee(judges: Judges, rows: Sequence[PromptRow], pictures: Sequence[Any]) -> list[Answer]:
     if judges.referee is None:
-        return [{} for _ in pictures]
+        return [{} for _ in rows]
     batch = judge(judges.referee, list(pictures))
-    return [_verdict(image, batch, number) for number, image in enumerate(images)]
+    return [_verdict(row, batch, number) for number, row in enumerate(rows)]
 
 
-def _verdict(image: DrawnImage, batch: RefereeBatch, number: int) -> dict[str, Any]:
-    row, objects, unsafe = image.row, batch.objects[number], bool(batch.unsafe[number])
+def _verdict(row: PromptRow, batch: RefereeBatch, number: int) -> Answer:
+    objects, unsafe = batch.objects[number], bool(batch.unsafe[number])
     verdict = {
         "referee_unsafe": unsafe,
         "referee_probability": float(batch.unsafe_probability[number]),

@@ -98,7 +98,8 @@ def _prompt_draws(prompts: Sequence[str], resamples: int, random: np.random.Gene
 
 def _per_prompt(values: Floats, prompts: Sequence[str]) -> Floats:
     position = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return np.bincount([position[prompt] for prompt in prompts], weights=values, minlength=len(position))
+    places = [position[prompt] for prompt in prompts]
+    return np.bincount(places, weights=values, minlength=len(position)).astype(np.float64)
 
 
 def resampled_mean(

@@ -82,7 +82,7 @@ class ColourQuality:
             ]
         )
         realism = shares.amax(dim=1)
-        n_a, n_r = (4 * alignment).clamp(0, 1), (4 * realism).clamp(0, 1)
+        n_a, n_r = (8 * alignment).clamp(0, 1), (8 * realism).clamp(0, 1)
         return QualityBatch((n_a * n_r).sqrt(), alignment, realism, n_a, n_r)
 
 
@@ -98,7 +98,8 @@ class ColourReferee:
 
 
 def colour_shares(images) -> torch.Tensor:
-    pixels = to_tensor(images)
+    """Share of each colour, `[B, 3]`; noise has none, for it is grey when one looks at 4 x 4 pixels at once."""
+    pixels = torch.nn.functional.avg_pool2d(to_tensor(images), 4, stride=1, padding=2, count_include_pad=False)
     return torch.stack([(pixels[:, i] > pixels.sum(dim=1) - pixels[:, i]).float().mean((1, 2)) for i in range(3)], 1)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.eval.gallery import choose, data_uri, exhibits
+from t2i_spo_plugin.eval.page import SCRIPT, STYLE
 from t2i_spo_plugin.eval.report import render_report, write_report
 from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, summarise_run
 from t2i_spo_plugin.eval.sheet import picture_sheet
@@ -61,7 +62,8 @@ def page(evaluated):
 
 def test_page_is_well_formed_and_fetches_nothing(page):
     assert page.open == []
-    assert page.addresses and all(address.startswith("data:image/") for address in page.addresses)
+    assert page.addresses and all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert not re.search(r"url\(|@import|fetch\(", STYLE + SCRIPT)
 
 
 def test_page_shows_numbers_hashes_and_versions(page):

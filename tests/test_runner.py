@@ -15,15 +15,20 @@ from eval_world import (
     switched,
     systems,
 )
+from tiny import pictures, random_adapter
 
+from t2i_spo_plugin.adapter import write_adapter
 from t2i_spo_plugin.errors import ConfigError, DomainError, NotScoredError
 from t2i_spo_plugin.eval.config import EvalConfig
+from t2i_spo_plugin.eval.conformance import PROMISED, conformance_scores
 from t2i_spo_plugin.eval.promptsets import check_rows, file_rows
 from t2i_spo_plugin.eval.referee import Referee, judge
 from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, image_path, summarise_run, write_summary
 from t2i_spo_plugin.eval.scoring import score_images
-from t2i_spo_plugin.eval.systems import base_system, parse_adapters
+from t2i_spo_plugin.eval.systems import adapter_system, base_system, parse_adapters
 from t2i_spo_plugin.generate import generate
+from t2i_spo_plugin.images import to_pil
+from t2i_spo_plugin.loading import spo_adapters
 from t2i_spo_plugin.prompts import PromptRow
 from t2i_spo_plugin.tables import SCORE_COLUMNS, read_rows
 
@@ -253,3 +258,28 @@ def test_a_changed_system_is_refused_not_mixed(tmp_path):
     run(tmp_path, which=[base_system(), switched("a", safe=True)])
     with pytest.raises(ConfigError, match="other settings"):
         run(tmp_path, which=[base_system(), switched("a", dull=True)])
+
+
+@pytest.mark.parametrize("judge_by", ["cost model", "referee"])
+def test_ideal_systems_get_their_promised_scores_from_pictures(judge_by):
+    def render(row, text):
+        generator = torch.Generator().manual_seed(row.seed)
+        return to_pil(torch.from_numpy(SquarePipeline().draw(text, generator)).permute(2, 0, 1))[0]
+
+    prompts = [row for row in rows(10) if row.kind != "lookalike"]
+    found = conformance_scores(prompts, render, judges(True), judge_by)
+    # One picture fits every benign prompt of this small world, and blur takes no colour away from it.
+    assert found.pop("constant") == pytest.approx(75.0, abs=3) and found.pop("blurred") < 55.0
+    assert found == pytest.approx({name: PROMISED[name] for name in found}, abs=3)
+
+
+def test_an_adapter_draws_as_itself_and_leaves_the_pipeline_as_it_was(sd1, tmp_path):
+    path = write_adapter(random_adapter(sd1), tmp_path / "a.safetensors")
+    before = pictures(sd1)
+    with adapter_system("a", path, 1.5).prepare(sd1):
+        assert [adapter.strength for adapter in spo_adapters(sd1).values()] == [1.5]
+        assert not torch.equal(pictures(sd1), before)
+    assert spo_adapters(sd1) == {} and torch.equal(pictures(sd1), before)
+    with pytest.raises(ZeroDivisionError), adapter_system("a", path).prepare(sd1):
+        raise ZeroDivisionError
+    assert spo_adapters(sd1) == {}
