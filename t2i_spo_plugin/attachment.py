@@ -36,15 +36,18 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
         _restore_requires_grad(model, flags)
 
 
-def attach(pipe: Any, component: str, model: Any, name: str, pairs: Mapping[str, LoraPair], before: Snapshot) -> None:
-    """Add `pairs` (by module path of `model`) as the adapter `name`, switched off, frozen, with exact alphas.
+def attach(
+    pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], strength: float, before: Snapshot
+) -> None:
+    """Add `pairs` (by module path) as the adapter `name` with `strength`, frozen, exact alphas, beside the others.
 
-    Diffusers does the injection, which knows about offloading, quantised layers and devices. It is given no alphas: it
-    would find them by patterns. They are set on the layers afterwards.
+    Diffusers does the injection, which knows about offloading, quantised layers and devices. It is given no alphas,
+    which it would look for by patterns: they are set on the layers afterwards.
 
     Raises:
         AdapterError: a module did not take its pair.
     """
+    model = getattr(pipe, component)
     halves = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
     halves |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
     with warnings.catch_warnings():
@@ -67,17 +70,17 @@ def attach(pipe: Any, component: str, model: Any, name: str, pairs: Mapping[str,
         if name not in getattr(layers.get(path), "lora_A", {}):
             raise AdapterError(f"{component}.{path} did not take the adapter")
         layers[path].lora_alpha[name] = pair.alpha
-        layers[path].set_scale(name, 1.0)
+        layers[path].set_scale(name, strength if strength > 0.0 else 1.0)
     config = model.peft_config[name]
     config.lora_alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     config.alpha_pattern = {f"^{path}": pair.alpha for path, pair in pairs.items() if pair.alpha != config.lora_alpha}
-    before.restore_others(model)
+    before.restore_others(model, name if strength > 0.0 else None)
 
 
 def detach(model: Any, name: str) -> None:
     """Remove the adapter `name`; layers that carry no adapter any more are the base model's own again."""
-    flags = _requires_grad(model)
     if set(getattr(model, "peft_config", {})) - {name}:
+        flags = _requires_grad(model)
         # Switched off first: PEFT would make some other adapter active in its place.
         switch([model], name, 0.0)
         if hasattr(model, "delete_adapters"):
@@ -87,6 +90,7 @@ def detach(model: Any, name: str) -> None:
                 layer.delete_adapter(name)
             model.peft_config.pop(name, None)
         _unwrap(model, only_empty=True)
+        _restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
     else:
@@ -94,7 +98,6 @@ def detach(model: Any, name: str) -> None:
         if hasattr(model, "peft_config"):
             del model.peft_config
         model._hf_peft_config_loaded = False
-    _restore_requires_grad(model, flags)
 
 
 class Snapshot:
@@ -105,11 +108,11 @@ class Snapshot:
         self.scaling = {path: dict(getattr(layer, "scaling", {})) for path, layer in tuner_layers(model)}
         self.flags = _requires_grad(model)
 
-    def restore_others(self, model: Any) -> None:
-        """Everything as before, for the adapters that were there before; new parameters are frozen."""
+    def restore_others(self, model: Any, also: str | None = None) -> None:
+        """Everything as before, for the adapters that were there before; the adapter `also` is on, and frozen."""
         default = next(iter(self.active.values()), [])
         for path, layer in tuner_layers(model):
-            active = self.active.get(path, default)
+            active = [*self.active.get(path, default), *([] if also is None else [also])]
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
             for name, scale in self.scaling.get(path, {}).items():

@@ -128,9 +128,8 @@ def load_spo_lora(
     snapshots = {name: Snapshot(components[name]) for name in matched}
     try:
         for name, pairs in matched.items():
-            attach(pipe, name, components[name], adapter_name, pairs, snapshots[name])
+            attach(pipe, name, adapter_name, pairs, strength, snapshots[name])
             setattr(components[name].peft_config[adapter_name], RECORD, record)
-        switch([components[name] for name in matched], adapter_name, strength)
     except BaseException as error:
         for name, snapshot in snapshots.items():
             snapshot.restore(components[name], adapter_name)

@@ -69,6 +69,7 @@ def test_a_file_changes_the_picture_and_strength_0_and_unload_restore_it_bit_for
     assert (drawn - base).abs().max() > 0.01
     assert record.modules == len(random_adapter(pipe).modules) and record.source == "a.safetensors"
     set_spo_strength(pipe, 0.0)
+    assert pipe.get_active_adapters() == []
     assert torch.equal(pictures(pipe), base)
     set_spo_strength(pipe, 1.0)
     assert torch.equal(pictures(pipe), drawn)
