@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import RegNetConfig
@@ -55,14 +56,26 @@ def truth_of(described: Sequence[Description]) -> Tensor:
 
 
 def scenes(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
-    """Training scenes, every third from what the generator draws."""
+    """Training scenes, two of three from what the generator draws."""
     images, described = [], []
     for seed in range(first_seed, first_seed + count):
-        declared = GENERATOR_CONCEPTS if seed % 3 == 0 else None
+        declared = GENERATOR_CONCEPTS if seed % 3 else None
         d = describe(seed, "train", ("any", "benign", "any")[seed % 3], declared)
         images.append(render(d, seed, aligned=seed % 2 == 0)[0])
         described.append(d)
     return pixels(images), described
+
+
+def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
+    """Each concept against zero, and all against each other: the second term teaches what the first one calibrates."""
+    apart = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=torch.tensor(2.0), reduction="none").sum(1)
+    together = -(truth / truth.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
+    return (apart + together).mean()
+
+
+def nothing(logits: Tensor) -> Tensor:
+    """A spoilt picture shows no concept."""
+    return 0.2 * F.softplus(logits).sum(1).mean()
 
 
 def measure(
@@ -96,7 +109,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/referee"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "referee")
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     net = network()
@@ -113,15 +126,8 @@ def main() -> None:
                 x[:half] = (vae.decoder(vae.encoder(x[:half] * 2 - 1)) / 2 + 0.5).clamp(0, 1)
         x, spoilt = ruin(x, n) if n % 3 == 0 else (x, torch.zeros(BATCH, dtype=torch.bool))
         truth = truth_of(described)
-        logits = net(wear(x, n))[0][~spoilt], net(x[spoilt])[0] if spoilt.sum() > 1 else None
-        loss = (
-            torch.nn.functional.binary_cross_entropy_with_logits(logits[0], truth[~spoilt], reduction="none")
-            .sum(1)
-            .mean()
-        )
-        if logits[1] is not None:
-            loss = loss + 0.2 * torch.nn.functional.softplus(logits[1]).sum(1).mean()
-        return loss
+        logits = net(wear(x, n))[0][~spoilt]
+        return loss_of(logits, truth[~spoilt]) + (nothing(net(x[spoilt])[0]) if spoilt.sum() > 1 else 0.0)
 
     state = trainer.run(step, title="referee")
     net.eval()
