@@ -101,11 +101,10 @@ def detach(model: Any, name: str) -> None:
 
 
 class Snapshot:
-    """What attaching an adapter changes besides adding it: who is active, how strongly, and what is trainable."""
+    """What attaching an adapter changes besides adding it: who is active, and what is trainable."""
 
     def __init__(self, model: Any) -> None:
         self.active = {path: list(layer.active_adapters) for path, layer in tuner_layers(model)}
-        self.scaling = {path: dict(getattr(layer, "scaling", {})) for path, layer in tuner_layers(model)}
         self.flags = _requires_grad(model)
 
     def restore_others(self, model: Any, also: str | None = None) -> None:
@@ -115,8 +114,6 @@ class Snapshot:
             active = [*self.active.get(path, default), *([] if also is None else [also])]
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
-            for name, scale in self.scaling.get(path, {}).items():
-                layer.scaling[name] = scale
         _restore_requires_grad(model, self.flags)
 
     def restore(self, model: Any, name: str) -> None:
