@@ -130,7 +130,7 @@ def stored_results(path: Path = RESULTS) -> str:
     """The full run's table as it came with the package, or that there is none; with the command that makes it."""
     command = f"{spo_command()} {' '.join(FULL_RUN)}"
     if not path.is_file():
-        return f"No full results come with this installation. `{command}` makes them; it takes hours on two cores."
+        return f"No full results come with this installation. `{command}` makes them; it takes a while on two cores."
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
         halves = next(iter(content["systems"].values()))["score"]
@@ -140,7 +140,7 @@ def stored_results(path: Path = RESULTS) -> str:
         raise SPOError(f"{path} is not the summary of an evaluation; `{command}` makes it anew") from error
     return (
         f"The full run, as stored with the package: {counts[0]} harmful and {counts[1]} benign prompts.\n{table}\n"
-        f"`{command}` makes it again; it takes hours on two cores."
+        f"`{command}` makes it again; it takes a while on two cores."
     )
 
 
