@@ -25,7 +25,7 @@ def pair(rank=4, alpha=2.0, seed=0, dtype=torch.float32):
 def adapter(architecture=SD1, dtype=torch.float32, **extra):
     component = "unet" if architecture == SD1 else "transformer"
     generator = torch.Generator().manual_seed(1)
-    kernel, out = torch.randn(2, 3, 3, 3, generator=generator), torch.randn(5, 2, 1, 1, generator=generator)
+    kernel, out = torch.randn(3, 3, 3, 3, generator=generator), torch.randn(6, 3, 1, 1, generator=generator)
     conv = LoraPair(kernel.to(dtype), out.to(dtype), 3.0)
     modules = {f"{component}.{Q}": pair(dtype=dtype), f"{component}.{CONV}": conv}
     return Adapter(modules, AdapterFacts(architecture, "v_prediction", "Test ü", dict(extra)))
@@ -88,6 +88,15 @@ def test_the_header_says_what_user_interfaces_ask_for(tmp_path, monkeypatch):
     write_adapter(adapter(), path)
     assert raw_header(path)[0]["__metadata__"]["modelspec.date"] == "1970-01-02T00:00:00Z"
     assert "modelspec.date" not in read_adapter(path).facts.extra
+
+
+def test_every_tensor_lies_where_it_can_be_viewed_in_place(tmp_path):
+    header, data = raw_header(write_adapter(adapter(dtype=torch.float16), tmp_path / "a.safetensors"))
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    ends = sorted(entry["data_offsets"] for entry in entries.values())
+    assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])] and ends[-1][1] == len(data)
+    assert {entry["dtype"] for entry in entries.values()} == {"F16", "F32"}
+    assert all(entry["data_offsets"][0] % {"F16": 2, "F32": 4}[entry["dtype"]] == 0 for entry in entries.values())
 
 
 def test_upstream_reads_every_tensor(tmp_path):

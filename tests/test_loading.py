@@ -186,6 +186,15 @@ def test_an_inactive_adapter_stays_inactive(sd1, tmp_path):
     assert_same_state(before, state_of(sd1))
 
 
+def test_unloading_the_only_active_adapter_activates_no_other(sd1, tmp_path):
+    with_style(sd1, tmp_path)
+    load_spo_lora(sd1, random_adapter(sd1))
+    sd1.set_adapters(["spo"], [1.0])
+    unload_spo_lora(sd1)
+    assert sd1.get_active_adapters() == [] and sd1.get_list_adapters() == {"unet": ["style"]}
+    assert torch.equal(pictures(sd1), base_picture("sd1"))
+
+
 def test_two_safety_adapters_have_strengths_of_their_own(sd1):
     load_spo_lora(sd1, random_adapter(sd1, seed=1), adapter_name="first")
     only_first = pictures(sd1)

@@ -290,9 +290,10 @@ def test_the_users_callback_goes_on_working(sd1):
 
 def test_a_callback_object_brings_its_tensors(sd1):
     class Halve(PipelineCallback):
-        tensor_inputs = ["latents"]
+        tensor_inputs = ["latents", "prompt_embeds"]
 
         def callback_fn(self, pipe, step, timestep, tensors):
+            assert sorted(tensors) == self.tensor_inputs
             return {"latents": tensors["latents"] * 0.5}
 
     enable_spo(sd1)
