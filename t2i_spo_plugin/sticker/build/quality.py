@@ -112,7 +112,7 @@ def train_alignment(args: argparse.Namespace) -> None:
     model = small_clip(args.text, args.cost)
     worn, worn_described = redrawn(args.redrawn, args.work.parent / "redrawn.safetensors")
     work = args.work / "alignment"
-    config = LoopConfig(args.steps or 900, 2e-3, weight_decay=1e-2, decay=0.5)
+    config = LoopConfig(args.steps or 1700, 2e-3, weight_decay=1e-2, decay=0.5)
     trainer = Trainer(work, {"clip": model}, config)
 
     def step(n: int) -> Tensor:

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/referee"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "referee")
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     net = network()
