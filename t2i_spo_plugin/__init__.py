@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
     from .errors import ImageError as ImageError
+    from .errors import IncompatibleAdapterError as IncompatibleAdapterError
+    from .errors import InvalidAdapterError as InvalidAdapterError
     from .errors import MissingExtraError as MissingExtraError
     from .errors import NotScoredError as NotScoredError
     from .errors import PipelineError as PipelineError
     from .errors import PolicyError as PolicyError
     from .errors import SPOError as SPOError
     from .errors import TableError as TableError
+    from .errors import UnreadableAdapterError as UnreadableAdapterError
+    from .errors import UnsupportedAdapterError as UnsupportedAdapterError
     from .guard import Guard as Guard
     from .guard import SafetyReport as SafetyReport
     from .guard import pipeline_domain as pipeline_domain
@@ -60,6 +64,8 @@ _HOMES = {
     "DomainError": "errors",
     "Guard": "guard",
     "ImageError": "errors",
+    "IncompatibleAdapterError": "errors",
+    "InvalidAdapterError": "errors",
     "LoadedAdapter": "loading",
     "LoraPair": "adapter",
     "MissingExtraError": "errors",
@@ -72,6 +78,8 @@ _HOMES = {
     "SPOLoraLoaderMixin": "mixin",
     "SafetyReport": "guard",
     "TableError": "errors",
+    "UnreadableAdapterError": "errors",
+    "UnsupportedAdapterError": "errors",
     "adapter_facts": "loading",
     "adapter_of": "loading",
     "architecture_of": "architecture",
