@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked before anything else opens the file.
 
-Pure Python, and bounded in time and memory whatever the bytes are: eight bytes of length (little endian), so many bytes
-of JSON, then the weights, without a gap and to the last byte.
+Pure Python, and bounded in time and memory whatever the bytes are: eight bytes of length (little endian), so many
+bytes of JSON, then the weights, without a gap and to the last byte.
 """
 
 from __future__ import annotations
@@ -114,13 +114,15 @@ def parse_json(text: bytes, what: str) -> Any:
     """The value of JSON that nobody vouches for.
 
     Raises:
-        UnreadableAdapterError: too large, too many parts, too deep, a key twice in one mapping, or no JSON; the sentence
-            begins with `what`.
+        UnreadableAdapterError: too large, too many parts, too deep, a key twice in one mapping, or no JSON; the
+            sentence begins with `what`.
     """
     if len(text) > MAX_HEADER:
         raise UnreadableAdapterError(f"{what} has {len(text):,} bytes, more than {MAX_HEADER:,}")
-    bare = _STRING.sub(b"", text.replace(b"\\\\", b"").replace(b'\\"', b""))
-    if sum(bare.count(mark) for mark in (b"{", b"[", b",", b":")) > _MAX_MARKS:
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if bare.count(b'"') <= _MAX_MARKS:
+        bare = _STRING.sub(b"", bare)
+    if sum(bare.count(mark) for mark in (b'"', b"{", b"[", b",", b":")) > _MAX_MARKS:
         raise UnreadableAdapterError(f"{what} has too many parts")
     if _MANY_DIGITS.search(bare):
         raise UnreadableAdapterError(f"{what} holds a number of more than 19 digits")
@@ -186,7 +188,9 @@ def _tensors(content: Mapping[str, Any], data_size: int) -> dict[str, TensorEntr
     for name, entry in content.items():
         _check_name(name)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise UnreadableAdapterError(f"the tensor {shown(name)} needs dtype, shape and data_offsets, and nothing else")
+            raise UnreadableAdapterError(
+                f"the tensor {shown(name)} needs dtype, shape and data_offsets, and nothing else"
+            )
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str):
             raise UnreadableAdapterError(f"the tensor {shown(name)} names no type")
@@ -200,7 +204,9 @@ def _tensors(content: Mapping[str, Any], data_size: int) -> dict[str, TensorEntr
             raise UnreadableAdapterError(f"the data_offsets of {shown(name)} are no begin and end")
         begin, end = offsets
         if end > data_size:
-            raise UnreadableAdapterError(f"the tensor {shown(name)} ends at byte {end:,}, the weights at {data_size:,}: it is cut off")
+            raise UnreadableAdapterError(
+                f"the tensor {shown(name)} ends at byte {end:,}, the weights at {data_size:,}: it is cut off"
+            )
         tensors[name] = TensorEntry(dtype, tuple(shape))
         if tensors[name].num_bytes() != end - begin:
             raise UnreadableAdapterError(
