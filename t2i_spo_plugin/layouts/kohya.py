@@ -35,8 +35,8 @@ _NAMES_WITH_UNDERSCORES = frozenset(
     "encoder_hid_proj linear_1 linear_2 mid_block motion_modules out_proj position_embedding proj_in proj_out k_proj "
     "q_proj self_attn temporal_transformer text_model text_projection time_emb_proj time_embedding to_add_out to_k "
     "to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj visual_projection "
-    "context_embedder ff_context guidance_embedder norm1_context norm_out proj_mlp single_transformer_blocks "
-    "text_embedder time_text_embed timestep_embedder x_embedder".split()
+    "context_embedder ff_context guidance_embedder norm1_context norm_out pos_embed proj_mlp "
+    "single_transformer_blocks text_embedder time_text_embed timestep_embedder x_embedder".split()
 )
 _LONGEST = max(name.count("_") + 1 for name in _NAMES_WITH_UNDERSCORES)
 
