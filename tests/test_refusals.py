@@ -259,6 +259,12 @@ def test_a_huge_file_is_refused_by_its_names_before_its_weights_are_read(tmp_pat
     assert time.process_time() - start < 2.0
 
 
+@pytest.mark.parametrize("source", ["x" * 5000, "\0", "~no_such_user_at_all/x", "a/\0.safetensors", ""], ids=range(5))
+def test_what_is_no_path_is_refused(source, shared):
+    with pytest.raises(errors.AdapterError):
+        load_spo_lora(shared, source)
+
+
 def test_the_pipeline_draws_as_before_after_all_of_them(sources, shared):
     assert torch.equal(pictures(shared), base_picture("sd1"))
 
