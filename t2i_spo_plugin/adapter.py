@@ -10,7 +10,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from .errors import AdapterError
 from .layouts import LoraPair
 
 
-__all__ = ["Adapter", "AdapterFacts", "LoraPair", "find_adapter_file", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterFacts",
+    "LoraPair",
+    "find_adapter_file",
+    "read_adapter",
+    "read_tensors",
+    "write_adapter",
+    "write_atomically",
+]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "sample")
 MAX_SCALE = 1000.0
@@ -136,27 +145,38 @@ def read_adapter(path: str | Path) -> Adapter:
         AdapterError: no such file, not a safetensors file, an unknown layout, or weights that `validate` refuses.
     """
     path = find_adapter_file(path)
+    tensors, metadata, peft_config = read_tensors(path)
+    try:
+        modules = layouts.decode(tensors, metadata, peft_config)
+        return Adapter(modules, facts_from_header(metadata)).validate()
+    except AdapterError as error:
+        raise AdapterError(f"{path.name}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
+    """The tensors and the header of a safetensors file, and the `adapter_config.json` beside it, not yet understood.
+
+    Raises:
+        AdapterError: the file or the configuration is not readable.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        modules = layouts.decode(tensors, metadata, _peft_config(path))
-        return Adapter(modules, _facts_from_header(metadata)).validate()
-    except AdapterError as error:
-        raise AdapterError(f"{path.name}: {error}") from error
+    return tensors, metadata, _peft_config(path)
 
 
-def write_adapter(adapter: Adapter, path: str | Path) -> Path:
+def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
     """Write `adapter` as safetensors, atomically; equal adapters give equal bytes.
 
     SD1, SD2 and SDXL are written in the kohya layout with alpha, all others in the native layout with alpha folded
-    into B. There is no date unless SOURCE_DATE_EPOCH is set.
+    into B, unless `layout` names another one of `layouts.LAYOUTS`. There is no date unless SOURCE_DATE_EPOCH is set.
 
     Raises:
-        AdapterError: the adapter is not valid, does not name its architecture, or `path` does not end in .safetensors.
+        AdapterError: the adapter is not valid, does not name its architecture, has a module that the layout cannot
+            name, or `path` does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -164,14 +184,16 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
     adapter.validate()
     if not adapter.facts.base_architecture:
         raise AdapterError("an adapter must name its base architecture, so that loading can check it")
-    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture)
+    layout = layout or layouts.default_layout(adapter.facts.base_architecture)
+    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture, layout)
     # Wide types first, as safetensors itself does: readers view the bytes in place and need them aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     data = [_bytes(tensors[name]) for name in names]
     digest = hashlib.sha256()
     for part in data:
         digest.update(part)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(_header(adapter, digest.hexdigest()).items()))}
+    metadata = _header(adapter, digest.hexdigest(), layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, part in zip(names, data, strict=True):
         tensor = tensors[name]
@@ -183,20 +205,23 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
         offset += len(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
+    write_atomically(path, [struct.pack("<Q", len(text)), text, *data])
+    return path
+
+
+def write_atomically(path: Path, parts: Sequence[bytes]) -> None:
+    """Write `parts` one after the other; the file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for part in data:
+            for part in parts:
                 file.write(part)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
 def find_adapter_file(path: str | Path) -> Path:
@@ -242,7 +267,12 @@ def normalise_architecture(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def _facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+    """What the header of an adapter file says, ours or another program's.
+
+    Raises:
+        AdapterError: the prediction type is none that exists.
+    """
     architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
     if not architecture:
         version = metadata.get("ss_base_model_version", "")
@@ -264,9 +294,8 @@ def _is_own_fact(key: str) -> bool:
     return key.startswith("spo.") and key not in _OUR_KEYS
 
 
-def _header(adapter: Adapter, digest: str) -> dict[str, str]:
-    facts = adapter.facts
-    folded = facts.base_architecture not in layouts.KOHYA_ARCHITECTURES
+def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
+    facts, folded = adapter.facts, layout == "native"
     ranks = {pair.rank for pair in adapter.modules.values()}
     alphas = {float(pair.rank) if folded else pair.alpha for pair in adapter.modules.values()}
     architecture = facts.base_architecture
@@ -293,6 +322,8 @@ def _header(adapter: Adapter, digest: str) -> dict[str, str]:
         header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
     if facts.base_architecture in _KOHYA_VERSIONS:
         header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+    if layout == "diffusers":
+        header |= layouts.diffusers.alpha_metadata(adapter.modules)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is not None:
         header["modelspec.date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(epoch)))

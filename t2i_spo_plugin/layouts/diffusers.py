@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +33,17 @@ _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)$")
 _PEFT_PREFIX = "base_model.model."
 
 
-def matches(keys: list[str]) -> bool:
+METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps the alphas in a file's header."""
+
+
+def matches(keys: Sequence[str]) -> bool:
     return bool(keys) and all(key.split(".", 1)[0] in COMPONENTS for key in keys)
+
+
+def is_lora_key(key: str) -> bool:
+    begins_well = key.startswith(_PEFT_PREFIX) or key.split(".", 1)[0] in COMPONENTS
+    return begins_well and key.endswith((".alpha", *_SUFFIXES))
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, LoraPair]:
@@ -42,7 +52,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     Raises:
         AdapterError: a key is of another method, or the header's adapter metadata is not readable.
     """
-    text = metadata.get("lora_adapter_metadata")
+    text = metadata.get(METADATA_KEY)
     try:
         prefixed = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
@@ -83,6 +93,73 @@ def decode_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None)
         {f"{component}.{name}": halves for name, halves in parts.items()},
         {f"{component}.{name}": alpha for name, alpha in alphas.items()},
     )
+
+
+def encode(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """A diffusers file's tensors; its alphas are `alpha_metadata`."""
+    return {
+        f"{name}.lora_{letter}.weight": half
+        for name, pair in modules.items()
+        for letter, half in (("A", pair.down), ("B", pair.up))
+    }
+
+
+def alpha_metadata(modules: Mapping[str, LoraPair]) -> dict[str, str]:
+    """The header entry in which diffusers finds the ranks and alphas of every component."""
+    components = sorted({name.partition(".")[0] for name in modules})
+    fields = {
+        f"{component}.{field}": value
+        for component in components
+        for field, value in _config(_paths(modules, component)).items()
+    }
+    return {METADATA_KEY: json.dumps(fields, sort_keys=True)}
+
+
+def encode_peft(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder; its alphas are `peft_config`.
+
+    Raises:
+        AdapterError: modules of several components, or of a text encoder: PEFT's names do not say which.
+    """
+    component = _only_component(modules)
+    return {f"{_PEFT_PREFIX}{key}": half for key, half in encode(_paths(modules, component)).items()}
+
+
+def peft_config(modules: Mapping[str, LoraPair]) -> dict[str, Any]:
+    """The `adapter_config.json` of a PEFT folder.
+
+    Raises:
+        AdapterError: as `encode_peft`.
+    """
+    return {"peft_type": "LORA", "inference_mode": True} | _config(_paths(modules, _only_component(modules)))
+
+
+def _only_component(modules: Mapping[str, LoraPair]) -> str:
+    components = sorted({name.partition(".")[0] for name in modules})
+    if components not in (["unet"], ["transformer"]):
+        raise AdapterError(
+            f"a PEFT folder holds the adapter of one denoiser, this adapter changes {', '.join(components)}; "
+            "write it in the kohya or diffusers layout"
+        )
+    return components[0]
+
+
+def _paths(modules: Mapping[str, LoraPair], component: str) -> dict[str, LoraPair]:
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): pair for name, pair in modules.items() if name.startswith(prefix)}
+
+
+def _config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
+    """What PEFT has to know: the commonest rank and alpha, and every exception by its full path."""
+    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(path)}": pair.rank for path, pair in pairs.items() if pair.rank != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": pair.alpha for path, pair in pairs.items() if pair.alpha != alpha},
+        "target_modules": sorted(pairs),
+    }
 
 
 def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:

@@ -7,7 +7,7 @@ by a list of the names that carry underscores themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,12 @@ _LDM_RESNET = {
 }
 
 
-def matches(keys: list[str]) -> bool:
+def matches(keys: Sequence[str]) -> bool:
     return bool(keys) and all(key.startswith(tuple(PREFIXES)) for key in keys)
+
+
+def is_lora_key(key: str) -> bool:
+    return key.startswith(tuple(PREFIXES)) and key.partition(".")[2] in ("alpha", *_SUFFIXES)
 
 
 def decode(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
