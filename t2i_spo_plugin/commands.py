@@ -46,8 +46,8 @@ def convert(
 
     Args:
         file: an adapter in any layout that is read.
-        layout: kohya (Stable Diffusion 1, 2 and XL, in most programs), diffusers (alphas in its header), peft (a folder
-            with a configuration), or native (alphas folded into the weights; SD3, Flux and later).
+        layout: kohya (Stable Diffusion 1, 2 and XL, in most programs), diffusers (alphas in its header), peft (a
+            folder with a configuration), or native (alphas folded into the weights; SD3, Flux and later).
         out: the .safetensors file to write; for peft, the folder.
         architecture: of the base model, such as stable-diffusion-v1, where the file does not say.
     """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import __version__
+from .errors import SPOError
 
 
 Status = Literal["ok", "note", "broken"]
@@ -154,14 +155,18 @@ def _devices(import_module: Callable[[str], object]) -> list[Check]:
 
 
 def _bundled() -> Check:
+    name = "sticker world"
+    flaw = _import_flaw(f"{__package__}.sticker", importlib.import_module)
+    if flaw:
+        return Check(name, "broken", f"does not import: {flaw}")
     from . import sticker
 
-    missing = [name for name in sticker.ADAPTERS if not sticker.adapter_path(name).is_file()]
-    if missing:
-        return Check(
-            "sticker world", "broken", f"the bundled adapters {', '.join(missing)} are missing; install again"
-        )
-    return Check("sticker world", "ok", f"adapters {', '.join(sticker.ADAPTERS)}")
+    try:
+        for path in (sticker.pipeline_path(), *map(sticker.adapter_path, sticker.ADAPTERS)):
+            path.stat()
+    except SPOError as error:
+        return Check(name, "broken", str(error))
+    return Check(name, "ok", f"pipeline, adapters {', '.join(sticker.ADAPTERS)}")
 
 
 def _offline() -> list[Check]:

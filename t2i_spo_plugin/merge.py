@@ -121,7 +121,7 @@ def merge_adapters(
 
 
 def _stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The halves of the exact sum, `down [sum of ranks, in, ...]` and `up [out, sum of ranks, ...]`, float32, by module."""
+    """Both halves of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
     parts: dict[str, list[tuple[LoraPair, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, pair in adapter.modules.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import fresh, random_adapter
 
-from t2i_spo_plugin import cli, doctor
+from t2i_spo_plugin import cli, doctor, sticker
 from t2i_spo_plugin.adapter import read_adapter, write_adapter
 
 
@@ -137,6 +137,13 @@ def test_the_doctor_knows_what_takes_the_libraries_down_with_it(name, versions):
     assert check.status == "broken" and "no such operator" in check.detail and "Uninstall it" in check.detail
     versions[name] = None
     assert found(doctor.examine(failing(name)), name).status == "ok"
+
+
+def test_the_doctor_misses_what_should_be_bundled(tmp_path, monkeypatch):
+    assert found(doctor.examine(), "sticker world").status == "ok"
+    monkeypatch.setattr(sticker, "FOLDER", tmp_path)
+    check = found(doctor.examine(), "sticker world")
+    assert check.status == "broken" and "lacks the bundled pipeline" in check.detail
 
 
 def test_an_extra_that_is_not_there_is_a_note_with_its_cure(versions):
