@@ -22,11 +22,20 @@ from torch import Tensor
 
 from . import layouts
 from .errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
-from .header import MAX_HEADER, parse_json, read_header, shown
+from .header import read_header, read_json, shown
 from .layouts import LoraPair
 
 
-__all__ = ["Adapter", "AdapterFacts", "LoraPair", "find_adapter_file", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterFacts",
+    "LoraPair",
+    "find_adapter_file",
+    "read_adapter",
+    "read_tensors",
+    "write_adapter",
+    "write_atomically",
+]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "sample")
 MAX_SCALE = 1000.0
@@ -161,12 +170,12 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
         layout, foreign = layouts.recognise(header.tensors, config is not None)
         names = sorted(set(header.tensors) - set(foreign))
         problems = [layouts.foreign_weights(foreign, len(header.tensors))] if foreign else []
-        alphas, notes = _stated_alphas(layout, names, header.metadata)
+        alphas, notes = stated_alphas(layout, names, header.metadata)
         problems += alphas
         if problems and strict:
             raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
         modules = layouts.decode(_tensors(path, names), header.metadata, config)
-        adapter = Adapter(modules, _facts_from_header(header.metadata), (*problems, *notes)).validate()
+        adapter = Adapter(modules, facts_from_header(header.metadata), (*problems, *notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     if problems:
@@ -174,14 +183,28 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
     return adapter
 
 
-def write_adapter(adapter: Adapter, path: str | Path) -> Path:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
+    """The tensors and the header of a safetensors file, and the `adapter_config.json` beside it, not yet understood.
+
+    Weights stored as 8-bit floats become float16, which holds each of them exactly.
+
+    Raises:
+        UnreadableAdapterError: the file or the configuration is not readable.
+        UnsupportedAdapterError: a tensor is of a type that is not understood.
+    """
+    header = read_header(path)
+    return _tensors(path, list(header.tensors)), header.metadata, _peft_config(path)
+
+
+def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
     """Write `adapter` as safetensors, atomically; equal adapters give equal bytes.
 
     SD1, SD2 and SDXL are written in the kohya layout with alpha, all others in the native layout with alpha folded
-    into B. There is no date unless SOURCE_DATE_EPOCH is set.
+    into B, unless `layout` names another one of `layouts.LAYOUTS`. There is no date unless SOURCE_DATE_EPOCH is set.
 
     Raises:
-        AdapterError: the adapter is not valid, does not name its architecture, or `path` does not end in .safetensors.
+        AdapterError: the adapter is not valid, does not name its architecture, has a module that the layout cannot
+            name, or `path` does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -189,14 +212,16 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
     adapter.validate()
     if not adapter.facts.base_architecture:
         raise AdapterError("an adapter must name its base architecture, so that loading can check it")
-    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture)
+    layout = layout or layouts.default_layout(adapter.facts.base_architecture)
+    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture, layout)
     # Wide types first, as safetensors itself does: readers view the bytes in place and need them aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     data = [_bytes(tensors[name]) for name in names]
     digest = hashlib.sha256()
     for part in data:
         digest.update(part)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(_header(adapter, digest.hexdigest()).items()))}
+    metadata = _header(adapter, digest.hexdigest(), layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, part in zip(names, data, strict=True):
         tensor = tensors[name]
@@ -208,20 +233,23 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
         offset += len(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
+    write_atomically(path, [struct.pack("<Q", len(text)), text, *data])
+    return path
+
+
+def write_atomically(path: Path, parts: Sequence[bytes]) -> None:
+    """Write `parts` one after the other; the file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for part in data:
+            for part in parts:
                 file.write(part)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
 def find_adapter_file(path: str | Path) -> Path:
@@ -269,18 +297,15 @@ def normalise_architecture(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UnreadableAdapterError(f"it is not a readable safetensors file: {error}") from error
-    return {name: tensor.half() if tensor.dtype in _EIGHT_BIT else tensor for name, tensor in tensors.items()}
+def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """What is wrong, and what is to be noted, about where the alphas of a file come from.
 
-
-def _stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what is to be noted, about where the alphas of a file come from."""
-    if layout == "peft" or "lora_adapter_metadata" in metadata or "spo.format" in metadata:
+    Args:
+        layout: as `layouts.recognise` or `layouts.layout_of` names it.
+        names: of the file's LoRA weights.
+        metadata: the file's header.
+    """
+    if layout == "peft" or layouts.diffusers.METADATA_KEY in metadata or "spo.format" in metadata:
         return [], []
     stated = sum(name.endswith(".alpha") for name in names)
     modules = (len(names) - stated) // 2
@@ -289,7 +314,12 @@ def _stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str
     return ([f"only {stated} of {modules} modules state an alpha"] if stated < modules else []), []
 
 
-def _facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+    """What the header of an adapter file says, ours or another program's.
+
+    Raises:
+        InvalidAdapterError: the prediction type is none that exists, or the architecture's name makes no sense.
+    """
     architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
     if not architecture:
         version = metadata.get("ss_base_model_version", "")
@@ -313,9 +343,8 @@ def _is_own_fact(key: str) -> bool:
     return key.startswith("spo.") and key not in _OUR_KEYS
 
 
-def _header(adapter: Adapter, digest: str) -> dict[str, str]:
-    facts = adapter.facts
-    folded = facts.base_architecture not in layouts.KOHYA_ARCHITECTURES
+def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
+    facts, folded = adapter.facts, layout == "native"
     ranks = {pair.rank for pair in adapter.modules.values()}
     alphas = {float(pair.rank) if folded else pair.alpha for pair in adapter.modules.values()}
     architecture = facts.base_architecture
@@ -342,6 +371,8 @@ def _header(adapter: Adapter, digest: str) -> dict[str, str]:
         header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
     if facts.base_architecture in _KOHYA_VERSIONS:
         header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+    if layout == "diffusers":
+        header |= layouts.diffusers.alpha_metadata(adapter.modules)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is not None:
         header["modelspec.date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(epoch)))
@@ -353,18 +384,18 @@ def _header(adapter: Adapter, digest: str) -> dict[str, str]:
     return header
 
 
+def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UnreadableAdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
+    return {name: tensor.half() if tensor.dtype in _EIGHT_BIT else tensor for name, tensor in tensors.items()}
+
+
 def _peft_config(path: Path) -> dict[str, Any] | None:
     config = path.parent / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        with open(config, "rb") as file:
-            content = parse_json(file.read(MAX_HEADER + 1), config.name)
-    except OSError as error:
-        raise UnreadableAdapterError(f"cannot read {config.name}: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise UnreadableAdapterError(f"{config.name} is not a mapping")
-    return content
+    return read_json(config) if config.is_file() else None
 
 
 def _peak(half: Tensor, name: str) -> float:

@@ -27,7 +27,7 @@ class InvalidAdapterError(AdapterError):
 
 
 class IncompatibleAdapterError(AdapterError):
-    """A valid adapter that was made for another model than this pipeline."""
+    """A valid adapter that was made for another model than this pipeline, or than the adapter it is to join."""
 
 
 class ConfigError(SPOError, ValueError):

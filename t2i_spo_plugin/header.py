@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked before anything else opens the file.
 
 Pure Python, and bounded in time and memory whatever the bytes are: eight bytes of length (little endian), so many
-bytes of JSON, then the weights, without a gap and to the last byte.
+bytes of JSON, then the weights, without a gap and to the last byte. The JSON files beside it are checked alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from .errors import UnreadableAdapterError, UnsupportedAdapterError
 
 
-__all__ = ["ITEM_SIZES", "Header", "TensorEntry", "parse_json", "read_header", "shown"]
+__all__ = ["ITEM_SIZES", "Header", "TensorEntry", "parse_json", "read_header", "read_json", "shown"]
 
 MAX_HEADER = 8 * 2**20
 """Bytes. Adapters have up to some hundred kilobytes of names, and now and then a few megabytes of training tags."""
@@ -108,6 +108,22 @@ def read_header(path: Path) -> Header:
     except UnsupportedAdapterError as error:
         raise UnsupportedAdapterError(f"{path.name}: {error}") from error
     return Header(metadata, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file, such as `adapter_config.json`.
+
+    Raises:
+        UnreadableAdapterError: it cannot be read, `parse_json` refuses it, or it is no mapping.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = parse_json(file.read(MAX_HEADER + 1), str(path))
+    except OSError as error:
+        raise UnreadableAdapterError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise UnreadableAdapterError(f"{path} is not a mapping")
+    return content
 
 
 def parse_json(text: bytes, what: str) -> Any:

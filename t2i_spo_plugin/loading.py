@@ -358,7 +358,7 @@ def _match(
         if found is None:
             missing.append(name)
             continue
-        expected, shape = shapes[component][found], (pair.up.shape[0], *pair.down.shape[1:])
+        expected, shape = shapes[component][found], pair.shape
         if shape != expected:
             raise IncompatibleAdapterError(
                 f"the adapter was made for another base of the architecture {here}: it changes {name} as a weight of "

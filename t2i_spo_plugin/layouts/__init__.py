@@ -8,22 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InvalidAdapterError, UnsupportedAdapterError
+from ..errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError
 from ..header import shown
 from . import diffusers, kohya, native
-from .base import COMPONENTS, LoraPair, canonical
+from .base import COMPONENTS, LoraPair, block_of, canonical
 
 
 __all__ = [
     "COMPONENTS",
     "KOHYA_ARCHITECTURES",
+    "LAYOUTS",
     "LoraPair",
+    "block_of",
     "canonical",
     "decode",
+    "default_layout",
     "encode",
+    "foreign_keys",
     "foreign_weights",
+    "layout_of",
     "recognise",
 ]
+
+LAYOUTS = ("kohya", "diffusers", "peft", "native")
+"""The layouts that can be written; all of them are read."""
 
 KOHYA_ARCHITECTURES = (
     "stable-diffusion-v1",
@@ -101,17 +109,63 @@ def decode(
     layout, foreign = recognise(tensors, peft_config is not None)
     if foreign:
         raise UnsupportedAdapterError(foreign_weights(foreign, len(tensors)))
-    if layout == "kohya":
-        return kohya.decode(tensors)
-    if layout == "diffusers":
-        return diffusers.decode(tensors, metadata)
+    match layout:
+        case "kohya":
+            return kohya.decode(tensors)
+        case "diffusers":
+            return diffusers.decode(tensors, metadata)
+        case "processor":
+            return diffusers.decode_processors(tensors)
+        case _:
+            return diffusers.decode_peft(tensors, peft_config)
+
+
+def layout_of(keys: Collection[str], metadata: Mapping[str, str], peft_config: Mapping[str, Any] | None = None) -> str:
+    """The name in `LAYOUTS` of a file with these keys; a diffusers file without alphas of its own is native.
+
+    Raises:
+        AdapterError: as `recognise`.
+    """
+    layout, foreign = recognise(keys, peft_config is not None)
     if layout == "processor":
-        return diffusers.decode_processors(tensors)
-    return diffusers.decode_peft(tensors, peft_config)
+        return "diffusers"
+    halves_only = all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in set(keys) - set(foreign))
+    if layout == "diffusers" and halves_only and diffusers.METADATA_KEY not in metadata:
+        return "native"
+    return layout
 
 
-def encode(modules: Mapping[str, LoraPair], architecture: str) -> dict[str, Tensor]:
-    """The tensors of a file for `architecture`, in the layout that the most programs read."""
-    if architecture in KOHYA_ARCHITECTURES:
-        return kohya.encode(modules, two_text_encoders="-xl-" in architecture)
-    return native.encode(modules)
+def foreign_keys(keys: Collection[str], has_peft_config: bool = False) -> list[str]:
+    """The keys that are no plain LoRA weight in the layout of most of them, sorted; reading them is refused.
+
+    Raises:
+        AdapterError: as `recognise`.
+    """
+    return recognise(keys, has_peft_config)[1]
+
+
+def default_layout(architecture: str) -> str:
+    """The layout that the most programs read for `architecture`."""
+    return "kohya" if architecture in KOHYA_ARCHITECTURES else "native"
+
+
+def encode(modules: Mapping[str, LoraPair], architecture: str, layout: str = "") -> dict[str, Tensor]:
+    """The tensors of a file for `architecture` in `layout`, by default the one that the most programs read.
+
+    In the layouts `diffusers` and `peft` the alphas stand beside the tensors: `diffusers.alpha_metadata`,
+    `diffusers.peft_config`.
+
+    Raises:
+        AdapterError: no such layout, or one that has no name for a module.
+    """
+    match layout or default_layout(architecture):
+        case "kohya":
+            return kohya.encode(modules, two_text_encoders="-xl-" in architecture)
+        case "native":
+            return native.encode(modules)
+        case "diffusers":
+            return diffusers.encode(modules)
+        case "peft":
+            return diffusers.encode_peft(modules)
+        case other:
+            raise AdapterError(f"there is no layout {other}; there are {', '.join(LAYOUTS)}")

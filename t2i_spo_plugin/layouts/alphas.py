@@ -1,7 +1,7 @@
 """The alpha of every module, from the configuration that PEFT and diffusers keep beside the weights.
 
 PEFT takes the keys of `alpha_pattern` for regular expressions. A file from elsewhere may not choose which expressions
-are run, since some take for ever: understood are module names, `.*`, `^` and `$`.
+are run, since some take for ever: understood are module names, escaped or not, `.*`, `^` and `$`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..header import shown
 
 _MOST_WILDCARDS = 100
 _LITERAL = re.compile(r"[\w.-]*")
+_ESCAPED = re.compile(r"\\([.-])")
 
 
 def configured_alphas(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, float]:
@@ -57,7 +58,8 @@ class _Rules:
         self._wildcards: list[tuple[int, float, bool, list[str]]] = []
         for order, (pattern, alpha) in enumerate(rules):
             anchored = pattern.startswith("^")
-            pieces = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").split(".*")
+            pieces = pattern.removeprefix("^").removesuffix("$").split(".*")
+            pieces = [_ESCAPED.sub(r"\1", piece) for piece in pieces]
             if not any(pieces) or not all(_LITERAL.fullmatch(piece) for piece in pieces):
                 raise UnsupportedAdapterError(
                     f"alpha_pattern {shown(pattern)} is a regular expression; understood are module names "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,18 @@ class LoraPair:
     def delta(self) -> Tensor:
         """The change of the weight at strength 1, float32, in the shape of the weight."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+        return (self.scale * product).reshape(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that is changed."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def norm(self) -> float:
+        """The Frobenius norm of `delta()`, from the Gram matrices of the halves: the delta itself is never made."""
+        down, up = self.down.double().flatten(1), self.up.double().flatten(1)
+        squared = float(((up.T @ up) * (down @ down.T)).sum())
+        return self.scale * math.sqrt(max(squared, 0.0))
 
 
 class Parts:
@@ -111,3 +123,14 @@ def canonical(name: str) -> str:
     if component.startswith("text_encoder") and path.startswith("encoder.layers."):
         return f"{component}.text_model.{path}"
     return name
+
+
+def block_of(name: str) -> str:
+    """The numbered block that a module or weight belongs to: its name up to the first number, else its first part.
+
+    `unet.down_blocks.0.attentions.1.proj_in` is of `unet.down_blocks.0`, `unet.time_embedding.linear_1` of
+    `unet.time_embedding`.
+    """
+    parts = name.split(".")
+    end = next((number for number, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[: end + 1])

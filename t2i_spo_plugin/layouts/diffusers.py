@@ -6,17 +6,22 @@ nowhere, which means that it equals the rank.
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from ..errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
 from ..header import parse_json
 from .alphas import configured_alphas
 from .base import COMPONENTS, LoraPair, Parts, canonical
 
+
+METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps the alphas in a file's header."""
 
 _SUFFIXES = {
     ".lora_A.weight": "down",
@@ -58,10 +63,10 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         InvalidAdapterError: the halves or alphas do not fit.
         UnsupportedAdapterError: the metadata tells of another method.
     """
-    text = metadata.get("lora_adapter_metadata")
-    prefixed = parse_json(text.encode("utf-8"), "lora_adapter_metadata in the header") if text else {}
+    text = metadata.get(METADATA_KEY)
+    prefixed = parse_json(text.encode("utf-8"), f"{METADATA_KEY} in the header") if text else {}
     if not isinstance(prefixed, dict):
-        raise UnreadableAdapterError("lora_adapter_metadata in the header is not a mapping")
+        raise UnreadableAdapterError(f"{METADATA_KEY} in the header is not a mapping")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in prefixed.items():
         component, _, field = key.partition(".")
@@ -107,6 +112,73 @@ def decode_processors(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
         InvalidAdapterError: the halves do not fit.
     """
     return _parts({f"unet.{key}": tensor for key, tensor in tensors.items()}).pairs()
+
+
+def encode(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """A diffusers file's tensors; its alphas are `alpha_metadata`."""
+    return {
+        f"{name}.lora_{letter}.weight": half
+        for name, pair in modules.items()
+        for letter, half in (("A", pair.down), ("B", pair.up))
+    }
+
+
+def alpha_metadata(modules: Mapping[str, LoraPair]) -> dict[str, str]:
+    """The header entry in which diffusers finds the ranks and alphas of every component."""
+    components = sorted({name.partition(".")[0] for name in modules})
+    fields = {
+        f"{component}.{field}": value
+        for component in components
+        for field, value in _config(_paths(modules, component)).items()
+    }
+    return {METADATA_KEY: json.dumps(fields, sort_keys=True)}
+
+
+def encode_peft(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder; its alphas are `peft_config`.
+
+    Raises:
+        AdapterError: modules of several components, or of a text encoder: PEFT's names do not say which.
+    """
+    component = _only_component(modules)
+    return {f"{_PEFT_PREFIX}{key}": half for key, half in encode(_paths(modules, component)).items()}
+
+
+def peft_config(modules: Mapping[str, LoraPair]) -> dict[str, Any]:
+    """The `adapter_config.json` of a PEFT folder.
+
+    Raises:
+        AdapterError: as `encode_peft`.
+    """
+    return {"peft_type": "LORA", "inference_mode": True} | _config(_paths(modules, _only_component(modules)))
+
+
+def _only_component(modules: Mapping[str, LoraPair]) -> str:
+    components = sorted({name.partition(".")[0] for name in modules})
+    if components not in (["unet"], ["transformer"]):
+        raise AdapterError(
+            f"a PEFT folder holds the adapter of one denoiser, this adapter changes {', '.join(components)}; "
+            "write it in the kohya or diffusers layout"
+        )
+    return components[0]
+
+
+def _paths(modules: Mapping[str, LoraPair], component: str) -> dict[str, LoraPair]:
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): pair for name, pair in modules.items() if name.startswith(prefix)}
+
+
+def _config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
+    """What PEFT has to know: the commonest rank and alpha, and every exception by its full path."""
+    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(path)}": pair.rank for path, pair in pairs.items() if pair.rank != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": pair.alpha for path, pair in pairs.items() if pair.alpha != alpha},
+        "target_modules": sorted(pairs),
+    }
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> Parts:
