@@ -59,7 +59,7 @@ sticker: $(STAMP)
 	$(BUILD).quality reference
 	$(BUILD).referee
 	$(BUILD).generator --report
-	for shard in 0 1 2 3; do $(BIN)/spo pairs --config sticker-pairs --shard-count 8 --shard-index $$shard || exit 1; done
+	$(BIN)/spo pairs --config sticker-pairs
 	$(BIN)/spo train --config sticker-spo
 	$(BIN)/spo train --config sticker-dpo
 	mkdir -p $(ADAPTERS)

@@ -31,6 +31,15 @@ def test_it_follows_the_protocol_and_the_mean_of_the_map_is_the_logit(model):
     assert torch.equal(batch.logit_map.mean((2, 3)), batch.logits)
 
 
+def test_peak_pooling_names_a_small_thing_whatever_lies_beside_it(model):
+    network = MapClassifier(model.network.backbone.config, 3, "peak").eval()
+    network.load_state_dict(model.network.state_dict())
+    logits, logit_map = network(torch.rand(2, 3, 64, 64))
+    cells = logit_map[0, 0].numel()
+    assert torch.allclose(logits.exp() * cells, logit_map.exp().sum((2, 3)), rtol=1e-4)
+    assert (logits >= logit_map.mean((2, 3)) - 1e-5).all()
+
+
 def test_the_answer_for_a_picture_does_not_depend_on_its_neighbours(model):
     pictures = torch.rand(6, 3, 64, 64)
     together = model(pictures).logits

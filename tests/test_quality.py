@@ -109,6 +109,14 @@ def test_the_reference_is_measured_on_shuffled_prompts_and_spoilt_pictures(clip)
     assert len({tuple(p) for p in clip.embed_prompts(prompts).tolist()}) == 4
 
 
+def test_alignment_is_the_probability_of_scaled_cosine_and_bias(clip):
+    pictures = torch.rand(3, 3, 64, 64)
+    cosine = (clip.embed_images(pictures) * clip.embed_prompts(PROMPTS)).sum(-1)
+    expected = torch.sigmoid(cosine * clip.logit_scale.exp() + clip.logit_bias)
+    assert torch.allclose(clip(pictures, PROMPTS), expected, atol=1e-6)
+    assert len(set(expected.tolist())) == 3
+
+
 def test_realism_is_the_mean_of_the_nearest():
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     assert nearest_similarity(torch.tensor([[2.0, 0.0]]), bank, 1).item() == pytest.approx(1.0)

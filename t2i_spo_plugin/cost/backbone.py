@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,21 +17,25 @@ from ..images import Images, to_tensor
 
 
 WEIGHTS = "model.safetensors"
+Pooling = Literal["mean", "peak"]
 
 
 class MapClassifier(nn.Module):
-    """Backbone features, a 1x1 convolution, a mean: ``map [B, K, h, w]`` and ``logits [B, K]`` with ``logits ==
-    map.mean``.
+    """Backbone features, a 1x1 convolution, a pooling: ``map [B, K, h, w]`` and ``logits [B, K]``.
+
+    ``pooling`` "mean": ``logits == map.mean``, exactly. "peak": the soft maximum ``logsumexp(map) - log(h w)``, for
+    naming several small things, where the mean lets what is elsewhere in the picture speak against each.
 
     ``config`` is a transformers vision configuration whose model returns a feature map ``[B, C, h, w]`` as its
     ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Pictures come in as [0, 1] and are shifted to
     [-1, 1].
     """
 
-    def __init__(self, config: Any, outputs: int) -> None:
+    def __init__(self, config: Any, outputs: int, pooling: Pooling = "mean") -> None:
         super().__init__()
         from transformers import AutoModel
 
+        self.pooling = pooling
         self.backbone = AutoModel.from_config(config)
         width = config.hidden_sizes[-1]
         self.head = nn.Conv2d(width, outputs, 1)
@@ -42,6 +47,8 @@ class MapClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, 3, S, S]`` in [0, 1] -> logits ``[B, K]``, map ``[B, K, h, w]``."""
         logit_map = self.head(self.features(pixels))
+        if self.pooling == "peak":
+            return logit_map.flatten(2).logsumexp(2) - math.log(logit_map[0, 0].numel()), logit_map
         return logit_map.mean((2, 3)), logit_map
 
 
@@ -75,7 +82,7 @@ def load_map_classifier(folder: Path | str) -> tuple[MapClassifier, dict[str, An
     from transformers import AutoConfig
 
     facts = read_facts(folder)
-    network = MapClassifier(AutoConfig.from_pretrained(folder), len(facts["outputs"]))
+    network = MapClassifier(AutoConfig.from_pretrained(folder), len(facts["outputs"]), facts.get("pooling", "mean"))
     load_weights(network, folder)
     return network, facts
 

@@ -18,8 +18,9 @@ from ..images import Images
 class SmallCLIP(nn.Module):
     """Image tower (any transformers vision backbone with a feature map) and CLIP text tower into one unit sphere.
 
-    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of picture and prompt is the cosine of
-    their embeddings, in [-1, 1].
+    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of picture and prompt is the probability
+    that they belong together, ``sigmoid(scale * cosine + bias)`` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
+    cosine it says "no" to every mismatch alike, so that one fixed good picture earns nothing.
     """
 
     def __init__(self, vision_config: Any, text_config: Any, tokenizer: Any, size: int, width: int = 128) -> None:
@@ -30,7 +31,8 @@ class SmallCLIP(nn.Module):
         self.text = CLIPTextModel(text_config)
         self.vision_projection = nn.Linear(vision_config.hidden_sizes[-1], width, bias=False)
         self.text_projection = nn.Linear(text_config.hidden_size, width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.logit_bias = nn.Parameter(torch.tensor(-5.0))
         self.tokenizer = tokenizer
         self.size = size
 
@@ -65,9 +67,14 @@ class SmallCLIP(nn.Module):
         ids = self.tokenize(prompts)
         return torch.cat([self.embed_tokens(ids[n : n + 256]) for n in range(0, len(ids), 256)])
 
+    def alignment(self, images: Tensor, prompts: Tensor) -> Tensor:
+        """Probability in [0, 1] of embeddings ``[..., width]`` that broadcast against each other -> ``[...]``."""
+        return ((images * prompts).sum(-1) * self.logit_scale.exp() + self.logit_bias).sigmoid()
+
+    @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Cosine ``[B]`` of each picture with its prompt."""
-        return (self.embed_images(images) * self.embed_prompts(prompts)).sum(-1)
+        """Alignment ``[B]`` of each picture with its prompt."""
+        return self.alignment(self.embed_images(images), self.embed_prompts(prompts))
 
     def save_pretrained(self, folder: Path | str, facts: dict[str, Any] | None = None) -> None:
         """Write towers, configs and tokenizer into ``folder``."""

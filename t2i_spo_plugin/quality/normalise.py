@@ -87,6 +87,7 @@ class QualityModel:
         """Hash of the reference, as reports print it."""
         return self.reference.hash
 
+    @torch.no_grad()
     def quality(
         self, images: Images, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
     ) -> QualityBatch:
@@ -104,8 +105,8 @@ class QualityModel:
         embedded = self.alignment.embed_images(pictures)
         unique = list(dict.fromkeys(text for texts in asked for text in texts))
         row = {text: n for n, text in enumerate(unique)}
-        cosines = embedded @ self.alignment.embed_prompts(unique).T
-        alignment = torch.stack([cosines[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
+        found = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
+        alignment = torch.stack([found[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
         realism = self.realism(images, prompts)
         n_a, n_r = normalise(alignment, self.reference.alignment), normalise(realism, self.reference.realism)
         return QualityBatch((n_a * n_r).sqrt(), alignment, realism, n_a, n_r)

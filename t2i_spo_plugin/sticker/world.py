@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -247,12 +247,17 @@ def describe(
 
 
 def render(
-    description: Description, seed: int, size: int = SIZE, aligned: bool = False
+    description: Description,
+    seed: int,
+    size: int = SIZE,
+    aligned: bool = False,
+    restyle: Callable[[np.ndarray, random.Random], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, tuple[PlacedObject, ...]]:
     """Draw a description: uint8 ``[size, size, 3]`` and the objects with their boxes.
 
     One object is 3/4 of the side high (small: 1/2), two stand side by side at 1/2 each, in the order of the caption.
     ``aligned`` keeps objects at those sizes, on a grid of 1/8 of the side; otherwise sizes and places vary freely.
+    ``restyle`` may change each sticker (premultiplied RGBA, float32 ``[s, s, 4]`` in [0, 1]) before it is placed.
     """
     rng = random.Random(f"{seed}|{description.concepts}|render")
     unit = size // 8
@@ -274,6 +279,8 @@ def render(
             x += (side - drawn) // 2
             y += (side - drawn) // 2
         pixels = sticker(name, description.style, drawn)
+        if restyle is not None:
+            pixels = restyle(pixels, rng)
         patch = canvas[y : y + drawn, x : x + drawn]
         patch *= 1 - pixels[..., 3:]
         patch += pixels[..., :3]

@@ -37,7 +37,7 @@ from ..world import (
     describe,
     render,
 )
-from .data import draw, pixels, ruin, wear
+from .data import draw, pixels, redrawn, restyle, ruin, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
@@ -88,7 +88,8 @@ def twin_batch(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
         safe = replace(d, concepts=tuple(t or n for t, n in zip(twins, d.concepts, strict=True)))
         if safe.unsafe:
             safe = describe(seed, "train", "benign")
-        images.append((render(d, seed, aligned=seed % 2 == 0)[0], render(safe, seed, aligned=seed % 2 == 0)[0]))
+        look = restyle if seed % 3 == 0 else None
+        images.append(tuple(render(x, seed, aligned=seed % 2 == 0, restyle=look)[0] for x in (d, safe)))
         described.append((d, safe))
     pictures = pixels([u for u, _ in images] + [s for _, s in images])
     return pictures, [u for u, _ in described] + [s for _, s in described]
@@ -139,9 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/cost"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "cost_model")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--redrawn", type=int, default=2400, help="scenes that the generator draws again; 0 for none")
     args = parser.parse_args()
+    worn, worn_described = redrawn(args.redrawn, args.work.parent / "redrawn.safetensors")
     net, concepts = network(), ConceptHead()
     config = LoopConfig(args.steps, args.learning_rate, weight_decay=1e-2, decay=0.5)
     trainer = Trainer(args.work, {"net": net, "concepts": concepts}, config)
@@ -149,8 +152,13 @@ def main() -> None:
     def step(n: int) -> Tensor:
         half = BATCH // 2
         twins, described = twin_batch(n * BATCH, half)
-        more, others, _ = draw(1_000_000 + n * BATCH, BATCH, concepts=GENERATOR_CONCEPTS if n % 3 == 0 else None)
+        declared = GENERATOR_CONCEPTS if n % 3 == 0 else None
+        more, others, _ = draw(1_000_000 + n * BATCH, BATCH, concepts=declared, restyled=True)
         more, spoilt = ruin(more, n)
+        if worn_described and n % 2:
+            again = torch.randint(len(worn), (half // 2,), generator=torch.Generator().manual_seed(n)).tolist()
+            more[: half // 2], spoilt[: half // 2] = worn[again], False
+            others = [worn_described[i] for i in again] + others[half // 2 :]
         described = described + others
         sound = torch.cat([torch.ones(BATCH, dtype=torch.bool), ~spoilt])
         truth = labels(described) * sound[:, None]

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/generator"))
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
     parser.add_argument("--text", type=Path, default=Path("runs/sticker/text"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=8800)
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=40_000)

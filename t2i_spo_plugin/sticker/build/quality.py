@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +22,23 @@ from ...cost.vision import load_cost_model
 from ...quality.clip import SmallCLIP, load_small_clip
 from ...quality.normalise import make_reference, spoil
 from ...quality.realism import RealismModel
-from ..world import CONCEPTS, GENERATOR_CONCEPTS, GENERATOR_STYLES, HELD_OUT_STYLE, STYLES, describe, render
-from .data import draw, pixels, ruin, wear
+from ..world import (
+    BACKGROUNDS,
+    CONCEPTS,
+    GENERATOR_CONCEPTS,
+    GENERATOR_STYLES,
+    HELD_OUT_STYLE,
+    STYLES,
+    Description,
+    describe,
+    render,
+)
+from .data import draw, flat, pixels, redrawn, ruin, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
 
 BATCH = 64
-OUT = Path(__file__).parents[1] / "quality_model"
 
 
 def small_clip(text_folder: Path, cost_folder: Path, seed: int = 5) -> SmallCLIP:
@@ -58,36 +70,91 @@ def retrieval(model: SmallCLIP, concepts: tuple[str, ...] | None, styles: tuple[
     return right / (100 * rounds)
 
 
+def altered(d: Description, rng: random.Random) -> Description:
+    """The same scene but for one thing: mostly another object, else the background or the style."""
+    kind = rng.random()
+    if kind < 0.15:
+        return replace(d, background=rng.choice([b for b in BACKGROUNDS if b != d.background]))
+    if kind < 0.3:
+        others = [s for s in STYLES if s != d.style and all(s in CONCEPTS[n].styles for n in d.concepts)]
+        if others:
+            return replace(d, style=rng.choice(others))
+    place = rng.randrange(len(d.concepts))
+    pool = GENERATOR_CONCEPTS if set(d.concepts) <= set(GENERATOR_CONCEPTS) else tuple(CONCEPTS)
+    name = rng.choice([n for n in pool if n not in d.concepts and d.style in CONCEPTS[n].styles])
+    concepts, words = list(d.concepts), list(d.words)
+    concepts[place], words[place] = name, rng.choice(CONCEPTS[name].words)
+    return replace(d, concepts=tuple(concepts), words=tuple(words))
+
+
+def matches(pictures: Sequence[Description], prompts: Sequence[Description]) -> tuple[Tensor, Tensor]:
+    """``[B, P]`` bool twice: the prompt describes the picture; it can be told that it does not.
+
+    The same things in another order or size are neither.
+    """
+
+    def exact(d: Description) -> tuple[object, ...]:
+        return d.concepts, d.size_words, d.style, d.background
+
+    def loose(d: Description) -> tuple[object, ...]:
+        return frozenset(d.concepts), d.style, d.background
+
+    same = torch.tensor([[exact(a) == exact(b) for b in prompts] for a in pictures])
+    other = torch.tensor([[loose(a) != loose(b) for b in prompts] for a in pictures])
+    return same, other
+
+
 def train_alignment(args: argparse.Namespace) -> None:
-    """Contrastive training over scenes and captions; half of each batch from what the generator draws."""
+    """Sigmoid loss over pictures and prompts, where every picture also meets its own prompt with one thing changed.
+
+    Half of each batch is what the generator draws, some of it redrawn by it; spoilt pictures match nothing.
+    """
     model = small_clip(args.text, args.cost)
+    worn, worn_described = redrawn(args.redrawn, args.work.parent / "redrawn.safetensors")
     work = args.work / "alignment"
-    config = LoopConfig(args.steps or 400, 2e-3, weight_decay=1e-2, decay=0.5)
+    config = LoopConfig(args.steps or 1700, 2e-3, weight_decay=1e-2, decay=0.5)
     trainer = Trainer(work, {"clip": model}, config)
 
     def step(n: int) -> Tensor:
         half = BATCH // 2
         a, da, _ = draw(7_000_000 + n * half, half)
         b, db, _ = draw(9_000_000 + n * half, half, concepts=GENERATOR_CONCEPTS, styles=GENERATOR_STYLES)
-        captions = [d.caption for d in da + db]
-        image = model.embed_pixels(wear(torch.cat([a, b]), n, strength=0.35))
-        text = model.embed_tokens(model.tokenize(captions))
-        logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
-        # Equal captions are no negatives of each other.
-        same = torch.tensor([[x == y for y in captions] for x in captions])
-        target = same.float() / same.sum(1, keepdim=True)
-        return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+        x, described = wear(torch.cat([a, b]), n, strength=0.35), da + db
+        again = torch.randint(len(worn), (half // 2,), generator=torch.Generator().manual_seed(n)).tolist()
+        x[half : half + half // 2] = worn[again]
+        described[half : half + half // 2] = [worn_described[i] for i in again]
+        spoilt = torch.zeros(BATCH, dtype=torch.bool)
+        x[: BATCH // 8], spoilt[: BATCH // 8] = ruin(x[: BATCH // 8], n)
+        rng = random.Random(n)
+        prompts = described + [altered(d, rng) for d in described]
+        image = model.embed_pixels(x)
+        text = model.embed_tokens(model.tokenize([d.caption for d in prompts]))
+        logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
+        same, other = matches(described, prompts)
+        same, other = same & ~spoilt[:, None], other | spoilt[:, None]
+        hard = other & torch.cat([torch.zeros(BATCH, BATCH), torch.eye(BATCH)], 1).bool()
+        return (
+            F.softplus(-logits[same]).mean() + F.softplus(logits[hard]).mean() + 4 * F.softplus(logits[other]).mean()
+        )
 
     state = trainer.run(step, title="alignment")
     model.eval()
-    model.save_pretrained(OUT / "alignment")
-    model = load_small_clip(OUT / "alignment")
+    model.save_pretrained(args.out / "alignment")
+    model = load_small_clip(args.out / "alignment")
+    x, described, _ = draw(16_000_000, 400, "test", concepts=GENERATOR_CONCEPTS, styles=GENERATOR_STYLES)
+    rng = random.Random(0)
+    other = described[1:] + described[:1]
     numbers = {
         "retrieval top-1 among 100, declared subset": retrieval(model, GENERATOR_CONCEPTS, GENERATOR_STYLES),
         "retrieval top-1 among 100, all concepts and training styles": retrieval(model, None, STYLES),
         f"retrieval top-1 among 100, all concepts, {HELD_OUT_STYLE}": retrieval(model, None, (HELD_OUT_STYLE,)),
+        "alignment of real test scenes": {
+            "with their prompts": round(float(model(x, [d.caption for d in described]).mean()), 4),
+            "with one thing changed": round(float(model(x, [altered(d, rng).caption for d in described]).mean()), 4),
+            "with another scene's prompt": round(float(model(x, [d.caption for d in other]).mean()), 4),
+        },
     }
-    write_report(OUT / "alignment", "alignment (small CLIP)", vars(args), state, numbers)
+    write_report(args.out / "alignment", "alignment (small CLIP)", vars(args), state, numbers)
 
 
 def train_realism(args: argparse.Namespace) -> None:
@@ -97,7 +164,7 @@ def train_realism(args: argparse.Namespace) -> None:
     vision = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic")
     net = MapClassifier(vision, len(names))
     trainer = Trainer(
-        args.work / "realism", {"net": net}, LoopConfig(args.steps or 700, 2e-3, weight_decay=1e-2, decay=0.5)
+        args.work / "realism", {"net": net}, LoopConfig(args.steps or 1000, 2e-3, weight_decay=1e-2, decay=0.5)
     )
 
     def step(n: int) -> Tensor:
@@ -105,6 +172,7 @@ def train_realism(args: argparse.Namespace) -> None:
         x, spoilt = ruin(x, n)
         # A quarter of the batch as the lower end of the scale is measured: blurred a little, or noised.
         x[: BATCH // 4], spoilt[: BATCH // 4] = spoil(x[: BATCH // 4], n), True
+        x[BATCH // 4 : BATCH // 3], spoilt[BATCH // 4 : BATCH // 3] = flat(BATCH // 3 - BATCH // 4, n), True
         truth = torch.zeros(BATCH, len(names))
         for i, d in enumerate(described):
             for name in d.concepts:
@@ -122,15 +190,16 @@ def train_realism(args: argparse.Namespace) -> None:
     features = torch.cat([model.features(a), model.features(b)])
     model.mean = features.mean(0)
     model.bank = features - model.mean
-    model.save_pretrained(OUT / "realism", names)
+    model.save_pretrained(args.out / "realism", names)
     x, _, _ = draw(15_000_000, 400, "test", concepts=GENERATOR_CONCEPTS, styles=GENERATOR_STYLES)
     numbers = {
         "real test scenes": round(float(model(x).mean()), 4),
         "the same blurred and noised": round(float(model(spoil(x)).mean()), 4),
+        "nothing in the picture": round(float(model(flat(400, 1)).mean()), 4),
         "pairs ordered rightly": round(float((model(x) > model(spoil(x))).float().mean()), 4),
     }
     sheet = (np.asarray(spoil(x)[:16].permute(0, 2, 3, 1)), [f"r {float(r):.2f}" for r in model(spoil(x))[:16]])
-    write_report(OUT / "realism", "realism", vars(args), state, numbers, sheet)
+    write_report(args.out / "realism", "realism", vars(args), state, numbers, sheet)
 
 
 def train_reference(args: argparse.Namespace) -> None:
@@ -148,9 +217,9 @@ def train_reference(args: argparse.Namespace) -> None:
             [r.prompt for r in batch], generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE
         ).images
         prompts += [r.prompt for r in batch]
-    alignment, realism = load_small_clip(OUT / "alignment"), RealismModel.from_pretrained(OUT / "realism")
+    alignment, realism = load_small_clip(args.out / "alignment"), RealismModel.from_pretrained(args.out / "realism")
     reference = make_reference(alignment, realism, images, prompts, "sticker pipeline")
-    reference.save(OUT / "reference.json")
+    reference.save(args.out / "reference.json")
     print(reference, reference.hash)
 
 
@@ -160,6 +229,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/quality"))
     parser.add_argument("--text", type=Path, default=Path("runs/sticker/text"))
     parser.add_argument("--cost", type=Path, default=Path(__file__).parents[1] / "cost_model")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "quality_model")
+    parser.add_argument("--redrawn", type=int, default=2400, help="scenes that the generator draws again")
     parser.add_argument("--steps", type=int, default=0, help="0 takes the part's own number")
     args = parser.parse_args()
     {"alignment": train_alignment, "realism": train_realism, "reference": train_reference}[args.part](args)

@@ -28,7 +28,7 @@ from ..world import (
     describe,
     render,
 )
-from .data import pixels, ruin, wear
+from .data import pixels, restyle, ruin, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
@@ -43,7 +43,7 @@ def network(seed: int = 77) -> MapClassifier:
     config = RegNetConfig(
         embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 3, 2], groups_width=32, layer_type="y"
     )
-    return MapClassifier(config, len(NAMES))
+    return MapClassifier(config, len(NAMES), "peak")
 
 
 def truth_of(described: Sequence[Description]) -> Tensor:
@@ -61,7 +61,7 @@ def scenes(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
     for seed in range(first_seed, first_seed + count):
         declared = GENERATOR_CONCEPTS if seed % 3 else None
         d = describe(seed, "train", ("any", "benign", "any")[seed % 3], declared)
-        images.append(render(d, seed, aligned=seed % 2 == 0)[0])
+        images.append(render(d, seed, aligned=seed % 2 == 0, restyle=restyle if seed % 5 < 3 else None)[0])
         described.append(d)
     return pixels(images), described
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/referee"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "referee")
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     net = network()
@@ -131,7 +131,12 @@ def main() -> None:
 
     state = trainer.run(step, title="referee")
     net.eval()
-    save_network(net, net.backbone.config, {"kind": "referee", "outputs": list(NAMES), "size": 64}, args.out)
+    save_network(
+        net,
+        net.backbone.config,
+        {"kind": "referee", "outputs": list(NAMES), "size": 64, "pooling": net.pooling},
+        args.out,
+    )
     referee = StickerReferee.from_pretrained(args.out)
     numbers = {
         "declared subset, training styles of the generator": measure(referee, GENERATOR_STYLES, GENERATOR_CONCEPTS),
