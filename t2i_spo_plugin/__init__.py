@@ -17,18 +17,24 @@ if TYPE_CHECKING:
     from .adapter import read_adapter as read_adapter
     from .adapter import write_adapter as write_adapter
     from .architecture import architecture_of as architecture_of
+    from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
     from .errors import ImageError as ImageError
+    from .errors import IncompatibleAdapterError as IncompatibleAdapterError
+    from .errors import InvalidAdapterError as InvalidAdapterError
     from .errors import MissingExtraError as MissingExtraError
     from .errors import NotScoredError as NotScoredError
     from .errors import PipelineError as PipelineError
     from .errors import PolicyError as PolicyError
     from .errors import SPOError as SPOError
     from .errors import TableError as TableError
+    from .errors import UnreadableAdapterError as UnreadableAdapterError
+    from .errors import UnsupportedAdapterError as UnsupportedAdapterError
+    from .extract import extract_adapter as extract_adapter
     from .guard import Guard as Guard
     from .guard import SafetyReport as SafetyReport
     from .guard import pipeline_domain as pipeline_domain
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
     from .loading import set_spo_strength as set_spo_strength
     from .loading import spo_adapters as spo_adapters
     from .loading import unload_spo_lora as unload_spo_lora
+    from .merge import merge_adapters as merge_adapters
     from .mixin import SPOLoraLoaderMixin as SPOLoraLoaderMixin
     from .mixin import enable_spo as enable_spo
     from .mixin import spo_pipeline_class as spo_pipeline_class
@@ -60,6 +67,8 @@ _HOMES = {
     "DomainError": "errors",
     "Guard": "guard",
     "ImageError": "errors",
+    "IncompatibleAdapterError": "errors",
+    "InvalidAdapterError": "errors",
     "LoadedAdapter": "loading",
     "LoraPair": "adapter",
     "MissingExtraError": "errors",
@@ -72,12 +81,17 @@ _HOMES = {
     "SPOLoraLoaderMixin": "mixin",
     "SafetyReport": "guard",
     "TableError": "errors",
+    "UnreadableAdapterError": "errors",
+    "UnsupportedAdapterError": "errors",
     "adapter_facts": "loading",
     "adapter_of": "loading",
     "architecture_of": "architecture",
+    "convert_adapter": "convert",
     "enable_spo": "mixin",
+    "extract_adapter": "extract",
     "load_policy": "policy",
     "load_spo_lora": "loading",
+    "merge_adapters": "merge",
     "pipeline_domain": "guard",
     "read_adapter": "adapter",
     "set_spo_strength": "loading",

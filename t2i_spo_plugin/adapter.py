@@ -9,8 +9,9 @@ import os
 import struct
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import layouts
-from .errors import AdapterError
+from .errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from .header import read_header, read_json, shown
 from .layouts import LoraPair
 
 
-__all__ = ["Adapter", "AdapterFacts", "LoraPair", "find_adapter_file", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterFacts",
+    "LoraPair",
+    "find_adapter_file",
+    "read_adapter",
+    "read_tensors",
+    "write_adapter",
+    "write_atomically",
+]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "sample")
 MAX_SCALE = 1000.0
 """Largest `alpha / rank` taken for meant."""
 
+_LONGEST_NAME = 100
+_EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _FORMAT = "1"
@@ -81,43 +94,50 @@ class AdapterFacts:
 
     def __post_init__(self) -> None:
         if self.prediction_type and self.prediction_type not in PREDICTION_TYPES:
-            raise AdapterError(
+            raise InvalidAdapterError(
                 f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {self.prediction_type!r}"
             )
         for key, value in self.extra.items():
             if not isinstance(key, str) or not isinstance(value, str):
-                raise AdapterError(f"facts are text, got {key!r}: {value!r}")
+                raise InvalidAdapterError(f"facts are text, got {key!r}: {value!r}")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank pairs by module name, such as `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`."""
+    """Low-rank pairs by module name, such as `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`.
+
+    Attributes:
+        modules: the pairs.
+        facts: what the header says.
+        notes: what reading had to leave out or assume, a sentence each.
+    """
 
     modules: dict[str, LoraPair]
     facts: AdapterFacts = field(default_factory=AdapterFacts)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def validate(self) -> Adapter:
         """Return the adapter itself when its numbers can be meant.
 
         Raises:
-            AdapterError: no module, a module name without component, NaN or Inf, an alpha that is not positive or out
-                of proportion to the rank, or weights that change nothing.
+            InvalidAdapterError: no module, a module name without component, NaN or Inf, an alpha that is not positive
+                or out of proportion to the rank, or weights that change nothing.
         """
         if not self.modules:
-            raise AdapterError("the adapter has no module")
+            raise InvalidAdapterError("the adapter has no module")
         changes_something = False
         for name, pair in self.modules.items():
             if name.partition(".")[0] not in layouts.COMPONENTS or "." not in name:
-                raise AdapterError(f"{name}: a module name starts with one of {', '.join(layouts.COMPONENTS)}")
+                raise InvalidAdapterError(f"{name}: a module name starts with one of {', '.join(layouts.COMPONENTS)}")
             if not (math.isfinite(pair.alpha) and 0.0 < pair.alpha <= MAX_SCALE * pair.rank):
-                raise AdapterError(
+                raise InvalidAdapterError(
                     f"{name}: alpha {pair.alpha} makes no sense for rank {pair.rank}; it must be positive and at most "
                     f"{MAX_SCALE:.0f} times the rank"
                 )
             peaks = [_peak(half, name) for half in (pair.down, pair.up)]
             changes_something = changes_something or all(peak > 0.0 for peak in peaks)
         if not changes_something:
-            raise AdapterError("all weights are zero: the adapter changes nothing")
+            raise InvalidAdapterError("all weights are zero: the adapter changes nothing")
         return self
 
     @property
@@ -129,34 +149,62 @@ class Adapter:
         return sum(pair.down.numel() + pair.up.numel() for pair in self.modules.values())
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
     """Read and validate an adapter file, or the one adapter file of a folder. No pickle is ever opened.
 
+    Args:
+        path: a safetensors file in any layout of `layouts`, or a folder. Weights stored as 8-bit floats become
+            float16, which holds each of them exactly.
+        strict: refuse a file of which a part is no LoRA weight, or in which only some modules state an alpha; False
+            leaves that part out, and takes those alphas to be the rank, with a warning.
+
     Raises:
-        AdapterError: no such file, not a safetensors file, an unknown layout, or weights that `validate` refuses.
+        UnreadableAdapterError: no such file, a pickle, not a safetensors file, or its header does not add up.
+        UnsupportedAdapterError: an unknown layout, another method than LoRA, a whole model, or foreign weights.
+        InvalidAdapterError: weights that `validate` refuses.
     """
     path = find_adapter_file(path)
+    header = read_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        modules = layouts.decode(tensors, metadata, _peft_config(path))
-        return Adapter(modules, _facts_from_header(metadata)).validate()
+        config = _peft_config(path)
+        layout, foreign = layouts.recognise(header.tensors, config is not None)
+        names = sorted(set(header.tensors) - set(foreign))
+        problems = [layouts.foreign_weights(foreign, len(header.tensors))] if foreign else []
+        alphas, notes = stated_alphas(layout, names, header.metadata)
+        problems += alphas
+        if problems and strict:
+            raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
+        modules = layouts.decode(_tensors(path, names), header.metadata, config)
+        adapter = Adapter(modules, facts_from_header(header.metadata), (*problems, *notes)).validate()
     except AdapterError as error:
-        raise AdapterError(f"{path.name}: {error}") from error
+        raise type(error)(f"{path.name}: {error}") from error
+    if problems:
+        warnings.warn(f"{path.name}: {'; '.join(problems)}", stacklevel=2)
+    return adapter
 
 
-def write_adapter(adapter: Adapter, path: str | Path) -> Path:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
+    """The tensors and the header of a safetensors file, and the `adapter_config.json` beside it, not yet understood.
+
+    Weights stored as 8-bit floats become float16, which holds each of them exactly.
+
+    Raises:
+        UnreadableAdapterError: the file or the configuration is not readable.
+        UnsupportedAdapterError: a tensor is of a type that is not understood.
+    """
+    header = read_header(path)
+    return _tensors(path, list(header.tensors)), header.metadata, _peft_config(path)
+
+
+def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
     """Write `adapter` as safetensors, atomically; equal adapters give equal bytes.
 
     SD1, SD2 and SDXL are written in the kohya layout with alpha, all others in the native layout with alpha folded
-    into B. There is no date unless SOURCE_DATE_EPOCH is set.
+    into B, unless `layout` names another one of `layouts.LAYOUTS`. There is no date unless SOURCE_DATE_EPOCH is set.
 
     Raises:
-        AdapterError: the adapter is not valid, does not name its architecture, or `path` does not end in .safetensors.
+        AdapterError: the adapter is not valid, does not name its architecture, has a module that the layout cannot
+            name, or `path` does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -164,14 +212,16 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
     adapter.validate()
     if not adapter.facts.base_architecture:
         raise AdapterError("an adapter must name its base architecture, so that loading can check it")
-    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture)
+    layout = layout or layouts.default_layout(adapter.facts.base_architecture)
+    tensors = layouts.encode(adapter.modules, adapter.facts.base_architecture, layout)
     # Wide types first, as safetensors itself does: readers view the bytes in place and need them aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     data = [_bytes(tensors[name]) for name in names]
     digest = hashlib.sha256()
     for part in data:
         digest.update(part)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(_header(adapter, digest.hexdigest()).items()))}
+    metadata = _header(adapter, digest.hexdigest(), layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, part in zip(names, data, strict=True):
         tensor = tensors[name]
@@ -183,27 +233,30 @@ def write_adapter(adapter: Adapter, path: str | Path) -> Path:
         offset += len(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
+    write_atomically(path, [struct.pack("<Q", len(text)), text, *data])
+    return path
+
+
+def write_atomically(path: Path, parts: Sequence[bytes]) -> None:
+    """Write `parts` one after the other; the file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for part in data:
+            for part in parts:
                 file.write(part)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
 def find_adapter_file(path: str | Path) -> Path:
     """`path` itself, or the one safetensors file in the folder `path`.
 
     Raises:
-        AdapterError: there is none, more than one and none has the usual name, or it is a pickle.
+        UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle.
     """
     path = Path(path)
     if path.is_dir():
@@ -211,15 +264,15 @@ def find_adapter_file(path: str | Path) -> Path:
         usual = [file for file in files if file.name == _DIFFUSERS_NAME]
         if len(files) > 1 and not usual:
             names = ", ".join(file.name for file in files)
-            raise AdapterError(f"{path} holds {len(files)} safetensors files ({names}); pass one of them")
+            raise UnreadableAdapterError(f"{path} holds {len(files)} safetensors files ({names}); pass one of them")
         if not files:
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
             hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
-            raise AdapterError(f"{path} holds no safetensors file{hint}")
+            raise UnreadableAdapterError(f"{path} holds no safetensors file{hint}")
         return usual[0] if usual else files[0]
     refuse_pickle(path.name)
     if not path.is_file():
-        raise AdapterError(f"there is no file {path}")
+        raise UnreadableAdapterError(f"there is no file {path}")
     return path
 
 
@@ -227,13 +280,15 @@ def refuse_pickle(name: str) -> None:
     """Raise for a file name that is not safetensors.
 
     Raises:
-        AdapterError: always, unless `name` ends in .safetensors.
+        UnreadableAdapterError: always, unless `name` ends in .safetensors.
     """
     suffix = Path(name).suffix.lower()
     if suffix in _PICKLES:
-        raise AdapterError(f"{name} is a pickle, which can run code and is never opened; convert it to .safetensors")
+        raise UnreadableAdapterError(
+            f"{name} is a pickle, which can run code and is never opened; convert it to .safetensors"
+        )
     if suffix != ".safetensors":
-        raise AdapterError(f"{name} is not a .safetensors file")
+        raise UnreadableAdapterError(f"{name} is not a .safetensors file")
 
 
 def normalise_architecture(name: str) -> str:
@@ -242,12 +297,36 @@ def normalise_architecture(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def _facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """What is wrong, and what is to be noted, about where the alphas of a file come from.
+
+    Args:
+        layout: as `layouts.recognise` or `layouts.layout_of` names it.
+        names: of the file's LoRA weights.
+        metadata: the file's header.
+    """
+    if layout == "peft" or layouts.diffusers.METADATA_KEY in metadata or "spo.format" in metadata:
+        return [], []
+    stated = sum(name.endswith(".alpha") for name in names)
+    modules = (len(names) - stated) // 2
+    if stated == 0:
+        return [], ["the file states no alpha; it is taken to be the rank, as other programs do"]
+    return ([f"only {stated} of {modules} modules state an alpha"] if stated < modules else []), []
+
+
+def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
+    """What the header of an adapter file says, ours or another program's.
+
+    Raises:
+        InvalidAdapterError: the prediction type is none that exists, or the architecture's name makes no sense.
+    """
     architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
     if not architecture:
         version = metadata.get("ss_base_model_version", "")
         architecture = next((name for name, kohya in _KOHYA_VERSIONS.items() if version == kohya), "")
     architecture = normalise_architecture(architecture)
+    if len(architecture) > _LONGEST_NAME or not architecture.isprintable():
+        raise InvalidAdapterError(f"the name of its architecture makes no sense: {shown(architecture)}")
     prediction = metadata.get("spo.prediction_type", "")
     if not prediction:
         spec = metadata.get("modelspec.prediction_type", "")
@@ -264,9 +343,8 @@ def _is_own_fact(key: str) -> bool:
     return key.startswith("spo.") and key not in _OUR_KEYS
 
 
-def _header(adapter: Adapter, digest: str) -> dict[str, str]:
-    facts = adapter.facts
-    folded = facts.base_architecture not in layouts.KOHYA_ARCHITECTURES
+def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
+    facts, folded = adapter.facts, layout == "native"
     ranks = {pair.rank for pair in adapter.modules.values()}
     alphas = {float(pair.rank) if folded else pair.alpha for pair in adapter.modules.values()}
     architecture = facts.base_architecture
@@ -293,6 +371,8 @@ def _header(adapter: Adapter, digest: str) -> dict[str, str]:
         header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
     if facts.base_architecture in _KOHYA_VERSIONS:
         header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+    if layout == "diffusers":
+        header |= layouts.diffusers.alpha_metadata(adapter.modules)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is not None:
         header["modelspec.date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(epoch)))
@@ -304,27 +384,28 @@ def _header(adapter: Adapter, digest: str) -> dict[str, str]:
     return header
 
 
+def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UnreadableAdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
+    return {name: tensor.half() if tensor.dtype in _EIGHT_BIT else tensor for name, tensor in tensors.items()}
+
+
 def _peft_config(path: Path) -> dict[str, Any] | None:
     config = path.parent / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"cannot read {config}: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{config} is not a mapping")
-    return content
+    return read_json(config) if config.is_file() else None
 
 
 def _peak(half: Tensor, name: str) -> float:
     if not half.is_floating_point():
-        raise AdapterError(f"{name}: weights must be floating point, got {half.dtype}")
+        raise InvalidAdapterError(f"{name}: weights must be floating point, got {half.dtype}")
     half = half.detach()
     # One pass: the largest magnitude is NaN or Inf when any weight is, and 0 when all are.
     peak = float((half if half.element_size() > 1 else half.float()).abs().amax())
     if not math.isfinite(peak):
-        raise AdapterError(f"{name}: the weights hold NaN or Inf")
+        raise InvalidAdapterError(f"{name}: the weights hold NaN or Inf")
     return peak
 
 

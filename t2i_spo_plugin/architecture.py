@@ -48,20 +48,21 @@ def architecture_of(pipe: Any) -> str:
         PipelineError: the pipeline cannot load a LoRA.
     """
     model = _denoiser(pipe)
-    kind = type(model).__name__
+    return architecture_from_config(type(model).__name__, getattr(model, "config", {}))
+
+
+def architecture_from_config(kind: str, config: Mapping[str, Any]) -> str:
+    """`architecture_of` from the denoiser's class name and its configuration, as its config.json has it."""
     if kind != "UNet2DConditionModel":
         return _NAMED.get(kind) or _slug(kind)
-    config = model.config
-    if getattr(config, "encoder_hid_dim_type", None) == "text_proj":
+    if config.get("encoder_hid_dim_type") == "text_proj":
         return "kolors"
-    added = getattr(config, "addition_embed_type", None)
+    added, width = config.get("addition_embed_type"), config.get("cross_attention_dim")
     if added == "text_time":
-        return (
-            "stable-diffusion-xl-v1-refiner" if config.cross_attention_dim == 1280 else "stable-diffusion-xl-v1-base"
-        )
+        return "stable-diffusion-xl-v1-refiner" if width == 1280 else "stable-diffusion-xl-v1-base"
     if added is not None:
         return f"unet-{added}"
-    return "stable-diffusion-v2" if config.cross_attention_dim == 1024 else "stable-diffusion-v1"
+    return "stable-diffusion-v2" if width == 1024 else "stable-diffusion-v1"
 
 
 def prediction_type_of(pipe: Any) -> str:
@@ -69,10 +70,15 @@ def prediction_type_of(pipe: Any) -> str:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         return ""
-    prediction = getattr(scheduler.config, "prediction_type", None)
+    return prediction_from_config(type(scheduler).__name__, scheduler.config)
+
+
+def prediction_from_config(kind: str, config: Mapping[str, Any]) -> str:
+    """`prediction_type_of` from the scheduler's class name and its configuration."""
+    prediction = config.get("prediction_type")
     if prediction in ("epsilon", "v_prediction", "sample"):
         return str(prediction)
-    return "flow" if prediction == "flow_prediction" or "FlowMatch" in type(scheduler).__name__ else ""
+    return "flow" if prediction == "flow_prediction" or "FlowMatch" in kind else ""
 
 
 def base_fingerprint(pipe: Any) -> str:
@@ -84,8 +90,13 @@ def base_fingerprint(pipe: Any) -> str:
     Raises:
         PipelineError: the pipeline cannot load a LoRA.
     """
+    return fingerprint_of_shapes(weight_shapes(_denoiser(pipe)))
+
+
+def fingerprint_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """`base_fingerprint` from the weight shapes of the denoiser's linear and convolution layers, by module name."""
     digest = hashlib.sha256()
-    for name, shape in sorted(weight_shapes(_denoiser(pipe)).items()):
+    for name, shape in sorted(shapes.items()):
         if any(part.isdigit() for part in name.split(".")):
             digest.update(f"{name}:{shape}\n".encode())
     return digest.hexdigest()[:16]

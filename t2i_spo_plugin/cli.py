@@ -44,7 +44,37 @@ def score(args: Sequence[str]) -> None:
 
 def inspect(args: Sequence[str]) -> None:
     """Say what an adapter file is, without loading it anywhere."""
-    tyro.cli(_inspect, args=args, prog="spo inspect", description=inspect.__doc__)
+    from . import commands
+
+    tyro.cli(commands.inspect, args=args, prog="spo inspect", description=inspect.__doc__)
+
+
+def convert(args: Sequence[str]) -> None:
+    """Write an adapter in another file layout, without changing what it does."""
+    from . import commands
+
+    tyro.cli(commands.convert, args=args, prog="spo convert", description=convert.__doc__)
+
+
+def merge(args: Sequence[str]) -> None:
+    """Make several adapters one, exactly or at a chosen rank."""
+    from . import commands
+
+    tyro.cli(commands.merge, args=args, prog="spo merge", description=merge.__doc__)
+
+
+def extract(args: Sequence[str]) -> None:
+    """Make an adapter of what a tuned model changes."""
+    from . import commands
+
+    tyro.cli(commands.extract, args=args, prog="spo extract", description=extract.__doc__)
+
+
+def doctor(args: Sequence[str]) -> None:
+    """Say what is installed here, what would not work, and why."""
+    from . import commands
+
+    tyro.cli(commands.doctor, args=args, prog="spo doctor", description=doctor.__doc__)
 
 
 def pairs(args: Sequence[str]) -> None:
@@ -74,9 +104,13 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "score": score,
     "inspect": inspect,
+    "convert": convert,
+    "merge": merge,
+    "extract": extract,
     "pairs": pairs,
     "train": train,
     "eval": evaluate,
+    "doctor": doctor,
 }
 
 
@@ -208,31 +242,6 @@ def _score(
             print(f"    overlay: {made}")
     if not_scored:
         raise NotScoredError(f"{not_scored} of {len(images)} pictures were not scored; that says nothing of them")
-
-
-def _inspect(file: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Inspect.
-
-    Args:
-        file: a safetensors file, or a folder with one.
-    """
-    from .adapter import find_adapter_file, read_adapter
-
-    path = find_adapter_file(file)
-    adapter = read_adapter(path)
-    components = sorted({name.partition(".")[0] for name in adapter.modules})
-    scales = sorted({pair.alpha / pair.rank for pair in adapter.modules.values()})
-    lines = {
-        "file": f"{path} ({path.stat().st_size / 1e6:.2f} MB)",
-        "title": adapter.facts.title,
-        "architecture": adapter.facts.base_architecture or "not said",
-        "prediction": adapter.facts.prediction_type or "not said",
-        "modules": f"{len(adapter.modules)} in {', '.join(components)}",
-        "rank": f"{adapter.rank}, alpha / rank {', '.join(f'{scale:g}' for scale in scales)}",
-        "parameters": f"{adapter.num_parameters():,}",
-    }
-    for name, value in (lines | dict(sorted(adapter.facts.extra.items()))).items():
-        print(f"{name:<24}{value}")
 
 
 def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:

@@ -11,7 +11,23 @@ class SPOError(Exception):
 
 
 class AdapterError(SPOError, ValueError):
-    """An adapter file is broken, unsafe to open, or does not fit the pipeline."""
+    """An adapter file is broken, unsafe to open, or does not fit the pipeline; one of the kinds below says which."""
+
+
+class UnreadableAdapterError(AdapterError):
+    """No file that can be opened: missing, cut off, a broken header, a pickle, or something else than safetensors."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """A file in order, of something that is not understood here: another method, layout, type, or a whole model."""
+
+
+class InvalidAdapterError(AdapterError):
+    """A LoRA whose content cannot be meant: missing halves, matrices or alphas without sense, NaN, Inf, all zero."""
+
+
+class IncompatibleAdapterError(AdapterError):
+    """A valid adapter that was made for another model than this pipeline, or than the adapter it is to join."""
 
 
 class ConfigError(SPOError, ValueError):

@@ -25,7 +25,15 @@ from .architecture import (
     weight_shapes,
 )
 from .attachment import RECORD, Snapshot, attach, detach, strength_in_force, switch, tuner_layers
-from .errors import AdapterError, ConfigError, PipelineError
+from .errors import (
+    AdapterError,
+    ConfigError,
+    IncompatibleAdapterError,
+    InvalidAdapterError,
+    PipelineError,
+    UnreadableAdapterError,
+)
+from .header import shown
 from .layouts import canonical
 
 
@@ -90,7 +98,8 @@ def load_spo_lora(
         strength: at least 0; 0 is the base model exactly, 1 is as trained.
         window: denoising progress between which the adapter is on; anything but `(0, 1)` needs `enable_spo`.
         adapter_name: the name under which the pipeline knows it.
-        strict: refuse an adapter of which only a part fits; False loads that part with a warning.
+        strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
+            what fits with a warning.
         hub_kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
 
     Raises:
@@ -111,7 +120,7 @@ def load_spo_lora(
             f"{type(pipe).__name__} is not one"
         )
     _check_ready(components, adapter_name)
-    adapter, source = _resolve(src, hub_kwargs)
+    adapter, source = _resolve(src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
     record = LoadedAdapter(
         name=adapter_name,
@@ -279,25 +288,29 @@ def _check_unfused(components: Mapping[str, Any]) -> None:
             raise AdapterError("adapters are fused into the weights; call pipe.unfuse_lora() first")
 
 
-def _resolve(src: str | Path | Adapter, options: Mapping[str, Any]) -> tuple[Adapter, str]:
+def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool) -> tuple[Adapter, str]:
     if isinstance(src, Adapter):
         # The pipeline takes the tensors over as its parameters; the caller keeps their own.
         copies = {
             name: LoraPair(pair.down.clone(), pair.up.clone(), pair.alpha)
             for name, pair in src.validate().modules.items()
         }
-        return Adapter(copies, src.facts), src.facts.title
+        return Adapter(copies, src.facts, src.notes), src.facts.title
     if not isinstance(src, (str, Path)):
         raise AdapterError(f"expected a file, a folder, a Hub id or an Adapter, got {type(src).__name__}")
-    path = Path(src).expanduser()
-    if path.exists():
+    try:
+        path = Path(src).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnreadableAdapterError(f"{shown(str(src))} is no path: {error}") from error
+    if exists:
         for part in (options.get("subfolder"), options.get("weight_name") if path.is_dir() else None):
             path = path / part if part else path
-        return read_adapter(path), path.name
+        return read_adapter(path, strict), path.name
     if isinstance(src, Path) or not _REPO_ID.match(src) or path.suffix == ".safetensors":
         refuse_pickle(path.name if path.suffix else f"{path.name}.safetensors")
-        raise AdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
-    return read_adapter(_download(src, dict(options))), src
+        raise UnreadableAdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
+    return read_adapter(_download(src, dict(options)), strict), src
 
 
 def _download(repo: str, options: dict[str, Any]) -> Path:
@@ -314,13 +327,13 @@ def _download(repo: str, options: dict[str, Any]) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=[pattern, "adapter_config.json"], **options))
         return find_adapter_file(folder / subfolder if subfolder else folder)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise AdapterError(
+        raise UnreadableAdapterError(
             f"{repo} is not in the local cache and the Hub cannot be reached (no network, or offline mode); "
             "download it once while online, or pass a file"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(f"there is no file or folder {repo}, and the Hub answers: {reason}") from error
+        raise UnreadableAdapterError(f"there is no file or folder {repo}, and the Hub answers: {reason}") from error
 
 
 def _match(
@@ -329,10 +342,10 @@ def _match(
     """The adapter's pairs by component and module path of `pipe`, and notes; raises when they do not belong there."""
     facts, here = adapter.facts, architecture_of(pipe)
     if facts.base_architecture and facts.base_architecture != here:
-        raise AdapterError(f"the adapter was made for {facts.base_architecture}, this pipeline is {here}")
+        raise IncompatibleAdapterError(f"the adapter was made for {facts.base_architecture}, this pipeline is {here}")
     prediction = prediction_type_of(pipe)
     if facts.prediction_type and prediction and facts.prediction_type != prediction:
-        raise AdapterError(
+        raise IncompatibleAdapterError(
             f"the adapter was made for a model that predicts {facts.prediction_type}, this one predicts {prediction}"
         )
     shapes = {name: weight_shapes(model) for name, model in components.items()}
@@ -345,15 +358,17 @@ def _match(
         if found is None:
             missing.append(name)
             continue
-        expected, shape = shapes[component][found], (pair.up.shape[0], *pair.down.shape[1:])
+        expected, shape = shapes[component][found], pair.shape
         if shape != expected:
-            raise AdapterError(
+            raise IncompatibleAdapterError(
                 f"the adapter was made for another base of the architecture {here}: it changes {name} as a weight of "
                 f"{list(shape)}, in this pipeline it has {list(expected)}"
             )
-        matched.setdefault(component, {})[found] = pair
+        if found in matched.setdefault(component, {}):
+            raise InvalidAdapterError(f"the adapter changes {component}.{found} twice, under two spellings")
+        matched[component][found] = pair
     if not matched:
-        raise AdapterError(
+        raise IncompatibleAdapterError(
             f"none of the adapter's {len(adapter.modules)} modules exists in this {type(pipe).__name__} "
             f"({', '.join(components)}); the first is {missing[0]}"
         )
@@ -363,15 +378,19 @@ def _match(
         problems.append("it was trained on a model of another width or depth")
     if missing:
         problems.append(f"only {len(adapter.modules) - len(missing)} of its {len(adapter.modules)} modules exist here")
+    if all(component.startswith("text_encoder") for component in matched):
+        problems.append("it changes a text encoder only, and nothing that draws")
     if problems and strict:
         first = f"; the first missing is {missing[0]}" if missing else ""
-        raise AdapterError(f"the adapter does not fit: {', and '.join(problems)}{first}; strict=False loads what fits")
+        raise IncompatibleAdapterError(
+            f"the adapter does not fit: {', and '.join(problems)}{first}; strict=False loads what fits"
+        )
     if problems:
         warnings.warn(f"the adapter fits only in part: {', and '.join(problems)}", stacklevel=4)
     trained_on, base = facts.extra.get("base_model", ""), base_model_of(pipe)
     if trained_on and base and trained_on != base:
         problems.append(f"it was trained on {trained_on}, this is {base}: the same architecture, another checkpoint")
-    return matched, tuple(problems)
+    return matched, (*adapter.notes, *problems)
 
 
 def _find(path: str, flat: Mapping[str, str]) -> str | None:

@@ -126,7 +126,7 @@ def test_inspect_says_what_an_adapter_is(tmp_path, capsys):
     write_adapter(Adapter({name: pair}, facts), tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
-    for expected in ("No knives", "stable-diffusion-v1", "epsilon", "1 in unet", "alpha / rank 0.5", "spo"):
+    for expected in ("No knives", "stable-diffusion-v1", "epsilon", "1 in unet", "alpha / rank 0.5", "spo", "kohya"):
         assert expected in shown
 
 

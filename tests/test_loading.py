@@ -10,7 +10,7 @@ from tiny import base_picture, denoiser, fresh, pictures, random_adapter
 from t2i_spo_plugin import loading
 from t2i_spo_plugin.adapter import Adapter, AdapterFacts, LoraPair, write_adapter
 from t2i_spo_plugin.architecture import architecture_of, base_fingerprint, lora_components, prediction_type_of
-from t2i_spo_plugin.errors import AdapterError, ConfigError, PipelineError
+from t2i_spo_plugin.errors import AdapterError, ConfigError, IncompatibleAdapterError, PipelineError
 from t2i_spo_plugin.loading import (
     adapter_facts,
     adapter_of,
@@ -137,7 +137,10 @@ def test_text_encoders_are_adapted_too(family, tmp_path):
     adapter = random_adapter(pipe, components=encoders, layers=("q_proj", "fc1"))
     assert len(adapter.modules) == (8 if family == "sdxl" else 4)
     path = write_adapter(adapter, tmp_path / "a.safetensors")
-    record = load_spo_lora(pipe, path)
+    with pytest.raises(IncompatibleAdapterError, match="changes a text encoder only"):
+        load_spo_lora(pipe, path)
+    with pytest.warns(UserWarning, match="changes a text encoder only"):
+        record = load_spo_lora(pipe, path, strict=False)
     assert record.components == (encoders if family == "sdxl" else encoders[:1])
     assert not torch.equal(pictures(pipe), base_picture(family))
     set_spo_strength(pipe, 0.0)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
-from .base import LoraPair, pair_up
+from ..errors import AdapterError, UnsupportedAdapterError
+from ..header import shown
+from .base import LoraPair, Parts
 
 
 PREFIXES = {
@@ -21,19 +22,33 @@ PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lycoris_": "",
 }
+"""Component by the beginning of a key; LyCORIS does not name the one model it was made for."""
 
-_SUFFIXES = {"lora_down.weight": "down", "lora_up.weight": "up"}
+_SUFFIXES = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+
+UNET_BEGINNINGS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
 
 _NAMES_WITH_UNDERSCORES = frozenset(
     "add_embedding add_k_proj add_q_proj add_v_proj class_embedding conv_in conv_out conv_shortcut down_blocks "
     "encoder_hid_proj linear_1 linear_2 mid_block motion_modules out_proj position_embedding proj_in proj_out k_proj "
     "q_proj self_attn temporal_transformer text_model text_projection time_emb_proj time_embedding to_add_out to_k "
-    "to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj visual_projection".split()
+    "to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj visual_projection "
+    "context_embedder ff_context guidance_embedder norm1_context norm_out pos_embed proj_mlp "
+    "single_transformer_blocks text_embedder time_text_embed timestep_embedder x_embedder".split()
 )
 _LONGEST = max(name.count("_") + 1 for name in _NAMES_WITH_UNDERSCORES)
 
 _LDM_BLOCK = re.compile(r"^(input_blocks|output_blocks)_(\d+)_(\d+)_(.+)$|^(middle_block)_(\d+)_(.+)$")
+_LDM_OUTSIDE = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
 _LDM_RESNET = {
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
@@ -42,31 +57,24 @@ _LDM_RESNET = {
 }
 
 
-def matches(keys: list[str]) -> bool:
-    return bool(keys) and all(key.startswith(tuple(PREFIXES)) for key in keys)
+def owns(key: str) -> bool:
+    """Whether `key` names a half or an alpha in this layout."""
+    flat, _, suffix = key.partition(".")
+    return suffix in _SUFFIXES and flat.startswith(tuple(PREFIXES))
 
 
 def decode(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
     """The neutral form of a kohya file; a module without `.alpha` has alpha equal to its rank.
 
     Raises:
-        AdapterError: a key is of another method, or names no module of a diffusers UNet or CLIP text encoder.
+        UnsupportedAdapterError: a name of no module of a diffusers UNet or CLIP text encoder.
+        InvalidAdapterError: the halves do not fit.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
+    parts = Parts()
     for key, tensor in tensors.items():
         flat, _, suffix = key.partition(".")
-        name = unflatten(flat)
-        if suffix == "alpha":
-            if tensor.numel() != 1:
-                raise AdapterError(f"{key} must be one number, got shape {tuple(tensor.shape)}")
-            alphas[name] = float(tensor)
-            parts.setdefault(name, {})
-        elif suffix in _SUFFIXES:
-            parts.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
-        else:
-            raise AdapterError(f"{key} is not a plain LoRA weight; only down, up and alpha are understood")
-    return pair_up(parts, alphas)
+        parts.add(unflatten(flat), _SUFFIXES[suffix], tensor, key)
+    return parts.pairs()
 
 
 def encode(modules: Mapping[str, LoraPair], two_text_encoders: bool) -> dict[str, Tensor]:
@@ -100,8 +108,10 @@ def unflatten(flat: str) -> str:
     """`lora_unet_down_blocks_0_..._to_q` as `unet.down_blocks.0....to_q`."""
     prefix = next((prefix for prefix in PREFIXES if flat.startswith(prefix)), None)
     if prefix is None:
-        raise AdapterError(f"{flat} does not start with any of {', '.join(PREFIXES)}")
+        raise UnsupportedAdapterError(f"{shown(flat)} does not start with any of {', '.join(PREFIXES)}")
     path = flat.removeprefix(prefix)
+    path = _LDM_OUTSIDE.get(path, path)
+    component = PREFIXES[prefix] or ("unet" if path.startswith(UNET_BEGINNINGS) else "transformer")
     block = _LDM_BLOCK.match(path)
     if block is not None:
         path = _diffusers_block(block, flat)
@@ -113,7 +123,7 @@ def unflatten(flat: str) -> str:
         )
         names.append("_".join(words[:length]))
         words = words[length:]
-    return ".".join([PREFIXES[prefix], *names])
+    return ".".join([component, *names])
 
 
 def _diffusers_block(block: re.Match[str], flat: str) -> str:
@@ -135,5 +145,5 @@ def _diffusers_block(block: re.Match[str], flat: str) -> str:
             where = {0: f"{side}_resnets_{layer}", 1: f"{side}_attentions_{layer}"}.get(part)
             is_resnet = part == 0
     if where is None or (is_resnet and rest not in _LDM_RESNET):
-        raise AdapterError(f"{flat} names no module of a diffusers UNet")
+        raise UnsupportedAdapterError(f"{shown(flat)} names no module of a diffusers UNet")
     return f"{where}_{_LDM_RESNET[rest] if is_resnet else rest}"

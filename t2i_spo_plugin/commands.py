@@ -1,0 +1,150 @@
+"""The commands about adapter files, and `spo doctor`: what the parser takes, what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .errors import SPOError
+
+
+Layout = Literal["kohya", "diffusers", "peft", "native"]
+
+
+def inspect(
+    file: Annotated[Path, tyro.conf.Positional], json_: Annotated[bool, tyro.conf.arg(name="json")] = False
+) -> None:
+    """Inspect.
+
+    Args:
+        file: a safetensors file, or a folder with one.
+        json_: print one JSON object instead of lines.
+    """
+    from .inspection import as_lines, inspect_adapter
+
+    found = inspect_adapter(file)
+    if json_:
+        print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))
+        return
+    for name, value in as_lines(found).items():
+        print(f"{name:<32}{value}")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+
+
+def convert(
+    file: Annotated[Path, tyro.conf.Positional],
+    layout: Layout,
+    out: Path,
+    architecture: str = "",
+) -> None:
+    """Convert.
+
+    Args:
+        file: an adapter in any layout that is read.
+        layout: kohya (Stable Diffusion 1, 2 and XL, in most programs), diffusers (alphas in its header), peft (a
+            folder with a configuration), or native (alphas folded into the weights; SD3, Flux and later).
+        out: the .safetensors file to write; for peft, the folder.
+        architecture: of the base model, such as stable-diffusion-v1, where the file does not say.
+    """
+    from .adapter import Adapter, normalise_architecture, read_adapter
+    from .convert import convert_adapter
+    from .errors import IncompatibleAdapterError
+
+    adapter = read_adapter(file)
+    said, given = adapter.facts.base_architecture, normalise_architecture(architecture)
+    if said and given and said != given:
+        raise IncompatibleAdapterError(f"{file.name} says that it was made for {said}, not for {given}")
+    facts = dataclasses.replace(adapter.facts, base_architecture=said or given)
+    print(convert_adapter(Adapter(adapter.modules, facts), out, layout))
+
+
+def merge(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path,
+    weights: tuple[float, ...] = (),
+    method: Literal["concat", "svd"] = "concat",
+    rank: int | None = None,
+) -> None:
+    """Merge.
+
+    Args:
+        files: adapters for the same architecture.
+        out: the .safetensors file to write.
+        weights: one an adapter, at least 0; 1 each when left out.
+        method: concat is the exact weighted sum, its rank the sum of the ranks; svd cuts it to --rank.
+        rank: for svd, by default the largest rank of the parents.
+    """
+    from .adapter import read_adapter, write_adapter
+    from .merge import merge_adapters
+
+    adapters = [read_adapter(file) for file in files]
+    merged = merge_adapters(adapters, weights or None, method, rank, names=[file.stem for file in files])
+    print(f"{write_adapter(merged.adapter, out)}: {len(merged.module_errors)} modules, rank {merged.adapter.rank}")
+    _print_errors(merged.error, merged.module_errors)
+
+
+def extract(
+    base: Annotated[str, tyro.conf.Positional],
+    tuned: Annotated[str, tyro.conf.Positional],
+    out: Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    component: str = "",
+    architecture: str = "",
+    prediction_type: str = "",
+    device: str = "cpu",
+) -> None:
+    """Extract.
+
+    Args:
+        base: a diffusers folder (of a pipeline or of one component), or a safetensors file with diffusers' names.
+        tuned: the same model after tuning, in either form.
+        out: the .safetensors file to write.
+        rank: of every module at most.
+        energy: share of each weight's squared change to keep, 0.99 when neither is given; with both the smaller rank.
+        component: what a file is, such as unet; of a pipeline, the only component to compare.
+        architecture: such as stable-diffusion-v1, where the files do not say.
+        prediction_type: epsilon, v_prediction, flow or sample, where the files do not say.
+        device: where the decomposition runs, such as cuda.
+    """
+    from .adapter import write_adapter
+    from .extract import extract_adapter
+
+    found = extract_adapter(base, tuned, rank, energy, component, architecture, prediction_type, device, progress=True)
+    print(f"{write_adapter(found.adapter, out)}: {len(found.module_errors)} modules, rank {found.adapter.rank}")
+    _print_errors(found.error, found.block_errors)
+    if found.unexpressed:
+        print(f"{len(found.unexpressed)} weights changed that no LoRA can change (relative change):")
+    for name, change in sorted(found.unexpressed.items(), key=lambda item: -item[1])[:20]:
+        print(f"  {name:<64}{change:.2e}")
+
+
+def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Examine.
+
+    Args:
+        json_: print a JSON list instead of lines.
+    """
+    from .doctor import broken, examine
+
+    checks = examine()
+    if json_:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], ensure_ascii=False, indent=2))
+    else:
+        for check in checks:
+            print(f"{check.status:<8}{check.name:<18}{check.detail}")
+    failed = broken(checks)
+    if failed:
+        raise SPOError(f"broken: {', '.join(check.name for check in failed)}")
+
+
+def _print_errors(error: float, parts: dict[str, float], shown: int = 10) -> None:
+    print(f"relative error {error:.2e}")
+    for name, value in sorted(parts.items(), key=lambda item: -item[1])[:shown]:
+        if value > 0.0:
+            print(f"  {name:<64}{value:.2e}")
