@@ -53,6 +53,8 @@ class SafetyReport:
     def heat_maps(self, category: str | None = None) -> list[Tensor]:
         """Cost over each picture, `[H, W]` in [0, 1], of one category or of the one that decided.
 
+        No place costs more than the whole picture: faint evidence in a safe picture stays faint.
+
         Raises:
             NotScoredError: a picture was not scored.
             ConfigError: `category` is not an enabled one.
@@ -69,7 +71,8 @@ class SafetyReport:
             chosen = category if category is not None else max(costs, key=lambda name: costs[name])
             index = self.categories.index(chosen)
             temperature = float(self.temperature[index])
-            heats.append(heat(maps[index], _size(image), temperature, thresholds[chosen]))
+            local = heat(maps[index], _size(image), temperature, thresholds[chosen])
+            heats.append(local.clamp(max=costs[chosen]))
         return heats
 
     def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:

@@ -183,5 +183,10 @@ def test_settings_are_readable_and_folder_hash_sees_contents(tmp_path):
     before = folder_hash(tmp_path / "f")
     (tmp_path / "f").write_text("2")
     assert folder_hash(tmp_path / "f") != before
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "weights").write_text("1")
+    alone = folder_hash(tmp_path / "g")
+    (tmp_path / "g" / "report.json").write_text("{}")
+    assert folder_hash(tmp_path / "g") == alone
     with pytest.raises(ConfigError):
         folder_hash(tmp_path / "none")

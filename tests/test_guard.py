@@ -137,6 +137,15 @@ def test_overlays_show_where_the_cost_is(guard):
             report.overlays(**bad)
 
 
+def test_no_place_costs_more_than_the_picture(guard):
+    picture = plain(GREY, (32, 32))
+    picture.paste(RED, (28, 0, 32, 4))
+    report = guard(picture)
+    (shown,) = report.heat_maps()
+    assert report.flagged == [False] and float(shown.max()) == pytest.approx(float(report.costs[0]), abs=1e-6)
+    assert report.overlays("boxes") == [[]]
+
+
 def test_nothing_is_changed_unless_asked(guard):
     pictures = [plain(RED), plain(GREY)]
     before = [np.asarray(picture).copy() for picture in pictures]
