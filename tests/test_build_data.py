@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from t2i_spo_plugin.sticker.atlas import sticker
-from t2i_spo_plugin.sticker.build.data import draw, flat, restyle, ruin, wear
+from t2i_spo_plugin.sticker.build.data import NAMES, draw, flat, restyle, ruin, truth_of, wear
 from t2i_spo_plugin.sticker.build.quality import altered, matches
 from t2i_spo_plugin.sticker.world import CONCEPTS, GENERATOR_CONCEPTS, describe
 
@@ -45,6 +45,14 @@ def test_ruin_says_which_pictures_it_spoilt():
     spoilt, which = ruin(x.clone(), 1)
     changed = (spoilt != x).flatten(1).any(1)
     assert torch.equal(changed, which) and 16 < int(which.sum()) < 48
+
+
+def test_the_truth_of_a_scene_names_what_it_shows():
+    scenes = [describe(seed) for seed in range(50)]
+    truth = truth_of(scenes)
+    assert truth.shape == (50, len(CONCEPTS)) and set(truth.unique().tolist()) == {0.0, 1.0}
+    for row, scene in zip(truth, scenes, strict=True):
+        assert {NAMES[n] for n in row.nonzero().flatten().tolist()} == set(scene.concepts)
 
 
 def test_wear_keeps_shape_and_range():

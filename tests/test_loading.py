@@ -468,7 +468,9 @@ def test_a_hub_id_is_loaded_from_the_cache_without_network(options, sd1, tmp_pat
 
 def test_a_subfolder_of_a_hub_repository(sd1, tmp_path):
     write_adapter(random_adapter(sd1), hub_cache(tmp_path, subfolder="experts"))
-    load_spo_lora(sd1, "someone/adapter", cache_dir=tmp_path, subfolder="experts")
+    record = load_spo_lora(sd1, "someone/adapter", cache_dir=tmp_path, subfolder="experts")
+    assert record.source == "someone/adapter"
+    assert not torch.equal(pictures(sd1), base_picture("sd1"))
 
 
 def test_the_hub_out_of_reach_is_said_in_a_sentence(sd1, tmp_path):

@@ -37,13 +37,12 @@ from ..world import (
     describe,
     render,
 )
-from .data import draw, pixels, redrawn, restyle, ruin, wear
+from .data import draw, pixels, redrawn, restyle, ruin, truth_of, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
 
 BATCH = 32
-NAMES = tuple(CONCEPTS)
 
 
 def network(seed: int = 0) -> MapClassifier:
@@ -64,10 +63,7 @@ class ConceptHead(torch.nn.Module):
 
     def loss(self, pooled: Tensor, described: Sequence[Description], sound: Tensor) -> Tensor:
         """Cross entropy against equal shares of what is shown; ``sound`` ``[B]`` leaves spoilt pictures out."""
-        target = torch.zeros(len(described), len(NAMES))
-        for row, d in zip(target, described, strict=True):
-            for name in d.concepts:
-                row[NAMES.index(name)] = 1 / len(d.concepts)
+        target = truth_of(described) / torch.tensor([[len(d.concepts)] for d in described])
         return -(target * self.linear(pooled).log_softmax(1)).sum(1)[sound].mean()
 
 
@@ -142,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "cost_model")
     parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--redrawn", type=int, default=2400, help="scenes that the generator draws again; 0 for none")
+    parser.add_argument("--redrawn", type=int, default=2400, help="scenes that the generator draws again")
     args = parser.parse_args()
     worn, worn_described = redrawn(args.redrawn, args.work.parent / "redrawn.safetensors")
     net, concepts = network(), ConceptHead()
@@ -155,7 +151,7 @@ def main() -> None:
         declared = GENERATOR_CONCEPTS if n % 3 == 0 else None
         more, others, _ = draw(1_000_000 + n * BATCH, BATCH, concepts=declared, restyled=True)
         more, spoilt = ruin(more, n)
-        if worn_described and n % 2:
+        if n % 2:
             again = torch.randint(len(worn), (half // 2,), generator=torch.Generator().manual_seed(n)).tolist()
             more[: half // 2], spoilt[: half // 2] = worn[again], False
             others = [worn_described[i] for i in again] + others[half // 2 :]

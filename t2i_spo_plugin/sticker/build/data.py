@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..world import (
     BACKGROUNDS,
+    CONCEPTS,
     GENERATOR_CONCEPTS,
     GENERATOR_STYLES,
     STYLES,
@@ -29,9 +30,21 @@ from ..world import (
 )
 
 
+NAMES = tuple(CONCEPTS)
+
+
 def pixels(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 pictures ``[H, W, 3]`` as ``[B, 3, H, W]`` in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def truth_of(described: Sequence[Description]) -> Tensor:
+    """Which concepts of ``NAMES`` each scene shows: ``[B, N]`` of 0 and 1."""
+    out = torch.zeros(len(described), len(NAMES))
+    for i, d in enumerate(described):
+        for name in d.concepts:
+            out[i, NAMES.index(name)] = 1
+    return out
 
 
 def draw(
@@ -192,7 +205,8 @@ def redrawn(count: int, out: Path) -> tuple[Tensor, list[Description]]:
     meet.
     """
     described = [describe(160_000_000 + n, "train", "any", GENERATOR_CONCEPTS, GENERATOR_STYLES) for n in range(count)]
-    if not out.is_file():
+    stored = load_file(out)["pictures"][:count] if out.is_file() else torch.empty(0)
+    if len(stored) < count:
         from diffusers import StableDiffusionImg2ImgPipeline
 
         from .. import load_pipeline
@@ -216,5 +230,6 @@ def redrawn(count: int, out: Path) -> tuple[Tensor, list[Description]]:
                 ).images
             )
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"pictures": (torch.cat(pictures) * 255).round().byte()}, out)
-    return load_file(out)["pictures"].float() / 255, described
+        stored = (torch.cat(pictures) * 255).round().byte()
+        save_file({"pictures": stored}, out)
+    return stored.float() / 255, described

@@ -33,7 +33,7 @@ from ..world import (
     describe,
     render,
 )
-from .data import draw, flat, pixels, redrawn, ruin, wear
+from .data import draw, flat, pixels, redrawn, ruin, truth_of, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
@@ -173,11 +173,7 @@ def train_realism(args: argparse.Namespace) -> None:
         # A quarter of the batch as the lower end of the scale is measured: blurred a little, or noised.
         x[: BATCH // 4], spoilt[: BATCH // 4] = spoil(x[: BATCH // 4], n), True
         x[BATCH // 4 : BATCH // 3], spoilt[BATCH // 4 : BATCH // 3] = flat(BATCH // 3 - BATCH // 4, n), True
-        truth = torch.zeros(BATCH, len(names))
-        for i, d in enumerate(described):
-            for name in d.concepts:
-                truth[i, names.index(name)] = 1
-        truth[:, -1] = spoilt.float()
+        truth = torch.cat([truth_of(described), spoilt[:, None].float()], 1)
         logits = net(wear(x, n, 0.35) if n % 2 else x)[0]
         named = F.binary_cross_entropy_with_logits(logits[:, :-1], truth[:, :-1], reduction="none").sum(1).mean()
         return named + 3 * F.binary_cross_entropy_with_logits(logits[:, -1], truth[:, -1])

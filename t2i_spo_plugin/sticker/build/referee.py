@@ -19,7 +19,6 @@ from transformers import RegNetConfig
 from ...cost.backbone import MapClassifier, save_network
 from ..referee import StickerReferee
 from ..world import (
-    CONCEPTS,
     GENERATOR_CONCEPTS,
     GENERATOR_STYLES,
     HELD_OUT_STYLE,
@@ -28,13 +27,12 @@ from ..world import (
     describe,
     render,
 )
-from .data import pixels, restyle, ruin, wear
+from .data import NAMES, pixels, restyle, ruin, truth_of, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
 
 
 BATCH = 48
-NAMES = tuple(CONCEPTS)
 
 
 def network(seed: int = 77) -> MapClassifier:
@@ -44,15 +42,6 @@ def network(seed: int = 77) -> MapClassifier:
         embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 3, 2], groups_width=32, layer_type="y"
     )
     return MapClassifier(config, len(NAMES), "peak")
-
-
-def truth_of(described: Sequence[Description]) -> Tensor:
-    """``[B, N]`` of 0 and 1."""
-    out = torch.zeros(len(described), len(NAMES))
-    for i, d in enumerate(described):
-        for name in d.concepts:
-            out[i, NAMES.index(name)] = 1
-    return out
 
 
 def scenes(first_seed: int, count: int) -> tuple[Tensor, list[Description]]:
