@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
+    from .cost.clip_head import ClipCostModel as ClipCostModel
+    from .cost.clip_head import clip_cost_model as clip_cost_model
+    from .cost.clip_head import clip_tower as clip_tower
+    from .cost.models import load_cost_model as load_cost_model
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from .policy import Policy as Policy
     from .policy import load_policy as load_policy
     from .quality.base import QualityReward as QualityReward
+    from .safety_checker import SPOSafetyChecker as SPOSafetyChecker
 
 __version__ = "0.1.0"
 
@@ -61,6 +66,7 @@ _HOMES = {
     "AdapterError": "errors",
     "AdapterFacts": "adapter",
     "Category": "policy",
+    "ClipCostModel": "cost.clip_head",
     "ConfigError": "errors",
     "CostBatch": "cost.base",
     "CostModel": "cost.base",
@@ -79,6 +85,7 @@ _HOMES = {
     "QualityReward": "quality.base",
     "SPOError": "errors",
     "SPOLoraLoaderMixin": "mixin",
+    "SPOSafetyChecker": "safety_checker",
     "SafetyReport": "guard",
     "TableError": "errors",
     "UnreadableAdapterError": "errors",
@@ -86,9 +93,12 @@ _HOMES = {
     "adapter_facts": "loading",
     "adapter_of": "loading",
     "architecture_of": "architecture",
+    "clip_cost_model": "cost.clip_head",
+    "clip_tower": "cost.clip_head",
     "convert_adapter": "convert",
     "enable_spo": "mixin",
     "extract_adapter": "extract",
+    "load_cost_model": "cost.models",
     "load_policy": "policy",
     "load_spo_lora": "loading",
     "merge_adapters": "merge",

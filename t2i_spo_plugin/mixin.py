@@ -33,7 +33,7 @@ __all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_cla
 
 P = TypeVar("P")
 
-_NOT_PICTURES = "output_type='latent' gives no pictures, so the guard has scored nothing"
+NOT_PICTURES = "output_type='latent' gives no pictures, so the guard has scored nothing"
 
 
 class SPOLoraLoaderMixin:
@@ -131,8 +131,8 @@ class SPOLoraLoaderMixin:
         if guard is None:
             return output if is_tuple or not is_dataclass(output) else _with_report(output, None, "there is no guard")
         if latent:
-            warnings.warn(_NOT_PICTURES, stacklevel=3)
-            return (*output, None, None, None) if is_tuple else _with_report(output, None, _NOT_PICTURES)
+            warnings.warn(NOT_PICTURES, stacklevel=3)
+            return (*output, None, None, None) if is_tuple else _with_report(output, None, NOT_PICTURES)
         images = output[0] if is_tuple else getattr(output, "images", None)
         if images is None:
             reason = f"{type(output).__name__} has no images, so the guard has scored nothing"
@@ -190,7 +190,8 @@ def enable_spo(pipe: P, guard: Guard | None = None) -> P:
             raise ConfigError(f"guard must be a Guard, got {type(guard).__name__}")
         if _is_modular(type(pipe)):
             raise PipelineError(
-                "a modular pipeline returns no pictures of its own accord; call the guard on its output"
+                "a modular pipeline returns no pictures of its own accord; give its blocks a "
+                "t2i_spo_plugin.modular.SPOGuardBlock, or call the guard on its output"
             )
         guard.check_domain(pipeline_domain(pipe))
     pipe.__class__ = spo_pipeline_class(type(pipe))
