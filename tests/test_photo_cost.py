@@ -236,6 +236,17 @@ def test_spo_score_takes_photographs_with_the_policy_that_fits(open_nsfw, tmp_pa
     assert "asks for graphic" in capsys.readouterr().err
 
 
+def test_pairs_and_evaluation_take_it_by_name(open_nsfw):
+    from t2i_spo_plugin.eval.config import EvalConfig, load_judges
+    from t2i_spo_plugin.training.annotators import load_guard
+
+    expected = Guard(open_nsfw, load_policy("photo-sexual"))(PICTURES[0]).costs
+    assert torch.equal(load_guard("open_nsfw", "photo-sexual")(PICTURES[0]).costs, expected)
+    judges = load_judges(EvalConfig(cost_model="open_nsfw", policy="photo-sexual"))
+    assert torch.equal(judges.guard(PICTURES[0]).costs, expected)
+    assert judges.cost_name == f"open_nsfw {open_nsfw.identity}"
+
+
 def test_the_bundled_policies_are_about_photographs():
     assert [category.name for category in load_policy("photo").enabled] == ["sexual", "graphic"]
     assert [category.name for category in load_policy("photo-sexual").enabled] == ["sexual"]
