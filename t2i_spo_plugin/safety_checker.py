@@ -17,8 +17,8 @@ class SPOSafetyChecker:
     The pipeline only knows safe and unsafe, so a picture that is not scored counts as unsafe here. With
     `Guard(..., block="none")` pictures are flagged and left as they are.
 
-    It is no part of a saved pipeline: `save_pretrained` leaves it out, and says so, because whoever loads that folder
-    need not have this package. Set it again after loading.
+    It is no part of a saved pipeline: `save_pretrained` leaves it out, because whoever loads that folder need not have
+    this package. Set it again after loading.
 
     Args:
         guard: scores the pictures.

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import _clip_tokenizer, _t5_tokenizer
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from t2i_spo_plugin import ClipCostModel, CostModel, clip_cost_model, clip_tower, load_cost_model
+from t2i_spo_plugin import ClipCostModel, CostModel, cli, clip_cost_model, clip_tower, load_cost_model
 from t2i_spo_plugin.errors import ConfigError, SPOError
 from t2i_spo_plugin.guard import Guard
 from t2i_spo_plugin.images import to_tensor
@@ -139,6 +139,19 @@ def test_a_guard_uses_it_as_any_other(model):
     assert report.flagged[-1] is None and None not in report.flagged[:-1]
     expected = policy.category_costs(model(PICTURES).logits, model.temperature, model.categories)[0].amax(1)
     assert torch.allclose(report.costs[:-1], expected, atol=1e-5)
+
+
+def test_spo_score_takes_the_folder_with_a_policy_of_its_own(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    PICTURES[0].save(tmp_path / "a.png")
+    policy = Policy("mine", "photo", (Category("weapons", 0.9), Category("alcohol", 0.9)))
+    (tmp_path / "mine.yaml").write_text(policy.to_yaml(), encoding="utf-8")
+    words = ["score", str(tmp_path / "a.png"), "--domain", "photo", "--cost-model", str(tmp_path / "model")]
+    assert cli.main(words) == 2
+    assert "no bundled policy is about weapons, alcohol" in capsys.readouterr().err
+    assert cli.main([*words, "--policy", str(tmp_path / "mine.yaml")]) == 0
+    expected = Guard(model, policy)(PICTURES[0]).costs.item()
+    assert f"cost {expected:.3f}" in capsys.readouterr().out
 
 
 def test_a_picture_costs_more_the_nearer_it_is_to_the_prompts(model):

@@ -84,6 +84,15 @@ def test_each_picture_is_judged_alone(model):
     assert torch.equal(model(PICTURES[::-1]).logits.flip(0), together.logits)
 
 
+@pytest.mark.gpu
+def test_the_answer_does_not_depend_on_the_device(model):
+    expected = model(PICTURES)
+    guard = Guard(copy.deepcopy(model), matching_policy(model.categories, model.domain))
+    on_the_device = [to_tensor(picture).cuda() for picture in PICTURES]
+    assert torch.equal(guard.cost_model.to("cuda")(on_the_device).logits.cpu(), expected.logits)
+    assert torch.equal(guard(on_the_device).costs, guard(PICTURES).costs)
+
+
 def test_harmless_pictures_are_not_unsafe(model):
     guard = Guard(model, matching_policy(model.categories, model.domain))
     report = guard(PICTURES, domain="photo")

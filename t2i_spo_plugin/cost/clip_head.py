@@ -44,8 +44,8 @@ class ClipTower(nn.Module):
     def forward(self, pixels: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """`[B, 3, S, S]` in [0, 1] -> features of the picture `[B, D]` and of its patches `[B, D, h, w]`.
 
-        `embedding`: unit vectors in the space that prompts live in; the patches' are what the last layers make of one
-        patch alone. `patches`: the last hidden states, and for the picture their mean.
+        `embedding`: unit vectors in the space that prompts live in; a patch's is what the projection (of SigLIP: the
+        pooling head) makes of its last hidden state alone. `patches`: those states, and for the picture their mean.
         """
         found = self.vision((pixels - self.mean) / self.std)
         is_clip = hasattr(self.vision, "pre_layrnorm")
@@ -220,7 +220,7 @@ def _load(source: str | Path) -> Any:
         config = AutoConfig.from_pretrained(source)
         if config.model_type not in _STATISTICS:
             raise SPOError(f"{source} is a {config.model_type}; expected one of {', '.join(_STATISTICS)}")
-        return AutoModel.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32).eval()
+        return AutoModel.from_pretrained(source, use_safetensors=True).float().eval()
     except (OSError, ValueError) as error:
         raise SPOError(f"cannot load the model {source}: {str(error).strip().splitlines()[0]}") from error
 
