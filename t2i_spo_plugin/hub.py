@@ -1,0 +1,411 @@
+"""Publish an adapter on the Hugging Face Hub: build the folder, send it in one commit, fetch it again and compare."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .adapter import Adapter, find_adapter_file, read_adapter, write_atomically
+from .card import CardFacts, model_card
+from .card_results import eval_result_yaml, read_results
+from .convert import convert_adapter
+from .download import is_repo_id
+from .errors import ConfigError, HubError, ImageError, InvalidAdapterError, SPOError
+from .header import read_header
+from .layouts import default_layout
+from .redaction import private_part, without_folders
+
+
+__all__ = ["Published", "PublishedFile", "publish_adapter"]
+
+MAX_PICTURES = 12
+LONGEST_SIDE = 1024
+"""Pixels of a published picture."""
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+_CARD = "README.md"
+_SAME = 1e-2
+"""Largest relative difference of a module's change after loading; rounding to 16 bits stays well below it."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of the repository: its path there, its bytes and their hash."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was sent, or would be; `str()` prints it.
+
+    Attributes:
+        repo_id: on the Hub.
+        files: everything that was sent, sorted.
+        card: the text of the model card.
+        commit: id of the verified commit; empty after a dry run.
+        url: of that commit.
+        folder: where the files lie on this machine; None when they were in a temporary folder.
+    """
+
+    repo_id: str
+    files: tuple[PublishedFile, ...]
+    card: str
+    commit: str = ""
+    url: str = ""
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{file.sha256}  {file.size:>12,}  {file.path}" for file in self.files]
+        if self.commit:
+            return "\n".join([*lines, f"published and read back: {self.url}"])
+        where = f"; the files are in {self.folder}" if self.folder is not None else ""
+        return "\n".join([*lines, f"nothing was sent to {self.repo_id}{where}"])
+
+
+def publish_adapter(
+    adapter: Adapter | str | Path,
+    repo_id: str,
+    *,
+    license: str = "",
+    license_file: str | Path | None = None,
+    license_name: str = "",
+    base_model: str = "",
+    title: str = "",
+    summary: str = "",
+    pictures: Sequence[tuple[str, str | Path]] = (),
+    results: str | Path | None = None,
+    system: str = "",
+    dataset: str = "",
+    private: bool = False,
+    revision: str = "main",
+    message: str = "",
+    token: str | None = None,
+    dry_run: bool = False,
+    out: str | Path | None = None,
+    pipe: Any = None,
+) -> Published:
+    """Write an adapter's repository, send it in one commit, fetch that commit again and compare.
+
+    The adapter is written anew, in the layout that diffusers and ComfyUI both read, with a model card beside it. Equal
+    input gives equal bytes. Absolute paths in what its header says are reduced to their last part; a token, or the
+    name of this machine or account, anywhere in what would be sent is refused.
+
+    Args:
+        adapter: a file, a folder with one, or an adapter in memory.
+        repo_id: `user/repo`; it is made when it does not exist.
+        license: of the adapter, as the Hub names licences (`apache-2.0`, `openrail++`, ... or `other`); by default
+            what the adapter's header says.
+        license_file: a text that is sent as LICENSE; needed when the licence is `other`.
+        license_name: needed when the licence is `other`.
+        base_model: Hub id of the model it was trained on.
+        title: by default the header's.
+        summary: what it is for, a few sentences.
+        pictures: prompt and picture file each; they are sent without metadata, at most 1024 pixels wide and high.
+        results: the `summary.json` of an evaluation of this very file.
+        system: its name in that evaluation, where it was measured at several strengths.
+        dataset: Hub id of the prompts it was measured on; with it the results are also sent as `.eval_results`, which
+            name a dataset by its id.
+        private: make a new repository private; one that exists stays as it is.
+        revision: the branch; made when it does not exist.
+        message: of the commit.
+        token: by default the one that `hf auth login` stored.
+        dry_run: write the folder and send nothing; needs neither network nor token.
+        out: folder to write, by default a temporary one; it may hold nothing but an earlier version of the same files.
+        pipe: a pipeline of the base model; the adapter is then also loaded into it, and its effect compared.
+
+    Raises:
+        AdapterError: the adapter cannot be read, or `load_spo_lora` would refuse it.
+        ConfigError: an option is missing or makes no sense, or private text would be sent.
+        ImageError: a picture cannot be read.
+        HubError: the Hub cannot be reached or refuses, or what it holds afterwards is not what was sent. Run again
+            then: what was already sent is not sent twice.
+    """
+    _check_ids(repo_id, base_model, dataset, license_name)
+    source = None if isinstance(adapter, Adapter) else find_adapter_file(adapter)
+    found = read_adapter(source) if source is not None else adapter.validate()  # type: ignore[union-attr]
+    license = license or found.facts.extra.get("modelspec.license", "")
+    _check_license(license, license_name, license_file)
+    found = _publishable(found, title, license_name if license == "other" else license)
+    measured = None
+    if results is not None:
+        if source is None:
+            raise ConfigError("results belong to a file: publish the adapter file that was measured")
+        from .generate import folder_hash
+
+        measured = read_results(results, folder_hash(source), system)
+    with ExitStack() as stack:
+        kept = Path(out) if out is not None else None
+        folder = kept if kept is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        name = f"{repo_id.partition('/')[2]}.safetensors"
+        written = convert_adapter(found, folder / name, default_layout(found.facts.base_architecture))
+        paths = [written]
+        shown = [
+            (prompt, _write(folder, f"images/{number}.jpg", _picture(Path(file)), paths))
+            for number, (prompt, file) in enumerate(_few(pictures))
+        ]
+        facts = CardFacts(
+            repo_id=repo_id,
+            base_model=base_model,
+            license=license,
+            license_name=license_name,
+            summary=summary,
+            file=name,
+            size=written.stat().st_size,
+            sha256=_sha256(written),
+            pictures=shown,
+            dataset=dataset,
+        )
+        card = model_card(found, facts, measured)
+        _write(folder, _CARD, card.encode("utf-8"), paths)
+        if license_file is not None:
+            _write(folder, "LICENSE", Path(license_file).read_bytes(), paths)
+        if measured is not None and dataset:
+            text = eval_result_yaml(measured, dataset)
+            _write(folder, ".eval_results/t2i_spo_plugin.yaml", text.encode("utf-8"), paths)
+        _check_private(folder, paths, token, allowed=(repo_id, base_model, dataset))
+        _check_alone(folder, paths)
+        _check_same(found, read_adapter(written), "the file that was written")
+        if pipe is not None:
+            _check_in(pipe, written, found)
+        files = tuple(sorted((_described(folder, path) for path in paths), key=lambda file: file.path))
+        draft = Published(repo_id, files, card, folder=kept)
+        if dry_run:
+            return draft
+        return _send(draft, folder, found, private, revision, message or f"Publish {name}", token, pipe)
+
+
+def _check_ids(repo_id: str, base_model: str, dataset: str, license_name: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not base_model:
+        raise ConfigError(
+            "name the model that the adapter was trained on by its Hub id (base_model, such as user/repo)"
+        )
+    for what, value in (("repo_id", repo_id), ("base_model", base_model), ("dataset", dataset)):
+        if value and not is_repo_id(value):
+            raise ConfigError(f"{what} must be a Hub id such as user/repo, got {value!r}")
+        try:
+            validate_repo_id(value or "user/repo")
+        except HFValidationError as error:
+            raise ConfigError(f"{what} is no Hub id: {error}") from error
+    if license_name and not _LICENSE_NAME.fullmatch(license_name):
+        raise ConfigError(f"license_name must be one word of letters, digits, dots and dashes, got {license_name!r}")
+
+
+def _check_license(license: str, license_name: str, license_file: str | Path | None) -> None:
+    if not license:
+        raise ConfigError("say under which licence the adapter is published (license, such as apache-2.0)")
+    if not _LICENSE.fullmatch(license.replace("+", "")):
+        raise ConfigError(f"license must be a name the Hub knows, such as apache-2.0, got {license!r}")
+    if license == "other" and not (license_name and license_file):
+        raise ConfigError("a licence of one's own (other) needs license_name and license_file")
+    if license_file is not None and not Path(license_file).is_file():
+        raise ConfigError(f"there is no licence file {license_file}")
+
+
+def _publishable(adapter: Adapter, title: str, license: str) -> Adapter:
+    """The adapter without absolute paths in its facts; refused when loading it would be."""
+    if not adapter.facts.base_architecture:
+        raise InvalidAdapterError(
+            "the adapter does not say which architecture it was made for, so that loading could not check it; write "
+            "it anew with spo convert --architecture"
+        )
+    if all(name.startswith("text_encoder") for name in adapter.modules):
+        raise InvalidAdapterError("it changes text encoders only, and nothing that draws: load_spo_lora refuses it")
+    extra = {key: without_folders(value) for key, value in adapter.facts.extra.items()}
+    extra["modelspec.license"] = license
+    facts = replace(adapter.facts, title=without_folders(title or adapter.facts.title), extra=extra)
+    return replace(adapter, facts=facts)
+
+
+def _few(pictures: Sequence[tuple[str, str | Path]]) -> Sequence[tuple[str, str | Path]]:
+    if len(pictures) > MAX_PICTURES:
+        raise ConfigError(f"a card shows at most {MAX_PICTURES} pictures, got {len(pictures)}")
+    return pictures
+
+
+def _picture(path: Path) -> bytes:
+    """The picture as JPEG, upright, bounded, and without any metadata."""
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} is no picture that can be read: {error}") from error
+    upright.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    bare = Image.frombytes("RGB", upright.size, upright.tobytes())
+    stream = io.BytesIO()
+    bare.save(stream, format="JPEG", quality=92, subsampling=0)
+    return stream.getvalue()
+
+
+def _write(folder: Path, name: str, content: bytes, paths: list[Path]) -> str:
+    path = folder / name
+    write_atomically(path, [content])
+    paths.append(path)
+    return name
+
+
+def _check_private(folder: Path, paths: Sequence[Path], token: str | None, allowed: Sequence[str]) -> None:
+    from huggingface_hub import get_token
+
+    secrets = [secret for secret in (token, get_token()) if secret]
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".safetensors":
+            texts = [(f"{key} in the header of {name}", value) for key, value in read_header(path).metadata.items()]
+        elif path.suffix in (".md", ".yaml"):
+            texts = [(name, path.read_text(encoding="utf-8"))]
+        else:
+            continue
+        for where, text in texts:
+            what = private_part(text, secrets, allowed)
+            if what:
+                raise ConfigError(f"{where} would publish {what}; take it out and try again")
+
+
+def _check_alone(folder: Path, paths: Sequence[Path]) -> None:
+    others = sorted(path for path in folder.rglob("*") if path.is_file() and path not in paths)
+    if others:
+        raise ConfigError(
+            f"{folder} also holds {others[0].relative_to(folder)}, which would not be sent; name an empty folder"
+        )
+
+
+def _check_same(wanted: Adapter, found: Adapter, what: str) -> None:
+    """Raise unless both adapters change the same modules by the same amounts."""
+    have = {name.replace(".", "_"): pair for name, pair in found.modules.items()}
+    for name, pair in wanted.modules.items():
+        other = have.pop(name.replace(".", "_"), None)
+        delta = pair.delta()
+        if other is None or float((other.delta() - delta).norm()) > _SAME * float(delta.norm()):
+            raise HubError(f"{what} does not change {name} as the adapter does")
+    if have:
+        raise HubError(f"{what} changes {next(iter(have))}, which the adapter does not")
+
+
+def _check_in(pipe: Any, path: Path, wanted: Adapter) -> None:
+    from .loading import adapter_of, load_spo_lora, unload_spo_lora
+
+    name = "spo_published"
+    load_spo_lora(pipe, path, adapter_name=name)
+    try:
+        _check_same(wanted, adapter_of(pipe, name), "the adapter in the pipeline")
+    finally:
+        unload_spo_lora(pipe, name)
+
+
+def _described(folder: Path, path: Path) -> PublishedFile:
+    return PublishedFile(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _send(
+    draft: Published,
+    folder: Path,
+    adapter: Adapter,
+    private: bool,
+    revision: str,
+    message: str,
+    token: str | None,
+    pipe: Any,
+) -> Published:
+    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+
+    api, repo = HfApi(token=token), draft.repo_id
+    with _explained(repo, "nothing was published"):
+        api.whoami()
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision != "main":
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        head = api.model_info(repo, revision=revision)
+        names = {file.path for file in draft.files}
+        present = {sibling.rfilename for sibling in head.siblings or ()}
+        others = sorted(name for name in present - names if "/" not in name and name.endswith(".safetensors"))
+        if others:
+            raise HubError(
+                f"{repo} already holds {', '.join(others)}: beside it the new file could not be loaded without naming "
+                "it; publish to another repository, or delete that file first"
+            )
+        operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in draft.files]
+        commit = api.create_commit(
+            repo, operations, commit_message=message, revision=revision, parent_commit=head.sha
+        ).oid
+    made = f"the commit {commit} was made, but could not be checked"
+    with _explained(repo, made), tempfile.TemporaryDirectory() as cache:
+        for file in draft.files:
+            fetched = Path(hf_hub_download(repo, file.path, revision=commit, cache_dir=cache, token=token))
+            if _sha256(fetched) != file.sha256:
+                raise HubError(f"{file.path} of the commit {commit} is not what was sent; do not use it")
+            if file.path.endswith(".safetensors"):
+                _check_same(adapter, read_adapter(fetched), "the file on the Hub")
+                if pipe is not None:
+                    _check_in(pipe, fetched, adapter)
+    return replace(draft, commit=commit, url=f"{api.endpoint}/{repo}/commit/{commit}")
+
+
+@contextmanager
+def _explained(repo: str, state: str) -> Iterator[None]:
+    """Turn what the client library raises into one sentence; `state` says how far things got."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except SPOError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise HubError(f"{_reason(error, repo)} ({state})") from error
+
+
+def _reason(error: BaseException, repo: str) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # The upload wraps what went wrong.
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for part in chain:
+        if isinstance(part, LocalTokenNotFoundError):
+            return "no token: log in (hf auth login) or pass token=..., with the right to write"
+        if isinstance(part, OfflineModeIsEnabled):
+            return "offline mode is on (HF_HUB_OFFLINE); switch it off to publish, or use a dry run"
+        if isinstance(part, GatedRepoError):
+            return f"{repo} is gated and this account has no access; accept its terms on its page first"
+        if isinstance(part, EntryNotFoundError) and not isinstance(part, LocalEntryNotFoundError):
+            return f"a file that was sent is not in {repo}; does its .gitignore leave it out?"
+    responses = [getattr(part, "response", None) for part in chain]
+    status = next((response.status_code for response in responses if response is not None), None)
+    match status:
+        case 401:
+            return "the Hub does not know this token: log in again (hf auth login) or pass another one"
+        case 403:
+            return f"this token may not write to {repo}: pass one with the right to write, of an account that may"
+        case 404:
+            return f"{repo} or the revision does not exist, or this token cannot see it"
+        case 409 | 412:
+            return f"{repo} was changed by someone else in the meantime; look at it, then run again"
+    first = next((line for line in str(chain[0]).splitlines() if line.strip()), type(chain[0]).__name__)
+    if status is None and not isinstance(error, ValueError):
+        return f"the connection to the Hub broke off: {first}; run again, what was sent already is not sent twice"
+    return f"the Hub refuses {repo}: {first}"
