@@ -34,6 +34,8 @@ LONGEST_SIDE = 1024
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _CARD = "README.md"
+_LICENSE_FILE = "LICENSE"
+_EVAL_RESULTS = ".eval_results/t2i_spo_plugin.yaml"
 _SAME = 1e-2
 """Largest relative difference of a module's change after loading; rounding to 16 bits stays well below it."""
 
@@ -146,16 +148,18 @@ def publish_adapter(
         from .generate import folder_hash
 
         measured = read_results(results, folder_hash(source), system)
+    name = f"{repo_id.partition('/')[2]}.safetensors"
+    images = [f"images/{number}.jpg" for number in range(len(_few(pictures)))]
+    names = [name, _CARD, *images]
+    names += [_LICENSE_FILE] if license_file is not None else []
+    names += [_EVAL_RESULTS] if measured is not None and dataset else []
     with ExitStack() as stack:
         kept = Path(out) if out is not None else None
         folder = kept if kept is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        name = f"{repo_id.partition('/')[2]}.safetensors"
+        _check_alone(folder, names)
+        for image, (_, path) in zip(images, pictures, strict=True):
+            write_atomically(folder / image, [_picture(Path(path))])
         written = convert_adapter(found, folder / name, default_layout(found.facts.base_architecture))
-        paths = [written]
-        shown = [
-            (prompt, _write(folder, f"images/{number}.jpg", _picture(Path(file)), paths))
-            for number, (prompt, file) in enumerate(_few(pictures))
-        ]
         facts = CardFacts(
             repo_id=repo_id,
             base_model=base_model,
@@ -165,23 +169,21 @@ def publish_adapter(
             file=name,
             size=written.stat().st_size,
             sha256=_sha256(written),
-            pictures=shown,
+            pictures=[(prompt, image) for image, (prompt, _) in zip(images, pictures, strict=True)],
             dataset=dataset,
         )
         card = model_card(found, facts, measured)
-        _write(folder, _CARD, card.encode("utf-8"), paths)
+        write_atomically(folder / _CARD, [card.encode("utf-8")])
         if license_file is not None:
-            _write(folder, "LICENSE", Path(license_file).read_bytes(), paths)
+            write_atomically(folder / _LICENSE_FILE, [Path(license_file).read_bytes()])
         if measured is not None and dataset:
-            text = eval_result_yaml(measured, dataset)
-            _write(folder, ".eval_results/t2i_spo_plugin.yaml", text.encode("utf-8"), paths)
-        _check_private(folder, paths, token, allowed=(repo_id, base_model, dataset))
-        _check_alone(folder, paths)
+            write_atomically(folder / _EVAL_RESULTS, [eval_result_yaml(measured, dataset).encode("utf-8")])
+        _check_private(folder, names, token, allowed=(repo_id, base_model, dataset))
         _check_same(found, read_adapter(written), "the file that was written")
         if pipe is not None:
             _check_in(pipe, written, found)
-        files = tuple(sorted((_described(folder, path) for path in paths), key=lambda file: file.path))
-        draft = Published(repo_id, files, card, folder=kept)
+        files = [PublishedFile(name, (folder / name).stat().st_size, _sha256(folder / name)) for name in sorted(names)]
+        draft = Published(repo_id, tuple(files), card, folder=kept)
         if dry_run:
             return draft
         return _send(draft, folder, found, private, revision, message or f"Publish {name}", token, pipe)
@@ -251,19 +253,12 @@ def _picture(path: Path) -> bytes:
     return stream.getvalue()
 
 
-def _write(folder: Path, name: str, content: bytes, paths: list[Path]) -> str:
-    path = folder / name
-    write_atomically(path, [content])
-    paths.append(path)
-    return name
-
-
-def _check_private(folder: Path, paths: Sequence[Path], token: str | None, allowed: Sequence[str]) -> None:
+def _check_private(folder: Path, names: Sequence[str], token: str | None, allowed: Sequence[str]) -> None:
     from huggingface_hub import get_token
 
     secrets = [secret for secret in (token, get_token()) if secret]
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
+    for name in names:
+        path = folder / name
         if path.suffix == ".safetensors":
             texts = [(f"{key} in the header of {name}", value) for key, value in read_header(path).metadata.items()]
         elif path.suffix in (".md", ".yaml"):
@@ -276,12 +271,11 @@ def _check_private(folder: Path, paths: Sequence[Path], token: str | None, allow
                 raise ConfigError(f"{where} would publish {what}; take it out and try again")
 
 
-def _check_alone(folder: Path, paths: Sequence[Path]) -> None:
-    others = sorted(path for path in folder.rglob("*") if path.is_file() and path not in paths)
+def _check_alone(folder: Path, names: Sequence[str]) -> None:
+    present = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    others = sorted(set(present) - set(names))
     if others:
-        raise ConfigError(
-            f"{folder} also holds {others[0].relative_to(folder)}, which would not be sent; name an empty folder"
-        )
+        raise ConfigError(f"{folder} holds {others[0]}, which would not be sent; name an empty folder")
 
 
 def _check_same(wanted: Adapter, found: Adapter, what: str) -> None:
@@ -305,10 +299,6 @@ def _check_in(pipe: Any, path: Path, wanted: Adapter) -> None:
         _check_same(wanted, adapter_of(pipe, name), "the adapter in the pipeline")
     finally:
         unload_spo_lora(pipe, name)
-
-
-def _described(folder: Path, path: Path) -> PublishedFile:
-    return PublishedFile(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:
