@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import __version__, layouts
 from .adapter import Adapter
 from .card_results import Results
+from .redaction import plain, visible
 
 
 __all__ = ["CardFacts", "model_card"]
@@ -26,9 +26,6 @@ _FAMILIES = {
 }
 _IN_COMFYUI = (*_FAMILIES, "aura-flow", "lumina2", "qwen-image")
 """Architectures that ComfyUI's own Load LoRA node has a map for, for the layout in which adapters are published."""
-
-_MARKUP = re.compile(r"[^\w ,.;:'()/%+=?\-]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)")
-_INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,6 @@ def model_card(adapter: Adapter, facts: CardFacts, results: Results | None = Non
         license_link="LICENSE" if other else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        datasets=[facts.dataset] if facts.dataset else None,
         tags=_tags(architecture),
         widget=[{"text": visible(prompt), "output": {"url": file}} for prompt, file in facts.pictures] or None,
         eval_results=results.eval_results(facts.dataset) if results is not None else None,
@@ -97,16 +93,6 @@ def model_card(adapter: Adapter, facts: CardFacts, results: Results | None = Non
     ]
     body = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")).rstrip("\n") + "\n"
-
-
-def visible(text: str) -> str:
-    """`text` in one line, without control characters and marks that turn or hide text."""
-    return " ".join(_INVISIBLE.sub(" ", text).split())
-
-
-def plain(text: str) -> str:
-    """`text` so that Markdown and HTML show it as it is, in one line, in a table too."""
-    return _MARKUP.sub(lambda mark: f"&#{ord(mark[0])};", visible(text))
 
 
 def _tags(architecture: str) -> list[str]:

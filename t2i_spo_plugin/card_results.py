@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, HubError, UnreadableAdapterError
 from .header import read_json
-from .redaction import without_folders
+from .redaction import visible, without_folders
 
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
     return Results(
         system=name,
         strength=float(facts["systems"][name]["strength"]),
-        version=str(facts["versions"]["t2i_spo_plugin"]),
+        version=visible(str(facts["versions"]["t2i_spo_plugin"])),
         prompts=told,
         pictures_not_scored=sum(int(count) for count in system["not_scored"].values()),
         notes=tuple(notes),
@@ -233,4 +233,4 @@ def _measured(key: str, name: str, rate: Mapping[str, Any], base: float | None, 
 def _judge(facts: Mapping[str, Any]) -> str:
     """Such as `referee NAME` or `cost model NAME`, without the folders a model was loaded from."""
     judge = str(facts["judge"])
-    return without_folders(f"cost model {facts['cost_model']}" if judge == "cost model" else judge)
+    return without_folders(visible(f"cost model {facts['cost_model']}" if judge == "cost model" else judge))

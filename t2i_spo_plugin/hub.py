@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from .card import CardFacts, model_card
 from .card_results import eval_result_yaml, read_results
 from .convert import convert_adapter
 from .download import is_repo_id
-from .errors import ConfigError, HubError, ImageError, InvalidAdapterError, SPOError
+from .errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
 from .header import read_header
 from .layouts import default_layout
-from .redaction import private_part, without_folders
+from .redaction import encodable, own_name, private_part, without_folders
+from .sending import send_files, sha256_of
 
 
 __all__ = ["Published", "PublishedFile", "publish_adapter"]
@@ -142,12 +142,18 @@ def publish_adapter(
     _check_license(license, license_name, license_file)
     found = _publishable(found, title, license_name if license == "other" else license)
     measured = None
+    if results is None and (system or dataset):
+        raise ConfigError("system and dataset say what results are of; name the results too")
     if results is not None:
         if source is None:
             raise ConfigError("results belong to a file: publish the adapter file that was measured")
         from .generate import folder_hash
 
         measured = read_results(results, folder_hash(source), system)
+    texts = {"title": found.facts.title, "summary": summary, **found.facts.extra}
+    texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(pictures)}
+    texts |= {number.key: measured.text_of(number) for number in measured.measured} if measured is not None else {}
+    _check_names(texts, public=(repo_id, base_model, dataset))
     name = f"{repo_id.partition('/')[2]}.safetensors"
     images = [f"images/{number}.jpg" for number in range(len(_few(pictures)))]
     names = [name, _CARD, *images]
@@ -168,7 +174,7 @@ def publish_adapter(
             summary=summary,
             file=name,
             size=written.stat().st_size,
-            sha256=_sha256(written),
+            sha256=sha256_of(written),
             pictures=[(prompt, image) for image, (prompt, _) in zip(images, pictures, strict=True)],
             dataset=dataset,
         )
@@ -178,15 +184,25 @@ def publish_adapter(
             write_atomically(folder / _LICENSE_FILE, [Path(license_file).read_bytes()])
         if measured is not None and dataset:
             write_atomically(folder / _EVAL_RESULTS, [eval_result_yaml(measured, dataset).encode("utf-8")])
-        _check_private(folder, names, token, allowed=(repo_id, base_model, dataset))
-        _check_same(found, read_adapter(written), "the file that was written")
-        if pipe is not None:
-            _check_in(pipe, written, found)
-        files = [PublishedFile(name, (folder / name).stat().st_size, _sha256(folder / name)) for name in sorted(names)]
+        _check_private(folder, names, token)
+        _check_file(written, found, pipe)
+        files = [
+            PublishedFile(path, (folder / path).stat().st_size, sha256_of(folder / path)) for path in sorted(names)
+        ]
         draft = Published(repo_id, tuple(files), card, folder=kept)
         if dry_run:
             return draft
-        return _send(draft, folder, found, private, revision, message or f"Publish {name}", token, pipe)
+        commit, url = send_files(
+            repo_id,
+            folder,
+            {file.path: file.sha256 for file in files},
+            private=private,
+            revision=revision,
+            message=message or f"Publish {name}",
+            token=token,
+            check=lambda fetched: _check_file(fetched, found, pipe),
+        )
+        return replace(draft, commit=commit, url=url)
 
 
 def _check_ids(repo_id: str, base_model: str, dataset: str, license_name: str) -> None:
@@ -197,7 +213,7 @@ def _check_ids(repo_id: str, base_model: str, dataset: str, license_name: str) -
             "name the model that the adapter was trained on by its Hub id (base_model, such as user/repo)"
         )
     for what, value in (("repo_id", repo_id), ("base_model", base_model), ("dataset", dataset)):
-        if value and not is_repo_id(value):
+        if not is_repo_id(value) and (value or what != "dataset"):
             raise ConfigError(f"{what} must be a Hub id such as user/repo, got {value!r}")
         try:
             validate_repo_id(value or "user/repo")
@@ -227,9 +243,9 @@ def _publishable(adapter: Adapter, title: str, license: str) -> Adapter:
         )
     if all(name.startswith("text_encoder") for name in adapter.modules):
         raise InvalidAdapterError("it changes text encoders only, and nothing that draws: load_spo_lora refuses it")
-    extra = {key: without_folders(value) for key, value in adapter.facts.extra.items()}
+    extra = {key: without_folders(encodable(value)) for key, value in adapter.facts.extra.items()}
     extra["modelspec.license"] = license
-    facts = replace(adapter.facts, title=without_folders(title or adapter.facts.title), extra=extra)
+    facts = replace(adapter.facts, title=without_folders(encodable(title or adapter.facts.title)), extra=extra)
     return replace(adapter, facts=facts)
 
 
@@ -253,20 +269,28 @@ def _picture(path: Path) -> bytes:
     return stream.getvalue()
 
 
-def _check_private(folder: Path, names: Sequence[str], token: str | None, allowed: Sequence[str]) -> None:
+def _check_names(texts: Mapping[str, str], public: Sequence[str]) -> None:
+    for where, text in texts.items():
+        what = own_name(f"{where} {text}", public)
+        if what:
+            raise ConfigError(f"{where} would publish {what}; take it out and try again")
+
+
+def _check_private(folder: Path, names: Sequence[str], token: str | None) -> None:
     from huggingface_hub import get_token
 
     secrets = [secret for secret in (token, get_token()) if secret]
     for name in names:
         path = folder / name
         if path.suffix == ".safetensors":
-            texts = [(f"{key} in the header of {name}", value) for key, value in read_header(path).metadata.items()]
+            header = read_header(path).metadata
+            texts = {f"{key} in the header of {name}": f"{key} {value}" for key, value in header.items()}
         elif path.suffix in (".md", ".yaml"):
-            texts = [(name, path.read_text(encoding="utf-8"))]
+            texts = {name: path.read_text(encoding="utf-8")}
         else:
             continue
-        for where, text in texts:
-            what = private_part(text, secrets, allowed)
+        for where, text in texts.items():
+            what = private_part(text, secrets)
             if what:
                 raise ConfigError(f"{where} would publish {what}; take it out and try again")
 
@@ -278,6 +302,13 @@ def _check_alone(folder: Path, names: Sequence[str]) -> None:
         raise ConfigError(f"{folder} holds {others[0]}, which would not be sent; name an empty folder")
 
 
+def _check_file(path: Path, wanted: Adapter, pipe: Any) -> None:
+    """Raise unless the file, and the pipeline it is loaded into when there is one, change what `wanted` does."""
+    _check_same(wanted, read_adapter(path), path.name)
+    if pipe is not None:
+        _check_in(pipe, path, wanted)
+
+
 def _check_same(wanted: Adapter, found: Adapter, what: str) -> None:
     """Raise unless both adapters change the same modules by the same amounts."""
     have = {name.replace(".", "_"): pair for name, pair in found.modules.items()}
@@ -285,9 +316,9 @@ def _check_same(wanted: Adapter, found: Adapter, what: str) -> None:
         other = have.pop(name.replace(".", "_"), None)
         delta = pair.delta()
         if other is None or float((other.delta() - delta).norm()) > _SAME * float(delta.norm()):
-            raise HubError(f"{what} does not change {name} as the adapter does")
+            raise IncompatibleAdapterError(f"{what} does not change {name} as the adapter does")
     if have:
-        raise HubError(f"{what} changes {next(iter(have))}, which the adapter does not")
+        raise IncompatibleAdapterError(f"{what} changes {next(iter(have))}, which the adapter does not")
 
 
 def _check_in(pipe: Any, path: Path, wanted: Adapter) -> None:
@@ -296,106 +327,6 @@ def _check_in(pipe: Any, path: Path, wanted: Adapter) -> None:
     name = "spo_published"
     load_spo_lora(pipe, path, adapter_name=name)
     try:
-        _check_same(wanted, adapter_of(pipe, name), "the adapter in the pipeline")
+        _check_same(wanted, adapter_of(pipe, name), f"{path.name} in the pipeline")
     finally:
         unload_spo_lora(pipe, name)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _send(
-    draft: Published,
-    folder: Path,
-    adapter: Adapter,
-    private: bool,
-    revision: str,
-    message: str,
-    token: str | None,
-    pipe: Any,
-) -> Published:
-    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-
-    api, repo = HfApi(token=token), draft.repo_id
-    with _explained(repo, "nothing was published"):
-        api.whoami()
-        api.create_repo(repo, private=private, exist_ok=True)
-        if revision != "main":
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        head = api.model_info(repo, revision=revision)
-        names = {file.path for file in draft.files}
-        present = {sibling.rfilename for sibling in head.siblings or ()}
-        others = sorted(name for name in present - names if "/" not in name and name.endswith(".safetensors"))
-        if others:
-            raise HubError(
-                f"{repo} already holds {', '.join(others)}: beside it the new file could not be loaded without naming "
-                "it; publish to another repository, or delete that file first"
-            )
-        operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in draft.files]
-        commit = api.create_commit(
-            repo, operations, commit_message=message, revision=revision, parent_commit=head.sha
-        ).oid
-    made = f"the commit {commit} was made, but could not be checked"
-    with _explained(repo, made), tempfile.TemporaryDirectory() as cache:
-        for file in draft.files:
-            fetched = Path(hf_hub_download(repo, file.path, revision=commit, cache_dir=cache, token=token))
-            if _sha256(fetched) != file.sha256:
-                raise HubError(f"{file.path} of the commit {commit} is not what was sent; do not use it")
-            if file.path.endswith(".safetensors"):
-                _check_same(adapter, read_adapter(fetched), "the file on the Hub")
-                if pipe is not None:
-                    _check_in(pipe, fetched, adapter)
-    return replace(draft, commit=commit, url=f"{api.endpoint}/{repo}/commit/{commit}")
-
-
-@contextmanager
-def _explained(repo: str, state: str) -> Iterator[None]:
-    """Turn what the client library raises into one sentence; `state` says how far things got."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except SPOError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise HubError(f"{_reason(error, repo)} ({state})") from error
-
-
-def _reason(error: BaseException, repo: str) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    # The upload wraps what went wrong.
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for part in chain:
-        if isinstance(part, LocalTokenNotFoundError):
-            return "no token: log in (hf auth login) or pass token=..., with the right to write"
-        if isinstance(part, OfflineModeIsEnabled):
-            return "offline mode is on (HF_HUB_OFFLINE); switch it off to publish, or use a dry run"
-        if isinstance(part, GatedRepoError):
-            return f"{repo} is gated and this account has no access; accept its terms on its page first"
-        if isinstance(part, EntryNotFoundError) and not isinstance(part, LocalEntryNotFoundError):
-            return f"a file that was sent is not in {repo}; does its .gitignore leave it out?"
-    responses = [getattr(part, "response", None) for part in chain]
-    status = next((response.status_code for response in responses if response is not None), None)
-    match status:
-        case 401:
-            return "the Hub does not know this token: log in again (hf auth login) or pass another one"
-        case 403:
-            return f"this token may not write to {repo}: pass one with the right to write, of an account that may"
-        case 404:
-            return f"{repo} or the revision does not exist, or this token cannot see it"
-        case 409 | 412:
-            return f"{repo} was changed by someone else in the meantime; look at it, then run again"
-    first = next((line for line in str(chain[0]).splitlines() if line.strip()), type(chain[0]).__name__)
-    if status is None and not isinstance(error, ValueError):
-        return f"the connection to the Hub broke off: {first}; run again, what was sent already is not sent twice"
-    return f"the Hub refuses {repo}: {first}"

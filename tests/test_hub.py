@@ -18,7 +18,6 @@ from tiny import base_picture, fresh, pictures, random_adapter
 
 from t2i_spo_plugin import cli, sticker
 from t2i_spo_plugin.adapter import Adapter, AdapterFacts, read_adapter, write_adapter
-from t2i_spo_plugin.card import plain
 from t2i_spo_plugin.errors import (
     AdapterError,
     ConfigError,
@@ -30,7 +29,7 @@ from t2i_spo_plugin.errors import (
 from t2i_spo_plugin.generate import folder_hash
 from t2i_spo_plugin.hub import publish_adapter
 from t2i_spo_plugin.loading import load_spo_lora, unload_spo_lora
-from t2i_spo_plugin.redaction import private_part, without_folders
+from t2i_spo_plugin.redaction import own_name, plain, private_part, without_folders
 
 
 TOKEN = "hf_" + "w" * 30
@@ -149,6 +148,7 @@ def test_a_family_without_a_map_in_comfyui_is_said_on_the_card(tmp_path):
         ({"base_model": ""}, ConfigError, "base_model, such as user/repo"),
         ({"base_model": "/home/anna/sd15"}, ConfigError, "base_model must be a Hub id"),
         ({"dataset": "a--b/c"}, ConfigError, "dataset is no Hub id"),
+        ({"dataset": DATASET}, ConfigError, "name the results too"),
         ({"pictures": [("a", "nowhere.png")]}, ImageError, "nowhere.png"),
         ({"pictures": [("a", "x.png")] * 13}, ConfigError, "at most 12"),
         ({"summary": f"by {TOKEN}"}, ConfigError, "README.md would publish a token"),
@@ -202,8 +202,9 @@ def test_results_belong_to_the_file_that_was_measured(file, summary, tmp_path):
             dry(file, tmp_path / "out", results=summary, system="spo")
 
 
-def test_paths_tokens_and_names():
-    for text, kept in [
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
         ("/home/somebody/models/sd15", "sd15"),
         ("/data/my models/sd15/", "sd15"),
         ("~/models/sd15", "sd15"),
@@ -213,14 +214,21 @@ def test_paths_tokens_and_names():
         ('["/srv/a/knives", "/srv/a/blood"]', '["knives", "blood"]'),
         ("from /srv/runs/a.pt, and/or 1/2", "from a.pt, and/or 1/2"),
         ("made in /home/somebody", "made in "),
-        ("user/repo", "user/repo"),
-        ("https://huggingface.co/user/repo", "https://huggingface.co/user/repo"),
-    ]:
-        assert without_folders(text) == kept
-        assert private_part(kept) == ""
-        assert (private_part(text) == "an absolute path") == (text != kept or "~" in text) or text.startswith("~")
+    ],
+)
+def test_absolute_paths_are_seen_and_reduced_to_their_last_part(text, kept):
+    assert private_part(text) == "an absolute path"
+    assert without_folders(text) == kept and private_part(kept) == ""
+
+
+def test_what_is_and_what_is_not_private(monkeypatch):
+    for text in ("user/repo", "https://huggingface.co/user/repo", "1/2 and/or 3", "lambda 1.0", "a: b"):
+        assert without_folders(text) == text and private_part(text) == ""
     for token in (TOKEN, "sk-" + "a" * 24, "ghp_" + "a" * 30, "https://me:word@host/x", "AKIA" + "A" * 16):
         assert private_part(f"x {token} y") == "a token or password"
+    monkeypatch.setattr("getpass.getuser", lambda: "marianne")
+    assert own_name("by Marianne, for all") == "this account's name"
+    assert own_name("by Marianne, for all", public=("marianne/adapter",)) == own_name("mariannes") == ""
 
 
 # The card
@@ -232,7 +240,8 @@ def test_the_card_says_what_was_measured_and_is_read_back_by_the_client(file, su
     card = ModelCard.load(out / "README.md")
     data = card.data
     assert (data.base_model, data.base_model_relation, data.license) == (BASE, "adapter", "apache-2.0")
-    assert (data.library_name, data.pipeline_tag, data.datasets) == ("diffusers", "text-to-image", [DATASET])
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert data.datasets is None, "the field names what a model was trained on"
     assert {"text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion", "safety"} <= set(data.tags)
     assert len(data.tags) == len(set(data.tags))
     assert data.widget == [{"text": "a street", "output": {"url": "images/0.jpg"}}]
@@ -270,7 +279,9 @@ def test_hostile_texts_neither_break_the_metadata_nor_add_markup(file, picture, 
     hostile = Adapter(adapter.modules, AdapterFacts("stable-diffusion-v1", "epsilon", HOSTILE, {"objective": HOSTILE}))
     path = write_adapter(hostile, tmp_path / "hostile.safetensors")
     shown = [(HOSTILE + "\u202e\x00", picture)]
-    card = ModelCard(dry(path, tmp_path / "out", summary=HOSTILE, pictures=shown).card)
+    card = ModelCard(dry(path, tmp_path / "out", summary=HOSTILE + "\ud800", pictures=shown).card)
+    dry(path, tmp_path / "out", title="half a pair: \ud800", pictures=shown)
+    assert read_adapter(tmp_path / "out" / "safe-sd1.safetensors").facts.title == "half a pair: ?"
     assert card.data.license == "mit" and card.data.widget[0]["text"].isprintable()
     for forbidden in ("<script", "[x](", "`code`", "**b**", "_i_", "{{"):
         assert forbidden not in card.text
@@ -284,9 +295,9 @@ def test_hostile_texts_neither_break_the_metadata_nor_add_markup(file, picture, 
 
 
 DRIVER = """
-import json, sys, time
-import torch
+import contextlib, io, json, sys, time
 from tiny import draw, fresh
+from t2i_spo_plugin import cli
 from t2i_spo_plugin.hub import publish_adapter
 from t2i_spo_plugin.loading import load_spo_lora, unload_spo_lora
 
@@ -304,6 +315,9 @@ def run(kind, options):
         with_pipe = {"pipe": pipe} if options.pop("with_pipe", False) else {}
         published = publish_adapter(**options, **with_pipe)
         return {"commit": published.commit, "url": published.url, "text": str(published)}
+    if kind == "command":
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            return {"code": cli.main(options["words"]), "text": printed.getvalue()}
     if kind == "diffusers":
         pipe.load_lora_weights(**options, adapter_name="plain")
         drawn = picture()
@@ -384,6 +398,7 @@ def test_published_loaded_refused_and_taken_up_again(file, summary, picture, tmp
             ("ours, cached", "load", {"src": REPO, "local_files_only": True}),
             ("ours, branch", "load", {"src": REPO, "revision": "next/one"}),
             ("diffusers", "diffusers", {"pretrained_model_name_or_path_or_dict": REPO}),
+            ("inspect", "command", {"words": ["inspect", REPO]}),
             ("subfolder", "load", {"src": "ben/two", "subfolder": "experts"}),
             ("named", "load", {"src": "ben/two", "weight_name": "b.safetensors"}),
             ("ambiguous", "load", {"src": "ben/two"}),
@@ -456,7 +471,7 @@ def check_what_was_refused(hub, found):
     }
     for name, message in said.items():
         assert found[name]["error"] == "HubError" and message in found[name]["message"], (name, found[name])
-        assert name == "changed" or name == "full" or "(nothing was published)" in found[name]["message"]
+        assert name == "changed" or name == "full" or "(no commit was confirmed)" in found[name]["message"]
     for name in ("anna/race", "anna/full"):
         assert "README.md" not in hub.repos[name].files()
     flaky = hub.repos["anna/flaky"]
@@ -469,6 +484,7 @@ def check_what_was_loaded(found):
     ours, plainly = (torch.tensor(found[name]["picture"]) for name in ("ours", "diffusers"))
     assert torch.allclose(ours, plainly, atol=1e-4)
     assert not torch.allclose(ours, base_picture("sd1"), atol=1e-2)
+    assert found["inspect"]["code"] == 0 and "kohya" in found["inspect"]["text"]
     said = {
         "ambiguous": "ben/two holds 2 safetensors files (a.safetensors, b.safetensors); pass one of them as weight",
         "no revision": f"{REPO} has no revision nowhere",
