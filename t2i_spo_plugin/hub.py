@@ -141,6 +141,8 @@ def publish_adapter(
     license = license or found.facts.extra.get("modelspec.license", "")
     _check_license(license, license_name, license_file)
     found = _publishable(found, title, license_name if license == "other" else license)
+    if len(pictures) > MAX_PICTURES:
+        raise ConfigError(f"a card shows at most {MAX_PICTURES} pictures, got {len(pictures)}")
     measured = None
     if results is None and (system or dataset):
         raise ConfigError("system and dataset say what results are of; name the results too")
@@ -153,9 +155,10 @@ def publish_adapter(
     texts = {"title": found.facts.title, "summary": summary, **found.facts.extra}
     texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(pictures)}
     texts |= {number.key: measured.text_of(number) for number in measured.measured} if measured is not None else {}
-    _check_names(texts, public=(repo_id, base_model, dataset))
+    secrets = _secrets(token)
+    _check_texts(texts, secrets, public=(repo_id, base_model, dataset))
     name = f"{repo_id.partition('/')[2]}.safetensors"
-    images = [f"images/{number}.jpg" for number in range(len(_few(pictures)))]
+    images = [f"images/{number}.jpg" for number in range(len(pictures))]
     names = [name, _CARD, *images]
     names += [_LICENSE_FILE] if license_file is not None else []
     names += [_EVAL_RESULTS] if measured is not None and dataset else []
@@ -184,7 +187,7 @@ def publish_adapter(
             write_atomically(folder / _LICENSE_FILE, [Path(license_file).read_bytes()])
         if measured is not None and dataset:
             write_atomically(folder / _EVAL_RESULTS, [eval_result_yaml(measured, dataset).encode("utf-8")])
-        _check_private(folder, names, token)
+        _check_files(folder, names, secrets)
         _check_file(written, found, pipe)
         files = [
             PublishedFile(path, (folder / path).stat().st_size, sha256_of(folder / path)) for path in sorted(names)
@@ -249,12 +252,6 @@ def _publishable(adapter: Adapter, title: str, license: str) -> Adapter:
     return replace(adapter, facts=facts)
 
 
-def _few(pictures: Sequence[tuple[str, str | Path]]) -> Sequence[tuple[str, str | Path]]:
-    if len(pictures) > MAX_PICTURES:
-        raise ConfigError(f"a card shows at most {MAX_PICTURES} pictures, got {len(pictures)}")
-    return pictures
-
-
 def _picture(path: Path) -> bytes:
     """The picture as JPEG, upright, bounded, and without any metadata."""
     try:
@@ -269,30 +266,32 @@ def _picture(path: Path) -> bytes:
     return stream.getvalue()
 
 
-def _check_names(texts: Mapping[str, str], public: Sequence[str]) -> None:
-    for where, text in texts.items():
-        what = own_name(f"{where} {text}", public)
-        if what:
-            raise ConfigError(f"{where} would publish {what}; take it out and try again")
-
-
-def _check_private(folder: Path, names: Sequence[str], token: str | None) -> None:
+def _secrets(token: str | None) -> list[str]:
     from huggingface_hub import get_token
 
-    secrets = [secret for secret in (token, get_token()) if secret]
+    return [secret for secret in (token, get_token()) if secret]
+
+
+def _check_texts(texts: Mapping[str, str], secrets: Sequence[str], public: Sequence[str]) -> None:
+    """Look into every text of the author, the header and the results, before it is escaped."""
+    for where, text in texts.items():
+        _refuse(where, private_part(f"{where} {text}", secrets) or own_name(f"{where} {text}", public))
+
+
+def _check_files(folder: Path, names: Sequence[str], secrets: Sequence[str]) -> None:
+    """Look into every text that would be sent, as it would be sent; LICENSE is the author's own."""
     for name in names:
         path = folder / name
         if path.suffix == ".safetensors":
-            header = read_header(path).metadata
-            texts = {f"{key} in the header of {name}": f"{key} {value}" for key, value in header.items()}
+            for key, value in read_header(path).metadata.items():
+                _refuse(f"{key} in the header of {name}", private_part(f"{key} {value}", secrets))
         elif path.suffix in (".md", ".yaml"):
-            texts = {name: path.read_text(encoding="utf-8")}
-        else:
-            continue
-        for where, text in texts.items():
-            what = private_part(text, secrets)
-            if what:
-                raise ConfigError(f"{where} would publish {what}; take it out and try again")
+            _refuse(name, private_part(path.read_text(encoding="utf-8"), secrets))
+
+
+def _refuse(where: str, what: str) -> None:
+    if what:
+        raise ConfigError(f"{where} would publish {what}; take it out and try again")
 
 
 def _check_alone(folder: Path, names: Sequence[str]) -> None:

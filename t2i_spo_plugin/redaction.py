@@ -21,7 +21,7 @@ _WHOLE_PATH = re.compile(r"(?:~|/|[A-Za-z]:[\\/]|\\\\|file:)[^\n]*[\\/][^\n]*")
 _TOKENS = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|\bsk-[\w-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY|\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@"
+    r"|\beyJ[\w-]{10,2000}\.eyJ[\w-]{10}|-----BEGIN [A-Z ]*PRIVATE KEY|\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@]{1,200}:[^/\s@]{1,200}@"
 )
 _MARKUP = re.compile(r"[^\w ,.;:'()/%+=?\-]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)")
 _INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ud800-\udfff]+")

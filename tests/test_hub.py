@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,7 @@ def test_a_dry_run_writes_what_would_be_sent_and_equal_input_gives_equal_bytes(f
         assert max(sent.size) == 1024 and not sent.getexif() and "exif" not in sent.info
 
 
-def test_the_command_prints_files_and_card_and_sends_nothing(file, tmp_path, capsys):
+def test_the_command_prints_files_and_card_and_sends_nothing(file, picture, tmp_path, capsys):
     out = tmp_path / "out"
     words = [
         "publish",
@@ -105,7 +107,11 @@ def test_the_command_prints_files_and_card_and_sends_nothing(file, tmp_path, cap
     ]
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
-    assert "nothing was sent" in shown and (out / "README.md").read_text(encoding="utf-8") in shown
+    assert (
+        "nothing was sent" in shown
+        and "images/1.jpg" in shown
+        and (out / "README.md").read_text(encoding="utf-8") in shown
+    )
     assert cli.main([word for word in words if word not in ("--license", "apache-2.0")]) == 2
     assert "under which licence" in capsys.readouterr().err
 
@@ -151,10 +157,11 @@ def test_a_family_without_a_map_in_comfyui_is_said_on_the_card(tmp_path):
         ({"dataset": DATASET}, ConfigError, "name the results too"),
         ({"pictures": [("a", "nowhere.png")]}, ImageError, "nowhere.png"),
         ({"pictures": [("a", "x.png")] * 13}, ConfigError, "at most 12"),
-        ({"summary": f"by {TOKEN}"}, ConfigError, "README.md would publish a token"),
+        ({"summary": f"by {TOKEN}"}, ConfigError, "summary would publish a token"),
+        ({"summary": "from https://me:word@host/x"}, ConfigError, "summary would publish a token or password"),
         ({"summary": "made in /home/somebody/runs/x"}, ConfigError, "would publish an absolute path"),
         ({"summary": "made on Lonely-Host, alone"}, ConfigError, "this machine's name"),
-        ({"title": f"key {TOKEN}"}, ConfigError, "modelspec.title in the header of .* would publish a token"),
+        ({"title": f"key {TOKEN}"}, ConfigError, "title would publish a token"),
         ({"token": "plain-words-secret", "summary": "plain-words-secret"}, ConfigError, "would publish a token"),
     ],
 )
@@ -292,6 +299,38 @@ def test_hostile_texts_neither_break_the_metadata_nor_add_markup(file, picture, 
 
 
 # End to end
+
+
+def test_the_hub_of_these_tests_keeps_the_rules():
+    def status(method, path, body=b"", token=TOKEN):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(hub.url + path, body, headers, method=method)
+        try:
+            return urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def commit(line, **header):
+        return b"\n".join(json.dumps(part).encode() for part in ({"key": "header", "value": header}, line))
+
+    with HubServer() as hub:
+        hub.tokens = {TOKEN: ("anna", WRITE), READ_TOKEN: ("anna", READ)}
+        repo = hub.add("anna/a")
+        oid = hashlib.sha256(b"weights").hexdigest()
+        large = {"key": "lfsFile", "value": {"path": "a.safetensors", "algo": "sha256", "oid": oid, "size": 7}}
+        small = {"key": "file", "value": {"path": "a.txt", "content": "", "encoding": "base64"}}
+        address = "/api/models/anna/a/commit/main"
+        assert status("POST", address, commit(large)) == 400, "the object was never uploaded"
+        assert status("PUT", f"/objects/anna/a/{oid}", b"other") == 422 and not repo.objects
+        assert status("PUT", f"/objects/anna/a/{oid}", b"weights") == 200
+        assert status("POST", address, commit(large), token=None) == 401
+        assert status("POST", address, commit(large), token="hf_wrong") == 401
+        assert status("POST", address, commit(large), token=READ_TOKEN) == 403
+        assert status("POST", address, commit(large, parentCommit="0" * 40)) == 412
+        head = repo.branches["main"]
+        assert status("POST", address, commit(large, parentCommit=head)) == 200
+        assert status("POST", address, commit(small, parentCommit=head)) == 412, "the head has moved"
+        assert repo.files()["a.safetensors"] == b"weights" and "a.txt" not in repo.files()
 
 
 DRIVER = """
