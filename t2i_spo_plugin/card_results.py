@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +107,12 @@ class Results:
         ]
 
 
-def read_results(path: str | Path, adapter_hash: str, system: str = "") -> Results:
+def read_results(path: str | Path, adapter_hashes: Collection[str], system: str = "") -> Results:
     """The numbers of one system in the `summary.json` of an evaluation (`spo eval`).
 
     Args:
         path: the file.
-        adapter_hash: `generate.folder_hash` of the adapter's file, by which its system is found.
+        adapter_hashes: `generate.folder_hash` of the adapter's file or folder, by which its system is found.
         system: its name in the evaluation, needed when the adapter was measured at several strengths.
 
     Raises:
@@ -121,7 +121,7 @@ def read_results(path: str | Path, adapter_hash: str, system: str = "") -> Resul
     try:
         content = read_json(Path(path))
         recorded = content["facts"]["systems"]
-        names = [name for name, facts in recorded.items() if facts.get("adapter_hash") == adapter_hash]
+        names = [name for name, facts in recorded.items() if facts.get("adapter_hash") in adapter_hashes]
         if system:
             names = [name for name in names if name == system]
         if not names:

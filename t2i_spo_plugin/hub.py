@@ -136,8 +136,7 @@ def publish_adapter(
             then: what was already sent is not sent twice.
     """
     _check_ids(repo_id, base_model, dataset, license_name)
-    source = None if isinstance(adapter, Adapter) else find_adapter_file(adapter)
-    found = read_adapter(source) if source is not None else adapter.validate()  # type: ignore[union-attr]
+    found = adapter.validate() if isinstance(adapter, Adapter) else read_adapter(adapter)
     license = license or found.facts.extra.get("modelspec.license", "")
     _check_license(license, license_name, license_file)
     found = _publishable(found, title, license_name if license == "other" else license)
@@ -147,11 +146,12 @@ def publish_adapter(
     if results is None and (system or dataset):
         raise ConfigError("system and dataset say what results are of; name the results too")
     if results is not None:
-        if source is None:
+        if isinstance(adapter, Adapter):
             raise ConfigError("results belong to a file: publish the adapter file that was measured")
         from .generate import folder_hash
 
-        measured = read_results(results, folder_hash(source), system)
+        # A folder may have been measured by its own name or by its file's.
+        measured = read_results(results, {folder_hash(adapter), folder_hash(find_adapter_file(adapter))}, system)
     texts = {"title": found.facts.title, "summary": summary, **found.facts.extra}
     texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(pictures)}
     texts |= {number.key: measured.text_of(number) for number in measured.measured} if measured is not None else {}

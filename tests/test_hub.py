@@ -93,25 +93,12 @@ def test_a_dry_run_writes_what_would_be_sent_and_equal_input_gives_equal_bytes(f
 
 def test_the_command_prints_files_and_card_and_sends_nothing(file, picture, tmp_path, capsys):
     out = tmp_path / "out"
-    words = [
-        "publish",
-        str(file),
-        REPO,
-        "--base-model",
-        BASE,
-        "--license",
-        "apache-2.0",
-        "--dry-run",
-        "--out",
-        str(out),
-    ]
+    words = ["publish", str(file), REPO, "--base-model", BASE, "--license", "apache-2.0", "--dry-run"]
+    words += ["--out", str(out), "--pictures", "a street", str(picture), "a lake", str(picture)]
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
-    assert (
-        "nothing was sent" in shown
-        and "images/1.jpg" in shown
-        and (out / "README.md").read_text(encoding="utf-8") in shown
-    )
+    assert "nothing was sent" in shown and "images/1.jpg" in shown
+    assert (out / "README.md").read_text(encoding="utf-8") in shown
     assert cli.main([word for word in words if word not in ("--license", "apache-2.0")]) == 2
     assert "under which licence" in capsys.readouterr().err
 
@@ -191,6 +178,10 @@ def test_adapters_that_loading_would_refuse_are_not_published(file, tmp_path, sd
 
 
 def test_results_belong_to_the_file_that_was_measured(file, summary, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / file.name).write_bytes(file.read_bytes())
+    dry(folder, tmp_path / "by-folder", results=summary)
     other = write_adapter(random_adapter(fresh("sd1"), seed=3), tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="this adapter is not among them"):
         dry(other, tmp_path / "out", results=summary)
