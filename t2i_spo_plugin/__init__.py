@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
+    from .errors import HubError as HubError
     from .errors import ImageError as ImageError
     from .errors import IncompatibleAdapterError as IncompatibleAdapterError
     from .errors import InvalidAdapterError as InvalidAdapterError
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .guard import Guard as Guard
     from .guard import SafetyReport as SafetyReport
     from .guard import pipeline_domain as pipeline_domain
+    from .hub import Published as Published
+    from .hub import publish_adapter as publish_adapter
     from .loading import LoadedAdapter as LoadedAdapter
     from .loading import adapter_facts as adapter_facts
     from .loading import adapter_of as adapter_of
@@ -72,6 +75,7 @@ _HOMES = {
     "CostModel": "cost.base",
     "DomainError": "errors",
     "Guard": "guard",
+    "HubError": "errors",
     "ImageError": "errors",
     "IncompatibleAdapterError": "errors",
     "InvalidAdapterError": "errors",
@@ -82,6 +86,7 @@ _HOMES = {
     "PipelineError": "errors",
     "Policy": "policy",
     "PolicyError": "errors",
+    "Published": "hub",
     "QualityReward": "quality.base",
     "SPOError": "errors",
     "SPOLoraLoaderMixin": "mixin",
@@ -103,6 +108,7 @@ _HOMES = {
     "load_spo_lora": "loading",
     "merge_adapters": "merge",
     "pipeline_domain": "guard",
+    "publish_adapter": "hub",
     "read_adapter": "adapter",
     "set_spo_strength": "loading",
     "spo_adapters": "loading",

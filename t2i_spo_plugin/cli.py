@@ -70,6 +70,13 @@ def extract(args: Sequence[str]) -> None:
     tyro.cli(commands.extract, args=args, prog="spo extract", description=extract.__doc__)
 
 
+def publish(args: Sequence[str]) -> None:
+    """Send an adapter to the Hub with a model card, in one commit, and check what arrived."""
+    from . import commands
+
+    tyro.cli(commands.publish, args=args, prog="spo publish", description=publish.__doc__)
+
+
 def doctor(args: Sequence[str]) -> None:
     """Say what is installed here, what would not work, and why."""
     from . import commands
@@ -110,6 +117,7 @@ COMMANDS: dict[str, Command] = {
     "pairs": pairs,
     "train": train,
     "eval": evaluate,
+    "publish": publish,
     "doctor": doctor,
 }
 

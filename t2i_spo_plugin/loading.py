@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter, AdapterFacts, LoraPair, find_adapter_file, read_adapter, refuse_pickle
+from .adapter import Adapter, AdapterFacts, LoraPair, read_adapter, refuse_pickle
 from .architecture import (
     architecture_of,
     base_fingerprint,
@@ -25,6 +24,7 @@ from .architecture import (
     weight_shapes,
 )
 from .attachment import RECORD, Snapshot, attach, detach, strength_in_force, switch, tuner_layers
+from .download import download_adapter, is_repo_id
 from .errors import (
     AdapterError,
     ConfigError,
@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 FULL_WINDOW = (0.0, 1.0)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
-_REPO_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 
 
 @dataclass(frozen=True)
@@ -307,33 +306,10 @@ def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool
         for part in (options.get("subfolder"), options.get("weight_name") if path.is_dir() else None):
             path = path / part if part else path
         return read_adapter(path, strict), path.name
-    if isinstance(src, Path) or not _REPO_ID.match(src) or path.suffix == ".safetensors":
+    if isinstance(src, Path) or not is_repo_id(src):
         refuse_pickle(path.name if path.suffix else f"{path.name}.safetensors")
         raise UnreadableAdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
-    return read_adapter(_download(src, dict(options)), strict), src
-
-
-def _download(repo: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    name = options.pop("weight_name", None)
-    subfolder = options.pop("subfolder", None)
-    try:
-        if name is not None:
-            refuse_pickle(name)
-            return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
-        pattern = f"{subfolder}/*.safetensors" if subfolder else "*.safetensors"
-        folder = Path(snapshot_download(repo, allow_patterns=[pattern, "adapter_config.json"], **options))
-        return find_adapter_file(folder / subfolder if subfolder else folder)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UnreadableAdapterError(
-            f"{repo} is not in the local cache and the Hub cannot be reached (no network, or offline mode); "
-            "download it once while online, or pass a file"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableAdapterError(f"there is no file or folder {repo}, and the Hub answers: {reason}") from error
+    return read_adapter(download_adapter(src, **options), strict), src
 
 
 def _match(
