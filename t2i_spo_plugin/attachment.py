@@ -1,4 +1,4 @@
-"""The LoRA layers inside a model: attach one adapter, switch it, exchange it, detach it, leave every other as it was."""
+"""The LoRA layers inside a model: attach one adapter, switch, exchange, detach it, leave every other as it was."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def attach(pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], 
                 _pipeline=pipe,
             )
     layers = dict(tuner_layers(model))
-    for path, pair in pairs.items():
+    for path in pairs:
         if name not in getattr(layers.get(path), "lora_A", {}):
             raise AdapterError(f"{component}.{path} did not take the adapter")
     _set_alphas(model, name, pairs)
@@ -212,7 +212,8 @@ def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers that PEFT has wrapped, by module path."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    modules = _uncompiled(model).named_modules()
+    return [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
 
 
 def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
@@ -284,7 +285,13 @@ def _unwrap(model: nn.Module, only_empty: bool) -> None:
         if only_empty and len(getattr(layer, "lora_A", ())) + len(getattr(layer, "lora_embedding_A", ())) > 0:
             continue
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        setattr(_uncompiled(model).get_submodule(parent), child, layer.get_base_layer())
+
+
+def _uncompiled(model: Any) -> nn.Module:
+    """The model inside the wrapper that `torch.compile(model)` makes, into which an adapter may have been loaded."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _requires_grad(model: nn.Module) -> dict[str, bool]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_loading import assert_same_state, state_of
-from tiny import base_picture, denoiser, fresh, pictures, random_adapter
+from tiny import TWO_FAMILIES, base_picture, denoiser, fresh, pictures, random_adapter
 
 from t2i_spo_plugin import loading
 from t2i_spo_plugin.adapter import Adapter, write_adapter
@@ -38,6 +38,7 @@ def mixed(pipe, components=("unet", "transformer")):
 # In place
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_the_new_adapter_takes_the_place_of_the_old_one(family, pipe, tmp_path):
     new = mixed(pipe)
     load_spo_lora(pipe, random_adapter(pipe), strength=0.5)
@@ -92,6 +93,7 @@ def test_others_are_left_alone(sd1):
     assert spo_adapters(sd1)["other"].strength == 0.4
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_enable_lora_hotswap_makes_room_for_larger_ranks(family, pipe):
     pipe.enable_lora_hotswap(target_rank=8)
     old, large = random_adapter(pipe, rank=2, alpha=3.0), random_adapter(pipe, rank=8, alpha=1.0, seed=3)
@@ -197,6 +199,21 @@ def test_compiled_blocks_take_adapters(family, pipe):
     assert torch.allclose(pictures(pipe), drawn_with(family, adapter), atol=1e-5)
     pipe.unload_spo_lora()
     assert torch.allclose(pictures(pipe), base_picture(family), atol=1e-5)
+
+
+def test_a_wrapped_model_lets_go_of_what_was_loaded_before(sd1):
+    load_spo_lora(sd1, random_adapter(sd1), adapter_name="first")
+    load_spo_lora(sd1, random_adapter(sd1, seed=3), adapter_name="second")
+    model = sd1.unet
+    sd1.unet = torch.compile(model, backend="eager")
+    with pytest.raises(AdapterError, match=r"wrapper made by torch.compile.*pipe.unet.compile\(\)"):
+        load_spo_lora(sd1, random_adapter(sd1), adapter_name="third")
+    set_spo_strength(sd1, {"unet.mid_block": 0.5}, "first")
+    assert spo_adapters(sd1)["first"].blocks == {"unet.mid_block": 0.5}
+    unload_spo_lora(sd1, "second")
+    unload_spo_lora(sd1)
+    sd1.unet = model
+    assert not tuner_layers(model) and torch.equal(pictures(sd1), base_picture("sd1"))
 
 
 def test_swapping_into_a_compiled_model_compiles_nothing_anew():

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from tiny import SIZE, STEPS, base_picture, denoiser, fresh, pictures, random_adapter
+from tiny import SIZE, STEPS, TWO_FAMILIES, base_picture, denoiser, fresh, pictures, random_adapter
 
 from t2i_spo_plugin.adapter import write_adapter
 from t2i_spo_plugin.architecture import lora_components
@@ -125,6 +125,7 @@ def test_a_style_that_cannot_be_loaded_changes_nothing(sd1, style):
     assert torch.equal(pictures(sd1), both)
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_what_upstream_removes_is_gone(family, pipe):
     adapter = random_adapter(pipe, components=("unet", "transformer", "text_encoder"))
     enable_spo(pipe).load_spo_lora(adapter)
@@ -139,6 +140,7 @@ def test_what_upstream_removes_is_gone(family, pipe):
 # By block
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_strength_by_block(family, pipe):
     block = BLOCK[family]
     load_spo_lora(pipe, random_adapter(pipe), strength={block: 0.25})
@@ -238,7 +240,7 @@ def test_blocks_that_are_none_are_refused(strength, reason, sd1):
 
 
 @pytest.mark.parametrize("auto", [AutoPipelineForImage2Image, AutoPipelineForInpainting])
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_image_to_image_and_inpainting_share_the_adapter(family, auto, pipe):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe), window=(0.5, 1.0))
     if family == "sd3" and auto is AutoPipelineForInpainting:
@@ -274,6 +276,7 @@ def test_a_class_made_enabled_stays_enabled(sd1):
 # Copies and threads
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_a_copy_has_an_adapter_of_its_own(family, pipe):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe), strength={BLOCK[family]: 0.5})
     pickled = pickle.dumps(
@@ -319,14 +322,14 @@ def test_pipelines_of_their_own_load_and_draw_in_threads():
     results = {}
 
     def loading(pipe):
-        for _ in range(3):
+        for _ in range(2):
             pipe.load_spo_lora(adapter)
             results[id(pipe)] = pictures(pipe)
             pipe.unload_spo_lora()
             assert torch.equal(pictures(pipe), base_picture("sd1"))
 
     def drawing():
-        for _ in range(6):
+        for _ in range(4):
             assert torch.equal(pictures(alone), drawn)
 
     base_picture("sd1")
@@ -338,6 +341,7 @@ def test_pipelines_of_their_own_load_and_draw_in_threads():
 # Saving
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_a_pipeline_is_saved_with_the_adapter_in_its_weights(family, pipe, tmp_path):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe))
     drawn = pictures(pipe)
