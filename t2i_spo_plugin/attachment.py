@@ -23,8 +23,8 @@ RECORD = "_spo_loaded"
 FACTORS = "_spo_factors"
 """Attribute of a PEFT configuration: what the adapter's strength is multiplied with, by module path."""
 
-_ONE_AT_A_TIME = threading.Lock()
 # PEFT patches `torch.nn.Module` while it injects: two threads at once would leave the patch behind.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from .architecture import (
     weight_shapes,
 )
 from .attachment import (
-    FACTORS,
     RECORD,
     Snapshot,
     attach,
@@ -34,8 +32,6 @@ from .attachment import (
     exchange,
     is_fused,
     pairs_of,
-    strengths_in_force,
-    switch,
     tuner_layers,
 )
 from .errors import (
@@ -48,7 +44,8 @@ from .errors import (
 )
 from .header import shown
 from .layouts import canonical
-from .strengths import Strength, by_block, check_blocks, check_strengths, factor_at
+from .record import LoadedAdapter, apply, in_force, is_safety, strengths_of
+from .strengths import Strength, check_blocks, check_strengths
 
 
 __all__ = [
@@ -68,35 +65,6 @@ FULL_WINDOW = (0.0, 1.0)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
 _REPO_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """A safety adapter as it is attached to a pipeline.
-
-    Attributes:
-        name: the adapter's name in the pipeline.
-        strength: the multiplier it is applied with where `blocks` say nothing else.
-        window: the part of the denoising in which it is on, 0 is pure noise and 1 the finished image.
-        source: where it came from.
-        facts: what its header says.
-        components: the pipeline components that carry it.
-        modules: how many modules it changes.
-        notes: what a user should know, such as another checkpoint than the one it was trained on.
-        blocks: strengths by block of the models, such as `unet.mid_block`; of several that fit, the longest counts.
-        fused: whether it is merged into the weights, where its strength cannot be changed.
-    """
-
-    name: str
-    strength: float
-    window: tuple[float, float]
-    source: str
-    facts: AdapterFacts
-    components: tuple[str, ...]
-    modules: int
-    notes: tuple[str, ...] = field(default=())
-    blocks: Mapping[str, float] = field(default_factory=dict)
-    fused: bool = False
 
 
 def load_spo_lora(
@@ -188,13 +156,13 @@ def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = N
     components = lora_components(pipe)
     _check_effective(components)
     for name in names:
-        check_blocks(blocks, _strengths(components, name))
+        check_blocks(blocks, strengths_of(components, name))
     for name in names:
         for component, model in components.items():
             config = getattr(model, "peft_config", {}).get(name)
             if config is not None:
                 record = replace(getattr(config, RECORD), strength=overall, blocks=blocks)
-                _apply(component, model, record)
+                apply(component, model, record)
 
 
 def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
@@ -225,7 +193,7 @@ def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
             record = getattr(config, RECORD, None)
             if record is not None and name not in found:
                 fused = any(is_fused(model, name) for model in components.values())
-                found[name] = replace(_in_force(record, _strengths(components, name)), fused=fused)
+                found[name] = replace(in_force(record, strengths_of(components, name)), fused=fused)
     return found
 
 
@@ -286,15 +254,11 @@ def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> Non
                 f"an adapter called {name!r} is already loaded in {component}; unload it, pass another adapter_name, "
                 "or hotswap=True to put the new one in its place"
             )
-    if hotswap and not any(_is_safety(model, name) for model in components.values()):
+    if hotswap and not any(is_safety(model, name) for model in components.values()):
         raise AdapterError(
             f"there is no safety adapter called {name!r} to put another one in the place of; load it without hotswap"
         )
     _check_effective(components)
-
-
-def _is_safety(model: Any, name: str) -> bool:
-    return hasattr(getattr(model, "peft_config", {}).get(name), RECORD)
 
 
 def _attach(
@@ -304,7 +268,7 @@ def _attach(
     try:
         for component, pairs in matched.items():
             attach(pipe, component, record.name, pairs, snapshots[component])
-            _apply(component, components[component], record)
+            apply(component, components[component], record)
     except BaseException:
         for component, snapshot in snapshots.items():
             snapshot.restore(components[component], record.name)
@@ -315,7 +279,7 @@ def _exchange(
     pipe: Any, components: Mapping[str, Any], matched: Mapping[str, Mapping[str, LoraPair]], record: LoadedAdapter
 ) -> None:
     name = record.name
-    old = {component: model for component, model in components.items() if _is_safety(model, name)}
+    old = {component: model for component, model in components.items() if is_safety(model, name)}
     if set(old) != set(matched):
         raise IncompatibleAdapterError(
             f"{name!r} cannot be swapped in place: it changes {', '.join(old)}, the new adapter {', '.join(matched)}; "
@@ -328,45 +292,13 @@ def _exchange(
     try:
         for component, model in old.items():
             exchange(model, name, matched[component])
-            _apply(component, model, record)
+            apply(component, model, record)
     except BaseException:
         for component, (snapshot, pairs) in before.items():
             exchange(old[component], name, pairs)
-            _apply(component, old[component], record_before[component])
+            apply(component, old[component], record_before[component])
             snapshot.restore_others(old[component])
         raise
-
-
-def _apply(component: str, model: Any, record: LoadedAdapter) -> None:
-    """Note `record` in the model's configuration of the adapter, and put its strengths into force."""
-    config = model.peft_config[record.name]
-    factors = {
-        path: factor_at(f"{component}.{path}", record.blocks) for path in strengths_in_force(model, record.name)
-    }
-    setattr(config, RECORD, record)
-    setattr(config, FACTORS, factors if record.blocks else {})
-    switch([model], record.name, record.strength)
-
-
-def _strengths(components: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The strengths of the adapter `name` that are in force, by component and module path."""
-    return {
-        f"{component}.{path}": strength
-        for component, model in components.items()
-        for path, strength in strengths_in_force(model, name).items()
-    }
-
-
-def _in_force(record: LoadedAdapter, strengths: Mapping[str, float]) -> LoadedAdapter:
-    def noted(path: str) -> float:
-        return record.strength * factor_at(path, record.blocks)
-
-    if all(math.isclose(value, noted(path), rel_tol=1e-6, abs_tol=1e-9) for path, value in strengths.items()):
-        return record
-    values = list(strengths.values())
-    if all(math.isclose(value, values[0], rel_tol=1e-6, abs_tol=1e-9) for value in values):
-        return replace(record, strength=values[0], blocks={})
-    return replace(record, strength=1.0, blocks=by_block(strengths))
 
 
 def _check_effective(components: Mapping[str, Any]) -> None:

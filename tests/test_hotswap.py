@@ -13,8 +13,8 @@ from t2i_spo_plugin.loading import adapter_of, load_spo_lora, set_spo_strength, 
 from t2i_spo_plugin.mixin import enable_spo
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code_of_other_tests():
+@pytest.fixture
+def nothing_compiled():
     torch._dynamo.reset()
 
 
@@ -174,7 +174,9 @@ class Counting:
         return module.forward
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "flux"])
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_a_compiled_model_takes_adapters_strengths_and_lets_them_go(family, pipe):
     compiled = Counting()
     denoiser(pipe).compile(backend=compiled)
@@ -189,7 +191,8 @@ def test_a_compiled_model_takes_adapters_strengths_and_lets_them_go(family, pipe
     assert torch.allclose(pictures(pipe), base_picture(family), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd1", "flux"])
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("family", ["sd1", pytest.param("flux", marks=pytest.mark.slow)])
 def test_compiled_blocks_take_adapters(family, pipe):
     denoiser(pipe).compile_repeated_blocks(backend="eager")
     adapter = random_adapter(pipe)
@@ -216,6 +219,7 @@ def test_a_wrapped_model_lets_go_of_what_was_loaded_before(sd1):
     assert not tuner_layers(model) and torch.equal(pictures(sd1), base_picture("sd1"))
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_swapping_into_a_compiled_model_compiles_nothing_anew():
     pipe, compiled = fresh("flux"), Counting()
     pipe.enable_lora_hotswap(target_rank=4)

@@ -15,7 +15,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny import draw, fresh, pictures, random_adapter, t5_tokenizer
+from tiny import SIZE, draw, fresh, pictures, random_adapter, t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, UMT5Config, UMT5EncoderModel
 
 from t2i_spo_plugin.adapter import read_adapter, write_adapter
