@@ -88,10 +88,10 @@ def load_spo_lora(
         adapter_name: the name under which the pipeline knows it.
         strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
             what fits with a warning.
-        hotswap: put it in the place of the safety adapter that is loaded as `adapter_name`, in the same tensors, so
-            that nothing that is compiled is compiled anew. Its modules must be among those of the old one and its rank
-            no larger than the room there: the old one's rank, or what `pipe.enable_lora_hotswap(target_rank=...)`
-            made before the first adapter was loaded. On failure the old one is as it was.
+        hotswap: put it in the place of the safety adapter that is loaded as `adapter_name`, in the same tensors. Its
+            modules must be among those of the old one and its rank no larger than the room there: the old one's rank,
+            or what `pipe.enable_lora_hotswap(target_rank=...)` made before the first adapter was loaded, with which
+            nothing that is compiled is compiled anew. On failure the old one is as it was.
         hub_kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
 
     Raises:
@@ -159,9 +159,8 @@ def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = N
         check_blocks(blocks, strengths_of(components, name))
     for name in names:
         for component, model in components.items():
-            config = getattr(model, "peft_config", {}).get(name)
-            if config is not None:
-                record = replace(getattr(config, RECORD), strength=overall, blocks=blocks)
+            if is_safety(model, name):
+                record = replace(getattr(model.peft_config[name], RECORD), strength=overall, blocks=blocks)
                 apply(component, model, record)
 
 
