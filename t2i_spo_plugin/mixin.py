@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from .adapter import Adapter
 from .architecture import lora_components
+from .attachment import kept_active
 from .errors import AdapterError, ConfigError, NotScoredError, PipelineError
 from .guard import Guard, OverlayKind, SafetyReport, pipeline_domain
 from .loading import (
@@ -27,6 +28,7 @@ from .loading import (
     unload_spo_lora,
 )
 from .steering import WindowSteering, first_progress
+from .strengths import Strength
 
 
 __all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_class"]
@@ -49,16 +51,17 @@ class SPOLoraLoaderMixin:
     def load_spo_lora(
         self,
         src: str | Path | Adapter,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         window: tuple[float, float] = FULL_WINDOW,
         adapter_name: str = "spo",
         strict: bool = True,
+        hotswap: bool = False,
         **hub_kwargs: Any,
     ) -> LoadedAdapter:
         """See `t2i_spo_plugin.load_spo_lora`."""
-        return load_spo_lora(self, src, strength, window, adapter_name, strict, **hub_kwargs)
+        return load_spo_lora(self, src, strength, window, adapter_name, strict, hotswap, **hub_kwargs)
 
-    def set_spo_strength(self, strength: float, adapter_name: str | None = None) -> None:
+    def set_spo_strength(self, strength: Strength, adapter_name: str | None = None) -> None:
         """See `t2i_spo_plugin.set_spo_strength`."""
         set_spo_strength(self, strength, adapter_name)
 
@@ -99,6 +102,11 @@ class SPOLoraLoaderMixin:
             output = call(*given.args, **given.kwargs)
         return self._guarded(output, latent)
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on."""
+        with kept_active(lora_components(self).values(), spo_adapters(self)):
+            return super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `save_pretrained`.
 
@@ -115,7 +123,8 @@ class SPOLoraLoaderMixin:
             where = "; ".join(f"{', '.join(names)} in {component}" for component, names in attached.items())
             raise AdapterError(
                 f"adapters are attached ({where}) and a pipeline saved so cannot be loaded again; take them off first "
-                "(unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved pipeline"
+                "(unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved pipeline, or "
+                "make them part of its weights: fuse_lora, then unload_lora_weights"
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
