@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import layouts
 from .errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
 from .header import read_header, read_json, shown
 from .layouts import LoraPair
+from .storage import read_weights, weight_names
 
 
 __all__ = [
@@ -42,7 +42,6 @@ MAX_SCALE = 1000.0
 """Largest `alpha / rank` taken for meant."""
 
 _LONGEST_NAME = 100
-_EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _FORMAT = "1"
@@ -154,7 +153,7 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
 
     Args:
         path: a safetensors file in any layout of `layouts`, or a folder. Weights stored as 8-bit floats become
-            float16, which holds each of them exactly.
+            float16, which holds each of them exactly; where a scale stands beside them, float32.
         strict: refuse a file of which a part is no LoRA weight, or in which only some modules state an alpha; False
             leaves that part out, and takes those alphas to be the rank, with a warning.
 
@@ -167,14 +166,15 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
     header = read_header(path)
     try:
         config = _peft_config(path)
-        layout, foreign = layouts.recognise(header.tensors, config is not None)
-        names = sorted(set(header.tensors) - set(foreign))
-        problems = [layouts.foreign_weights(foreign, len(header.tensors))] if foreign else []
+        weights = weight_names(header.tensors)
+        layout, foreign = layouts.recognise(weights, config is not None)
+        names = sorted(set(weights) - set(foreign))
+        problems = [layouts.foreign_weights(foreign, len(weights))] if foreign else []
         alphas, notes = stated_alphas(layout, names, header.metadata)
         problems += alphas
         if problems and strict:
             raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
-        modules = layouts.decode(_tensors(path, names), header.metadata, config)
+        modules = layouts.decode(read_weights(path, header.tensors, names), header.metadata, config)
         adapter = Adapter(modules, facts_from_header(header.metadata), (*problems, *notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
@@ -186,14 +186,17 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
     """The tensors and the header of a safetensors file, and the `adapter_config.json` beside it, not yet understood.
 
-    Weights stored as 8-bit floats become float16, which holds each of them exactly.
+    Weights stored as 8-bit floats become float16, which holds each of them exactly; where a scale stands beside them,
+    float32. The scales are not among the tensors.
 
     Raises:
         UnreadableAdapterError: the file or the configuration is not readable.
         UnsupportedAdapterError: a tensor is of a type that is not understood.
+        InvalidAdapterError: a scale is neither one number nor one a row.
     """
     header = read_header(path)
-    return _tensors(path, list(header.tensors)), header.metadata, _peft_config(path)
+    tensors = read_weights(path, header.tensors, weight_names(header.tensors))
+    return tensors, header.metadata, _peft_config(path)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
@@ -382,15 +385,6 @@ def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
             raise AdapterError(f"the fact {key} is written from the adapter itself and cannot be given")
         header[full] = value
     return header
-
-
-def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UnreadableAdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
-    return {name: tensor.half() if tensor.dtype in _EIGHT_BIT else tensor for name, tensor in tensors.items()}
 
 
 def _peft_config(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from .errors import AdapterError, ConfigError, InvalidAdapterError
 from .layouts import LoraPair, block_of, canonical
 from .merge import balanced_pair, relative_error
 from .model_files import ModelFiles, Weights, find_model
+from .storage import check_dtype, rounded
 
 
 DEFAULT_ENERGY = 0.99
@@ -39,8 +40,9 @@ class Extracted:
     """What a tuned model changes, as an adapter, and what got lost on the way.
 
     Attributes:
-        adapter: float32, alpha equal to the rank, with the modules that changed.
-        module_errors: `||extracted - change|| / ||change||` in the Frobenius norm, by module.
+        adapter: alpha equal to the rank, with the modules that changed.
+        module_errors: `||extracted - change|| / ||change||` in the Frobenius norm, by module, rounding to 16 bits
+            included.
         block_errors: the same over the modules of a block, see `layouts.block_of`.
         error: the same over all modules of the adapter.
         unexpressed: weights that changed and that no LoRA can change (norms, biases, embeddings), each with
@@ -64,6 +66,7 @@ def extract_adapter(
     prediction_type: str = "",
     device: str = "cpu",
     progress: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Extracted:
     """The adapter that turns `base` into `tuned`, as nearly as its rank allows; float32 arithmetic.
 
@@ -81,9 +84,11 @@ def extract_adapter(
         prediction_type: the same.
         device: where the decomposition runs; `cuda` is much faster for large models.
         progress: show a bar.
+        dtype: of the result: float32, float16 or bfloat16.
 
     Raises:
-        AdapterError: the models are of different make, do not differ, or differ only in what a LoRA cannot change.
+        AdapterError: the models are of different make, do not differ, or differ only in what a LoRA cannot change; or
+            `dtype` cannot hold a weight of the result.
         UnreadableAdapterError: a file is missing or not readable.
         UnsupportedAdapterError: what lies there is not understood as a model.
         InvalidAdapterError: a weight holds NaN or Inf.
@@ -93,6 +98,7 @@ def extract_adapter(
         raise ConfigError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ConfigError(f"energy must be above 0 and at most 1, got {energy}")
+    check_dtype(dtype)
     if rank is None and energy is None:
         energy = DEFAULT_ENERGY
     sources = find_model(base, component), find_model(tuned, component)
@@ -125,7 +131,9 @@ def extract_adapter(
                 unexpressed[f"{name}.{key}"] = size / whole if whole else 1.0
                 continue
             module = canonical(f"{name}.{key.removesuffix('.weight')}")
-            modules[module], squares[module] = _decompose(change, rank, energy)
+            pair, (lost, total) = _decompose(change, rank, energy)
+            modules[module], off = rounded(pair, dtype, module)
+            squares[module] = lost + off, total
     if not modules:
         also = f"; changed are only {', '.join(sorted(unexpressed)[:3])}" if unexpressed else ""
         raise AdapterError(f"{sources[1].name} changes nothing of {sources[0].name} that a LoRA can change{also}")
