@@ -252,3 +252,15 @@ def test_no_model_class_is_needed_for_component_folders(unets, monkeypatch):
     base, tuned, _ = unets
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     assert extract_adapter(base, tuned, rank=4).error < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_chosen_type_is_kept_and_its_rounding_is_in_the_errors(unets, dtype):
+    base, tuned, adapter = unets
+    found = extract_adapter(base, tuned, rank=4, dtype=dtype)
+    for name, pair in found.adapter.modules.items():
+        assert pair.down.dtype == dtype == pair.up.dtype
+        change = adapter.modules[name].delta()
+        error = float((pair.delta() - change).norm() / change.norm())
+        assert found.module_errors[name] == pytest.approx(error, rel=0.05) and 1e-5 < error < 1e-2
+    assert 1e-5 < found.error < 1e-2
