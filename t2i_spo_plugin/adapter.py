@@ -60,6 +60,9 @@ _SPELLINGS = {
     "stable-diffusion-v3-medium": "stable-diffusion-3",
     "flux-1-schnell": "flux-1-dev",
 }
+_SPELLED_PREDICTIONS = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+_VERSION_OF_V = "_v"
+"""What sd-scripts puts behind the base model's version when it predicts v."""
 _RESOLUTIONS = {"stable-diffusion-v1": "512x512", "stable-diffusion-v2": "768x768"}
 _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 _OUR_KEYS = ("spo.base_architecture", "spo.prediction_type", "spo.format")
@@ -296,8 +299,12 @@ def refuse_pickle(name: str) -> None:
 
 def normalise_architecture(name: str) -> str:
     """One spelling for an architecture: `stable-diffusion-v2-768-v/lora` is `stable-diffusion-v2`."""
-    name = name.partition("/")[0].strip().lower()
+    name = _bare(name)
     return _SPELLINGS.get(name, name)
+
+
+def _bare(architecture: str) -> str:
+    return architecture.partition("/")[0].strip().lower()
 
 
 def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -323,17 +330,21 @@ def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
     Raises:
         InvalidAdapterError: the prediction type is none that exists, or the architecture's name makes no sense.
     """
-    architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
-    if not architecture:
-        version = metadata.get("ss_base_model_version", "")
-        architecture = next((name for name, kohya in _KOHYA_VERSIONS.items() if version == kohya), "")
-    architecture = normalise_architecture(architecture)
+    spelled = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
+    version = metadata.get("ss_base_model_version", "")
+    if not spelled:
+        bare = version.removesuffix(_VERSION_OF_V)
+        spelled = next((name for name, kohya in _KOHYA_VERSIONS.items() if bare == kohya), "")
+    architecture = normalise_architecture(spelled)
     if len(architecture) > _LONGEST_NAME or not architecture.isprintable():
         raise InvalidAdapterError(f"the name of its architecture makes no sense: {shown(architecture)}")
     prediction = metadata.get("spo.prediction_type", "")
     if not prediction:
         spec = metadata.get("modelspec.prediction_type", "")
         prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
+    if not prediction:
+        said_v = version.removesuffix(_VERSION_OF_V) != version
+        prediction = "v_prediction" if said_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
     extra = {key.removeprefix("spo."): value for key, value in metadata.items() if _is_own_fact(key)}
     for key, value in metadata.items():
         is_default = key == "modelspec.resolution" and value == _RESOLUTIONS.get(architecture, "1024x1024")
@@ -373,7 +384,8 @@ def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
     if facts.prediction_type in _SPEC_PREDICTION:
         header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
     if facts.base_architecture in _KOHYA_VERSIONS:
-        header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+        of_v = facts.prediction_type == "v_prediction"
+        header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture] + (_VERSION_OF_V if of_v else "")
     if layout == "diffusers":
         header |= layouts.diffusers.alpha_metadata(adapter.modules)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")

@@ -47,11 +47,14 @@ SIZE = 16
 
 
 def tiny_pipeline(family: str, seed: int = 0, width: int = 32, prediction_type: str = "epsilon") -> DiffusionPipeline:
-    """A fresh tiny pipeline of `family`; `seed` draws the weights, `width` sets the channels of the SD1 UNet."""
+    """A fresh tiny pipeline of one of `FAMILIES` or of `sd2`, whose text is 1024 wide.
+
+    `seed` draws the weights; `width` sets the channels of the SD1 and SD2 UNets, `prediction_type` what they predict.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if family == "sd1":
-            pipe = _sd1(width, prediction_type)
+        if family in ("sd1", "sd2"):
+            pipe = _sd(width, prediction_type, 32 if family == "sd1" else 1024)
         else:
             pipe = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family]()
     pipe.set_progress_bar_config(disable=True)
@@ -89,10 +92,10 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
 
 
-def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def _clip_config(tokenizer: CLIPTokenizer, width: int = 32) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         projection_dim=32,
         num_hidden_layers=2,
@@ -131,7 +134,7 @@ def _vae(latent_channels: int, shift: float | None = None) -> AutoencoderKL:
     ).eval()
 
 
-def _sd1(width: int, prediction_type: str) -> StableDiffusionPipeline:
+def _sd(width: int, prediction_type: str, text_width: int) -> StableDiffusionPipeline:
     tokenizer = _clip_tokenizer()
     unet = UNet2DConditionModel(
         block_out_channels=(width, 2 * width),
@@ -141,13 +144,14 @@ def _sd1(width: int, prediction_type: str) -> StableDiffusionPipeline:
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=text_width,
+        use_linear_projection=text_width == 1024,
         attention_head_dim=8,
         norm_num_groups=8,
     )
     return StableDiffusionPipeline(
         vae=_vae(4),
-        text_encoder=CLIPTextModel(_clip_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer, text_width)).eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
         scheduler=DDIMScheduler(
