@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 import string
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -30,6 +35,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    T5TokenizerFast,
 )
 
 from t2i_spo_plugin.adapter import Adapter, LoraPair
@@ -42,6 +48,8 @@ from t2i_spo_plugin.policy import Category, Policy
 
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")
+NEW_TOKENIZERS = "vocab" in inspect.signature(CLIPTokenizer).parameters
+"""Whether transformers makes a tokenizer of a vocabulary in memory, as it does from version 5 on."""
 STEPS = 2
 SIZE = 16
 
@@ -83,13 +91,25 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     symbols = [chr(code) for code in range(33, 127)]
     vocab = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
     numbers = {token: number for number, token in enumerate(vocab)}
-    return CLIPTokenizer(vocab=numbers, merges=[], model_max_length=16, pad_token=pad_token)
+    options = {"model_max_length": 16, "pad_token": pad_token}
+    if NEW_TOKENIZERS:
+        return CLIPTokenizer(vocab=numbers, merges=[], **options)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(numbers))
+        files[1].write_text("#version: 0.2")
+        return CLIPTokenizer(*map(str, files), **options)
 
 
 @cache
-def _t5_tokenizer() -> T5Tokenizer:
+def _t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((symbol, -3.0) for symbol in "▁" + string.printable)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
+    if NEW_TOKENIZERS:
+        return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=unigram, extra_ids=0, model_max_length=16)
 
 
 def _clip_config(tokenizer: CLIPTokenizer, width: int = 32) -> CLIPTextConfig:
