@@ -77,6 +77,15 @@ def build_tokenizer(vocabulary: int = 2000, scenes: int = 20_000) -> CLIPTokeniz
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
+def write_classic_files(folder: Path) -> None:
+    """Write the vocabulary and merges of `folder/tokenizer.json` apart too: transformers before 5 reads only those."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"])])
+    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(merges + "\n", encoding="utf-8")
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
     """The untrained text encoder: 2 layers, width 128. Its config names the domain of what the pipeline draws."""
     torch.manual_seed(seed)
