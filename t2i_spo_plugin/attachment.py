@@ -93,6 +93,7 @@ def detach(model: Any, name: str) -> None:
         _restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
+        model._hf_peft_config_loaded = False  # older versions of diffusers forget to
     else:
         _unwrap(model, only_empty=False)
         if hasattr(model, "peft_config"):

@@ -67,7 +67,7 @@ def test_it_draws_the_same_loaded_merged_extracted_and_by_diffusers(sd2, predict
     expected = pictures(sd2)
     assert not torch.allclose(without, expected, atol=1e-2)
     theirs = fresh("sd2", prediction_type=prediction)
-    theirs.load_lora_weights(path)
+    theirs.load_lora_weights(path.parent, weight_name=path.name)
     assert torch.allclose(pictures(theirs), expected, atol=1e-4)
     theirs.fuse_lora()
     theirs.unload_lora_weights()
