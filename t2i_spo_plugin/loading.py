@@ -219,7 +219,7 @@ def adapter_of(pipe: Any, adapter_name: str, facts: AdapterFacts | None = None) 
                 down = layer.lora_A[adapter_name].weight.detach().cpu().clone()
                 up = layer.lora_B[adapter_name].weight.detach().cpu().clone()
                 rank, alpha = down.shape[0], layer.lora_alpha[adapter_name]
-                if layer.use_rslora.get(adapter_name, False):
+                if getattr(model.peft_config[adapter_name], "use_rslora", False):
                     alpha = alpha * math.sqrt(rank)
                 modules[canonical(f"{component}.{path}")] = LoraPair(down, up, float(alpha))
     if not modules:
