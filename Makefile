@@ -1,6 +1,7 @@
 # Everything one needs from day to day. Each target makes its own environment when there is none.
 #   make demo      pictures without and with the safety adapter, their cost, and the score (needs no network once installed)
 #   make test      the default test suite, under ten minutes on two cores
+#   make versions  the same with the lowest and with the newest versions of everything (gigabytes)
 #   make quality   format, lint, types, and the direction of imports
 #   make bench     the benchmarks, as ratios within one run
 #   make sticker   rebuilds every bundled artefact of the sticker world (hours)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality format bench sticker clean
+.PHONY: help demo test versions quality format bench sticker clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,6 +29,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+
+versions:
+	JOBS=$(JOBS) bash tests/versions.sh
 
 quality: $(STAMP)
 	$(BIN)/ruff format --check .

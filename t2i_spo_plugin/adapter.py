@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import layouts
 from .errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
 from .header import read_header, read_json, shown
 from .layouts import LoraPair
+from .storage import read_weights, weight_names
 
 
 __all__ = [
@@ -42,7 +42,6 @@ MAX_SCALE = 1000.0
 """Largest `alpha / rank` taken for meant."""
 
 _LONGEST_NAME = 100
-_EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _FORMAT = "1"
@@ -61,6 +60,9 @@ _SPELLINGS = {
     "stable-diffusion-v3-medium": "stable-diffusion-3",
     "flux-1-schnell": "flux-1-dev",
 }
+_SPELLED_PREDICTIONS = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+_VERSION_OF_V = "_v"
+"""What sd-scripts puts behind the base model's version when it predicts v."""
 _RESOLUTIONS = {"stable-diffusion-v1": "512x512", "stable-diffusion-v2": "768x768"}
 _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 _OUR_KEYS = ("spo.base_architecture", "spo.prediction_type", "spo.format")
@@ -154,7 +156,7 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
 
     Args:
         path: a safetensors file in any layout of `layouts`, or a folder. Weights stored as 8-bit floats become
-            float16, which holds each of them exactly.
+            float16, which holds each of them exactly; where a scale stands beside them, float32.
         strict: refuse a file of which a part is no LoRA weight, or in which only some modules state an alpha; False
             leaves that part out, and takes those alphas to be the rank, with a warning.
 
@@ -167,14 +169,15 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
     header = read_header(path)
     try:
         config = _peft_config(path)
-        layout, foreign = layouts.recognise(header.tensors, config is not None)
-        names = sorted(set(header.tensors) - set(foreign))
-        problems = [layouts.foreign_weights(foreign, len(header.tensors))] if foreign else []
+        weights = weight_names(header.tensors)
+        layout, foreign = layouts.recognise(weights, config is not None)
+        names = sorted(set(weights) - set(foreign))
+        problems = [layouts.foreign_weights(foreign, len(weights))] if foreign else []
         alphas, notes = stated_alphas(layout, names, header.metadata)
         problems += alphas
         if problems and strict:
             raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
-        modules = layouts.decode(_tensors(path, names), header.metadata, config)
+        modules = layouts.decode(read_weights(path, header.tensors, names), header.metadata, config)
         adapter = Adapter(modules, facts_from_header(header.metadata), (*problems, *notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
@@ -186,14 +189,17 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
     """The tensors and the header of a safetensors file, and the `adapter_config.json` beside it, not yet understood.
 
-    Weights stored as 8-bit floats become float16, which holds each of them exactly.
+    Weights stored as 8-bit floats become float16, which holds each of them exactly; where a scale stands beside them,
+    float32. The scales are not among the tensors.
 
     Raises:
         UnreadableAdapterError: the file or the configuration is not readable.
         UnsupportedAdapterError: a tensor is of a type that is not understood.
+        InvalidAdapterError: a scale is neither one number nor one a row.
     """
     header = read_header(path)
-    return _tensors(path, list(header.tensors)), header.metadata, _peft_config(path)
+    tensors = read_weights(path, header.tensors, weight_names(header.tensors))
+    return tensors, header.metadata, _peft_config(path)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
@@ -308,8 +314,12 @@ def refuse_pickle(name: str) -> None:
 
 def normalise_architecture(name: str) -> str:
     """One spelling for an architecture: `stable-diffusion-v2-768-v/lora` is `stable-diffusion-v2`."""
-    name = name.partition("/")[0].strip().lower()
+    name = _bare(name)
     return _SPELLINGS.get(name, name)
+
+
+def _bare(architecture: str) -> str:
+    return architecture.partition("/")[0].strip().lower()
 
 
 def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -335,17 +345,21 @@ def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
     Raises:
         InvalidAdapterError: the prediction type is none that exists, or the architecture's name makes no sense.
     """
-    architecture = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
-    if not architecture:
-        version = metadata.get("ss_base_model_version", "")
-        architecture = next((name for name, kohya in _KOHYA_VERSIONS.items() if version == kohya), "")
-    architecture = normalise_architecture(architecture)
+    spelled = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
+    version = metadata.get("ss_base_model_version", "")
+    if not spelled:
+        bare = version.removesuffix(_VERSION_OF_V)
+        spelled = next((name for name, kohya in _KOHYA_VERSIONS.items() if bare == kohya), "")
+    architecture = normalise_architecture(spelled)
     if len(architecture) > _LONGEST_NAME or not architecture.isprintable():
         raise InvalidAdapterError(f"the name of its architecture makes no sense: {shown(architecture)}")
     prediction = metadata.get("spo.prediction_type", "")
     if not prediction:
         spec = metadata.get("modelspec.prediction_type", "")
         prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
+    if not prediction:
+        said_v = version.removesuffix(_VERSION_OF_V) != version
+        prediction = "v_prediction" if said_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
     extra = {key.removeprefix("spo."): value for key, value in metadata.items() if _is_own_fact(key)}
     for key, value in metadata.items():
         is_default = key == "modelspec.resolution" and value == _RESOLUTIONS.get(architecture, "1024x1024")
@@ -385,7 +399,8 @@ def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
     if facts.prediction_type in _SPEC_PREDICTION:
         header["modelspec.prediction_type"] = _SPEC_PREDICTION[facts.prediction_type]
     if facts.base_architecture in _KOHYA_VERSIONS:
-        header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture]
+        of_v = facts.prediction_type == "v_prediction"
+        header["ss_base_model_version"] = _KOHYA_VERSIONS[facts.base_architecture] + (_VERSION_OF_V if of_v else "")
     if layout == "diffusers":
         header |= layouts.diffusers.alpha_metadata(adapter.modules)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
@@ -397,15 +412,6 @@ def _header(adapter: Adapter, digest: str, layout: str) -> dict[str, str]:
             raise AdapterError(f"the fact {key} is written from the adapter itself and cannot be given")
         header[full] = value
     return header
-
-
-def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UnreadableAdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
-    return {name: tensor.half() if tensor.dtype in _EIGHT_BIT else tensor for name, tensor in tensors.items()}
 
 
 def _peft_config(path: Path) -> dict[str, Any] | None:

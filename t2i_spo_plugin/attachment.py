@@ -37,14 +37,14 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
         config = getattr(model, "peft_config", {}).get(name)
         if config is None:
             continue
-        factors = getattr(config, FACTORS, {})
+        factors, stabilised = getattr(config, FACTORS, {}), _is_stabilised(model, name)
         flags = _requires_grad(model)
         for path, layer in tuner_layers(model):
             here = strength * factors.get(path, 1.0)
             others = [other for other in layer.active_adapters if other != name]
             wanted = [*others, name] if here > 0.0 else others
             if name in getattr(layer, "scaling", {}) and here > 0.0:
-                _set_scale(layer, name, here)
+                _set_scale(layer, name, here, stabilised)
             if wanted != list(layer.active_adapters):
                 layer.set_adapter(wanted)
         _restore_requires_grad(model, flags)
@@ -129,11 +129,11 @@ def exchange(model: nn.Module, name: str, pairs: Mapping[str, LoraPair]) -> None
 
 def pairs_of(model: nn.Module, name: str) -> dict[str, LoraPair]:
     """Copies of the adapter `name` on the CPU, by module path."""
-    pairs = {}
+    pairs, stabilised = {}, _is_stabilised(model, name)
     for path, layer in _layers_of(model, name).items():
         down, up = (half.detach().cpu().clone() for half in _halves(layer, name))
         alpha = layer.lora_alpha[name]
-        if layer.use_rslora.get(name, False):
+        if stabilised:
             alpha = alpha * math.sqrt(down.shape[0])
         pairs[path] = LoraPair(down, up, float(alpha))
     return pairs
@@ -155,6 +155,7 @@ def detach(model: Any, name: str) -> None:
         _restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
+        model._hf_peft_config_loaded = False  # older versions of diffusers forget to
     else:
         _unwrap(model, only_empty=False)
         if hasattr(model, "peft_config"):
@@ -221,12 +222,12 @@ def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
 
     A layer into which other adapters are fused applies those alone.
     """
-    found = {}
+    found, stabilised = {}, _is_stabilised(model, name)
     for path, layer in tuner_layers(model):
         if name in getattr(layer, "scaling", {}):
             applied = layer.merged_adapters if layer.merged else layer.active_adapters
             on = name in applied and not layer.disable_adapters
-            trained = layer.lora_alpha[name] / _rank_norm(layer, name)
+            trained = layer.lora_alpha[name] / _rank_norm(layer, name, stabilised)
             found[path] = float(layer.scaling[name]) / trained if on else 0.0
     return found
 
@@ -257,19 +258,25 @@ def _set_alphas(model: Any, name: str, pairs: Mapping[str, LoraPair]) -> None:
         room = layer.lora_A[name].weight.shape[0]
         layer.r[name] = room
         alphas[path] = layer.lora_alpha[name] = pairs[path].alpha * (room / pairs[path].down.shape[0])
-        _set_scale(layer, name, 1.0)
+        _set_scale(layer, name, 1.0, _is_stabilised(model, name))
     config = model.peft_config[name]
     config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config.alpha_pattern = {f"^{path}": alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
-def _set_scale(layer: Any, name: str, strength: float) -> None:
-    _put(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name))
+def _set_scale(layer: Any, name: str, strength: float, stabilised: bool) -> None:
+    _put(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name, stabilised))
 
 
-def _rank_norm(layer: Any, name: str) -> float:
-    rank = layer.r[name]
-    return math.sqrt(rank) if layer.use_rslora.get(name, False) else rank
+def _rank_norm(layer: Any, name: str, stabilised: bool) -> float:
+    rank: int = layer.r[name]
+    return math.sqrt(rank) if stabilised else rank
+
+
+def _is_stabilised(model: Any, name: str) -> bool:
+    """Whether the scale of the adapter `name` is alpha over the root of the rank."""
+    config = getattr(model, "peft_config", {}).get(name)
+    return bool(getattr(config, "use_rslora", False))
 
 
 def _put(scaling: dict[str, Any], name: str, value: float) -> None:

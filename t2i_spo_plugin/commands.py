@@ -13,6 +13,7 @@ from .errors import SPOError
 
 
 Layout = Literal["kohya", "diffusers", "peft", "native"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 def inspect(
@@ -42,6 +43,7 @@ def convert(
     layout: Layout,
     out: Path,
     architecture: str = "",
+    dtype: Dtype | None = None,
 ) -> None:
     """Convert.
 
@@ -51,7 +53,10 @@ def convert(
             folder with a configuration), or native (alphas folded into the weights; SD3, Flux and later).
         out: the .safetensors file to write; for peft, the folder.
         architecture: of the base model, such as stable-diffusion-v1, where the file does not say.
+        dtype: what the weights are rounded to; when left out each keeps its own, float32 where folding needs it.
     """
+    import torch
+
     from .adapter import Adapter, normalise_architecture, read_adapter
     from .convert import convert_adapter
     from .errors import IncompatibleAdapterError
@@ -61,7 +66,8 @@ def convert(
     if said and given and said != given:
         raise IncompatibleAdapterError(f"{file.name} says that it was made for {said}, not for {given}")
     facts = dataclasses.replace(adapter.facts, base_architecture=said or given)
-    print(convert_adapter(Adapter(adapter.modules, facts), out, layout))
+    kind = getattr(torch, dtype) if dtype else None
+    print(convert_adapter(Adapter(adapter.modules, facts), out, layout, kind))
 
 
 def merge(
@@ -70,6 +76,7 @@ def merge(
     weights: tuple[float, ...] = (),
     method: Literal["concat", "svd"] = "concat",
     rank: int | None = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Merge.
 
@@ -79,12 +86,15 @@ def merge(
         weights: one an adapter, at least 0; 1 each when left out.
         method: concat is the exact weighted sum, its rank the sum of the ranks; svd cuts it to --rank.
         rank: for svd, by default the largest rank of the parents.
+        dtype: of the merged adapter; float16 and bfloat16 halve the file, and their rounding is in the errors.
     """
+    import torch
+
     from .adapter import read_adapter, write_adapter
     from .merge import merge_adapters
 
-    adapters = [read_adapter(file) for file in files]
-    merged = merge_adapters(adapters, weights or None, method, rank, names=[file.stem for file in files])
+    adapters, stems = [read_adapter(file) for file in files], [file.stem for file in files]
+    merged = merge_adapters(adapters, weights or None, method, rank, stems, getattr(torch, dtype))
     print(f"{write_adapter(merged.adapter, out)}: {len(merged.module_errors)} modules, rank {merged.adapter.rank}")
     _print_errors(merged.error, merged.module_errors)
 
@@ -99,6 +109,7 @@ def extract(
     architecture: str = "",
     prediction_type: str = "",
     device: str = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Extract.
 
@@ -112,11 +123,17 @@ def extract(
         architecture: such as stable-diffusion-v1, where the files do not say.
         prediction_type: epsilon, v_prediction, flow or sample, where the files do not say.
         device: where the decomposition runs, such as cuda.
+        dtype: of the adapter; float16 and bfloat16 halve the file, and their rounding is in the errors.
     """
+    import torch
+
     from .adapter import write_adapter
     from .extract import extract_adapter
 
-    found = extract_adapter(base, tuned, rank, energy, component, architecture, prediction_type, device, progress=True)
+    kind = getattr(torch, dtype)
+    found = extract_adapter(
+        base, tuned, rank, energy, component, architecture, prediction_type, device, progress=True, dtype=kind
+    )
     print(f"{write_adapter(found.adapter, out)}: {len(found.module_errors)} modules, rank {found.adapter.rank}")
     _print_errors(found.error, found.block_errors)
     if found.unexpressed:

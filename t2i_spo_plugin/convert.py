@@ -11,22 +11,32 @@ from . import layouts
 from .adapter import Adapter, write_adapter, write_atomically
 from .errors import AdapterError
 from .layouts import LoraPair
+from .storage import rounded
 
 
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_config.json")
 
 
-def convert_adapter(adapter: Adapter, path: str | Path, layout: str) -> Path:
+def convert_adapter(adapter: Adapter, path: str | Path, layout: str, dtype: torch.dtype | None = None) -> Path:
     """Write `adapter` in `layout` without changing what it does, and return the file.
 
-    `path` is a .safetensors file, for `peft` a folder. Where alpha has to be folded into B and 16 bits cannot hold
-    the product, the file is written in float32.
+    Args:
+        adapter: any.
+        path: a .safetensors file, for `peft` a folder.
+        layout: one of `layouts.LAYOUTS`.
+        dtype: float32, float16 or bfloat16, to which the weights are rounded. By default each keeps its own; only
+            where alpha has to be folded into B and 16 bits cannot hold the product, the file is written in float32.
 
     Raises:
-        AdapterError: `write_adapter` would refuse it, or the layout would lose a module.
+        AdapterError: `write_adapter` would refuse it, the layout would lose a module, or `dtype` cannot hold a weight.
+        ConfigError: adapters are not written in `dtype`.
     """
     path, modules = Path(path), dict(sorted(adapter.modules.items()))
-    if layout == "native" and not all(_folds_exactly(pair) for pair in modules.values()):
+    if dtype is not None:
+        if layout == "native":
+            modules = {name: _folded(pair) for name, pair in modules.items()}
+        modules = {name: rounded(pair, dtype, name)[0] for name, pair in modules.items()}
+    elif layout == "native" and not all(_folds_exactly(pair) for pair in modules.values()):
         modules = {name: LoraPair(pair.down.float(), pair.up.float(), pair.alpha) for name, pair in modules.items()}
     adapter = Adapter(modules, adapter.facts)
     config = layouts.diffusers.peft_config(modules) if layout == "peft" else None
@@ -45,6 +55,10 @@ def convert_adapter(adapter: Adapter, path: str | Path, layout: str) -> Path:
     return written
 
 
+def _folded(pair: LoraPair) -> LoraPair:
+    return LoraPair(pair.down, pair.up.float() * pair.scale, float(pair.rank))
+
+
 def _folds_exactly(pair: LoraPair) -> bool:
-    folded = pair.up.float() * pair.scale
+    folded = _folded(pair).up
     return pair.up.dtype == torch.float32 or torch.equal(folded.to(pair.up.dtype).float(), folded)

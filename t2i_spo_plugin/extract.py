@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,15 @@ from .errors import AdapterError, ConfigError, InvalidAdapterError
 from .layouts import LoraPair, block_of, canonical
 from .merge import balanced_pair, relative_error
 from .model_files import ModelFiles, Weights, find_model
+from .storage import check_dtype, rounded
 
 
 DEFAULT_ENERGY = 0.99
 
+_USUAL_RANK = 128
+_OVERSAMPLING = 10
+_NEGLIGIBLE = 1e-3
+"""What the strongest directions may leave of a change, relative, to pass for all of it."""
 _EMBEDDINGS = (
     "token_embedding",
     "position_embedding",
@@ -39,8 +43,9 @@ class Extracted:
     """What a tuned model changes, as an adapter, and what got lost on the way.
 
     Attributes:
-        adapter: float32, alpha equal to the rank, with the modules that changed.
-        module_errors: `||extracted - change|| / ||change||` in the Frobenius norm, by module.
+        adapter: alpha equal to the rank, with the modules that changed.
+        module_errors: `||extracted - change|| / ||change||` in the Frobenius norm, by module, rounding to 16 bits
+            included.
         block_errors: the same over the modules of a block, see `layouts.block_of`.
         error: the same over all modules of the adapter.
         unexpressed: weights that changed and that no LoRA can change (norms, biases, embeddings), each with
@@ -64,11 +69,13 @@ def extract_adapter(
     prediction_type: str = "",
     device: str = "cpu",
     progress: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Extracted:
     """The adapter that turns `base` into `tuned`, as nearly as its rank allows; float32 arithmetic.
 
-    The weights are read tensor by tensor: memory is bounded by the largest layer and the adapter itself. Of pipelines,
-    the components are compared that can carry a LoRA.
+    The weights are read tensor by tensor: memory is bounded by the largest layer and the adapter itself. A change of
+    low rank, such as a merged LoRA, is found without decomposing the whole weight. Of pipelines, the components are
+    compared that can carry a LoRA.
 
     Args:
         base, tuned: local diffusers folders of a pipeline or of a component, or safetensors files with diffusers'
@@ -81,9 +88,11 @@ def extract_adapter(
         prediction_type: the same.
         device: where the decomposition runs; `cuda` is much faster for large models.
         progress: show a bar.
+        dtype: of the result: float32, float16 or bfloat16.
 
     Raises:
-        AdapterError: the models are of different make, do not differ, or differ only in what a LoRA cannot change.
+        AdapterError: the models are of different make, do not differ, or differ only in what a LoRA cannot change; or
+            `dtype` cannot hold a weight of the result.
         UnreadableAdapterError: a file is missing or not readable.
         UnsupportedAdapterError: what lies there is not understood as a model.
         InvalidAdapterError: a weight holds NaN or Inf.
@@ -93,6 +102,7 @@ def extract_adapter(
         raise ConfigError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ConfigError(f"energy must be above 0 and at most 1, got {energy}")
+    check_dtype(dtype)
     if rank is None and energy is None:
         energy = DEFAULT_ENERGY
     sources = find_model(base, component), find_model(tuned, component)
@@ -102,30 +112,28 @@ def extract_adapter(
     squares: dict[str, tuple[float, float]] = {}
     unexpressed: dict[str, float] = {}
     fingerprint = ""
-    with ExitStack() as stack:
-        opened = {
-            name: (stack.enter_context(Weights(ours)), stack.enter_context(Weights(theirs)))
-            for name, (ours, theirs) in pairs.items()
-        }
-        shapes = {name: _agreed_shapes(name, *both) for name, both in opened.items()}
-        for name in _DENOISERS:
-            if name in shapes and not fingerprint:
-                fingerprint = fingerprint_of_shapes(_layers(shapes[name]))
-        work = [(name, key) for name in shapes for key in shapes[name]]
-        for name, key in tqdm(work, desc="comparing", unit="tensor", disable=not progress):
-            before, after = (weights.read(key).to(device, torch.float32) for weights in opened[name])
-            change = after - before
-            size = float(change.norm())
-            if not math.isfinite(size):
-                raise InvalidAdapterError(f"{name}.{key} holds NaN or Inf")
-            if size == 0.0:
-                continue
-            if not _is_expressible(key, shapes[name][key]):
-                whole = float(before.norm())
-                unexpressed[f"{name}.{key}"] = size / whole if whole else 1.0
-                continue
-            module = canonical(f"{name}.{key.removesuffix('.weight')}")
-            modules[module], squares[module] = _decompose(change, rank, energy)
+    opened = {name: (Weights(ours), Weights(theirs)) for name, (ours, theirs) in pairs.items()}
+    shapes = {name: _agreed_shapes(name, *both) for name, both in opened.items()}
+    for name in _DENOISERS:
+        if name in shapes and not fingerprint:
+            fingerprint = fingerprint_of_shapes(_layers(shapes[name]))
+    work = [(name, key) for name in shapes for key in shapes[name]]
+    for name, key in tqdm(work, desc="comparing", unit="tensor", disable=not progress):
+        before, after = (weights.read(key).to(device, torch.float32) for weights in opened[name])
+        change = after - before
+        size = float(change.norm())
+        if not math.isfinite(size):
+            raise InvalidAdapterError(f"{name}.{key} holds NaN or Inf")
+        if size == 0.0:
+            continue
+        if not _is_expressible(key, shapes[name][key]):
+            whole = float(before.norm())
+            unexpressed[f"{name}.{key}"] = size / whole if whole else 1.0
+            continue
+        module = canonical(f"{name}.{key.removesuffix('.weight')}")
+        pair, (lost, total) = _decompose(change, rank, energy)
+        modules[module], off = rounded(pair, dtype, module)
+        squares[module] = lost + off, total
     if not modules:
         also = f"; changed are only {', '.join(sorted(unexpressed)[:3])}" if unexpressed else ""
         raise AdapterError(f"{sources[1].name} changes nothing of {sources[0].name} that a LoRA can change{also}")
@@ -144,14 +152,50 @@ def extract_adapter(
 
 def _decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
     """The pair for a weight's change, and the squared norms of what it leaves out and of the whole change."""
-    left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
-    squared = values.cpu().double().square()
-    sums = squared.cumsum(0)
-    keep = len(values) if rank is None else min(rank, len(values))
-    if energy is not None:
-        keep = min(keep, int((sums < energy * sums[-1]).sum()) + 1)
-    pair = balanced_pair(left[:, :keep], values[:keep], right[:keep], change.shape)
-    return pair, (float(squared[keep:].sum()), float(sums[-1]))
+    matrix = change.flatten(1)
+    total = float(matrix.norm()) ** 2
+    for left, values, right in _decompositions(matrix, rank):
+        squared = values.cpu().double().square()
+        sums = squared.cumsum(0)
+        is_whole = len(values) == min(matrix.shape)
+        keep = len(values) if rank is None else min(rank, len(values))
+        if energy is not None:
+            keep = min(keep, int((sums < energy * (sums[-1] if is_whole else total)).sum()) + 1)
+        if is_whole or (keep < len(values) and _is_negligible(matrix, left, values, right, total)):
+            break
+    left, values, right = left[:, :keep], values[:keep], right[:keep]
+    lost = float(_rest(matrix, left, values, right).norm()) ** 2
+    return balanced_pair(left, values, right, change.shape), (lost, total)
+
+
+def _decompositions(matrix: Tensor, rank: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Singular vectors and values of `matrix [m, n]`, the strongest found quickly, where that is worth it; then all.
+
+    The strongest come by a randomised range finder (Halko, Martinsson, Tropp 2011, with one power iteration), which
+    finds a change of low rank as a whole; its seed is fixed, so that equal models give equal adapters.
+    """
+    size = (rank or _USUAL_RANK) + _OVERSAMPLING
+    if 4 * size < min(matrix.shape):
+        generator = torch.Generator(matrix.device).manual_seed(0)
+        probe = torch.randn(matrix.shape[1], size, generator=generator, device=matrix.device)
+        basis = torch.linalg.qr(matrix @ probe)[0]
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis))[0]
+        right, values, left = torch.linalg.svd(matrix.T @ basis, full_matrices=False)
+        yield basis @ left.T, values, right.T
+    # Of a wide matrix the decomposition takes several times as long as of the tall one.
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = torch.linalg.svd(matrix.T, full_matrices=False)
+        yield left.T, values, right.T
+    else:
+        yield torch.linalg.svd(matrix, full_matrices=False)
+
+
+def _is_negligible(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, total: float) -> bool:
+    return float(_rest(matrix, left, values, right).norm()) ** 2 <= _NEGLIGIBLE**2 * total
+
+
+def _rest(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
+    return torch.addmm(matrix, left * values, right, alpha=-1.0)
 
 
 def _errors(squares: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], dict[str, float], float]:

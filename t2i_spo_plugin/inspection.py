@@ -25,12 +25,12 @@ class Inspection:
     Attributes:
         file: its path.
         bytes: its size.
-        layout: one of `layouts.LAYOUTS`.
+        layout: one of `layouts.LAYOUTS`, or `original` where modules have the names of the model's own code.
         title, base_architecture, prediction_type: as the header says; empty when it does not.
         components: pipeline components that it changes.
         modules: how many modules it changes.
         parameters: how many numbers it holds, alphas not counted.
-        dtypes: of the weights as they are read: 8-bit floats are float16.
+        dtypes: of the weights as they are read: 8-bit floats are float16, those with a scale float32.
         ranks, alphas, scales: the values that occur, ascending; a scale is alpha / rank.
         norm: of all changes at strength 1 together, Frobenius.
         block_norms: the same by block.
@@ -81,7 +81,7 @@ def inspect_adapter(path: str | Path) -> Inspection:
     for name, pair in adapter.modules.items():
         squares[block_of(name)] = squares.get(block_of(name), 0.0) + pair.norm() ** 2
     partial, assumed = stated_alphas(layout, list(known), metadata)
-    flaws = [*_flaws(adapter, foreign), *partial]
+    flaws = [*_flaws(adapter, foreign, len(tensors)), *partial]
     return Inspection(
         file=str(path),
         bytes=path.stat().st_size,
@@ -109,11 +109,11 @@ def inspect_adapter(path: str | Path) -> Inspection:
     )
 
 
-def _flaws(adapter: Adapter, foreign: Sequence[str]) -> list[str]:
+def _flaws(adapter: Adapter, foreign: Sequence[str], total: int) -> list[str]:
     """Why loading refuses the file; its alphas apart."""
     found = []
     if foreign:
-        found.append(f"{len(foreign)} keys are no LoRA weights, such as {foreign[0]}")
+        found.append(layouts.foreign_weights(foreign, total))
     try:
         adapter.validate()
     except AdapterError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapter import Adapter, AdapterFacts
 from .errors import ConfigError, IncompatibleAdapterError
 from .layouts import LoraPair
+from .storage import check_dtype, rounded
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Merged:
     """Several adapters as one.
 
     Attributes:
-        adapter: the merged adapter, float32 on the CPU, alpha equal to the rank everywhere.
-        module_errors: `||merged - exact|| / ||exact||` in the Frobenius norm, by module; 0 where nothing was cut.
+        adapter: the merged adapter, on the CPU, alpha equal to the rank everywhere.
+        module_errors: `||merged - exact|| / ||exact||` in the Frobenius norm, by module, of cutting and of rounding to
+            16 bits; 0 where nothing was cut or rounded.
         error: the same over all modules together.
     """
 
@@ -92,6 +94,7 @@ def merge_adapters(
     method: str = "concat",
     rank: int | None = None,
     names: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Merged:
     """One adapter that changes every weight by `sum_k weights[k] * delta_k`; where one has no module, it adds nothing.
 
@@ -101,8 +104,10 @@ def merge_adapters(
         method: `concat` is the exact sum, its rank the sum of the ranks; `svd` cuts it to `rank`.
         rank: for `svd`, by default the largest rank of the parents.
         names: of the parents, for the header; their titles by default.
+        dtype: of the result: float32, float16 or bfloat16. The arithmetic is float32 or wider.
 
     Raises:
+        AdapterError: `dtype` cannot hold a weight of the result.
         IncompatibleAdapterError: the adapters are for different bases, or their modules have different shapes.
         InvalidAdapterError: `Adapter.validate` refuses one of them, or their sum.
         ConfigError: an argument is outside its range.
@@ -110,15 +115,21 @@ def merge_adapters(
     weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     names = [adapter.facts.title for adapter in adapters] if names is None else list(names)
     _check_arguments(adapters, weights, names, method, rank)
+    check_dtype(dtype)
     if method == "svd" and rank is None:
         rank = max(pair.rank for adapter in adapters for pair in adapter.modules.values())
     facts = _facts(adapters, weights, names, method)
     stacked = _stack(adapters, weights)
-    cuts = {name: METHODS[method](down, up, rank) for name, (down, up) in stacked.items()}
+    cuts = {name: _rounded(METHODS[method](down, up, rank), dtype, name) for name, (down, up) in stacked.items()}
     errors = {name: relative_error(cut.lost, cut.total) for name, cut in cuts.items()}
     error = relative_error(sum(cut.lost for cut in cuts.values()), sum(cut.total for cut in cuts.values()))
     merged = Adapter({name: cut.pair for name, cut in cuts.items()}, facts).validate()
     return Merged(merged, errors, error)
+
+
+def _rounded(cut: Cut, dtype: torch.dtype, name: str) -> Cut:
+    pair, lost = rounded(cut.pair, dtype, name)
+    return Cut(pair, cut.lost + lost, cut.total)
 
 
 def _stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -6,8 +6,7 @@ Nothing is loaded into a pipeline and no pickle is ever opened.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,54 +75,45 @@ def find_model(path: str | Path, component: str = "") -> ModelFiles:
     return ModelFiles(path.resolve().name, {component: path}, architecture=architecture)
 
 
-@dataclass
 class Weights:
-    """The tensors of one component by name, read when they are asked for; a context manager.
+    """The tensors of one component by name, read when they are asked for.
 
-    Attributes:
-        path: a folder, with or without an index of shards, or a safetensors file.
+    No file stays open between: the pages of a mapped file would count as this process's memory.
     """
 
-    path: Path
-    _stack: ExitStack = field(default_factory=ExitStack)
-    _files: dict[str, Any] = field(default_factory=dict)
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __enter__(self) -> Weights:
-        """Check the headers and open the files.
+    def __init__(self, path: Path) -> None:
+        """Check the headers of what lies at `path`: a folder, with or without an index of shards, or a file.
 
         Raises:
             UnreadableAdapterError: there is no safetensors file, more than one without an index, a shard is missing or
-                does not hold what the index says, or a file is not readable.
+                does not hold what the index says, or a header is not readable.
             UnsupportedAdapterError: a tensor is of a type that is not understood.
         """
-        try:
-            for file, expected in _shards(self.path):
-                tensors = read_header(file).tensors
-                keys = set(tensors) if expected is None else expected
-                if lacking := keys - set(tensors):
-                    raise UnreadableAdapterError(f"{file.name} lacks {min(lacking)}, which the index places there")
-                self._files |= dict.fromkeys(keys, self._stack.enter_context(safe_open(file, framework="pt")))
-                self._shapes |= {key: tensors[key].shape for key in keys}
-        except (SafetensorError, OSError) as error:
-            self._stack.close()
-            raise UnreadableAdapterError(f"{self.path} is not readable as safetensors: {error}") from error
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self._stack.close()
-        self._files.clear()
-        self._shapes.clear()
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file, expected in _shards(path):
+            tensors = read_header(file).tensors
+            keys = set(tensors) if expected is None else expected
+            if lacking := keys - set(tensors):
+                raise UnreadableAdapterError(f"{file.name} lacks {min(lacking)}, which the index places there")
+            self._files |= dict.fromkeys(keys, file)
+            self._shapes |= {key: tensors[key].shape for key in keys}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors by name, sorted; no tensor is read."""
         return dict(sorted(self._shapes.items()))
 
     def read(self, key: str) -> Tensor:
-        tensor: Tensor = self._files[key].get_tensor(key)
+        """One tensor.
+
+        Raises:
+            UnreadableAdapterError: the file is not readable any more.
+        """
+        try:
+            with safe_open(self._files[key], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UnreadableAdapterError(f"{self._files[key]} is not readable as safetensors: {error}") from error
         return tensor
 
 
@@ -160,8 +150,7 @@ def _component_of(path: Path, config: Mapping[str, Any]) -> str:
     for mark, component in (("UNet", "unet"), ("Transformer", "transformer")):
         if mark in kind:
             return component
-    with Weights(path) as weights:
-        keys = list(weights.shapes())
+    keys = list(Weights(path).shapes())
     for component, marks in _MARKS.items():
         if any(key.startswith(marks) for key in keys):
             return component

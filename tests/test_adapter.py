@@ -80,7 +80,7 @@ def test_the_header_says_what_user_interfaces_ask_for(tmp_path, monkeypatch):
     assert metadata["modelspec.prediction_type"] == "v"
     for key in ("sai_model_spec", "implementation", "title", "resolution"):
         assert metadata[f"modelspec.{key}"]
-    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_base_model_version"] == "sd_v1_v"
     assert metadata["ss_network_dim"] == "Dynamic" and metadata["ss_network_alpha"] == "Dynamic"
     assert metadata["spo.base_model"] == "tiny"
     assert "modelspec.date" not in metadata

@@ -7,7 +7,7 @@ import pytest
 import torch
 from photographs import HARMLESS
 from PIL import Image
-from tiny import _clip_tokenizer, _t5_tokenizer
+from tiny import _clip_tokenizer, t5_tokenizer
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from t2i_spo_plugin import ClipCostModel, CostModel, cli, clip_cost_model, clip_tower, load_cost_model
@@ -24,7 +24,7 @@ SIZE, PATCH, WIDTH = 32, 8, 24
 
 def saved_model(kind, folder):
     """A tiny random model and its tokenizer in `folder`."""
-    tokenizer = _clip_tokenizer() if kind == "clip" else _t5_tokenizer()
+    tokenizer = _clip_tokenizer() if kind == "clip" else t5_tokenizer()
     text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = text | {"image_size": SIZE, "patch_size": PATCH}
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -65,7 +65,7 @@ def test_the_logit_compares_a_category_with_neutral_prompts(checkpoint, model):
     name = own.config.model_type
     mean, std = (0.5, 0.5) if name == "siglip" else (model.tower.mean, model.tower.std)
     pixels = (to_tensor(PICTURES, SIZE) - mean) / std
-    tokenizer = _clip_tokenizer() if name == "clip" else _t5_tokenizer()
+    tokenizer = _clip_tokenizer() if name == "clip" else t5_tokenizer()
 
     def unit(found):
         return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)

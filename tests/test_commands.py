@@ -84,6 +84,25 @@ def test_convert_writes_another_layout(files, tmp_path, capsys):
     assert "made for stable-diffusion-v1, not for flux-1-dev" in capsys.readouterr().err
 
 
+def test_every_writing_command_takes_a_type(files, tmp_path, capsys):
+    base, tuned = fresh("sd1"), fresh("sd1")
+    base.unet.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned.unet.conv_in.weight.add_(0.1)
+    tuned.unet.save_pretrained(tmp_path / "tuned")
+    sources = {
+        "merge": [str(path) for path in files],
+        "convert": [str(files[0]), "--layout", "kohya"],
+        "extract": [str(tmp_path / "base"), str(tmp_path / "tuned")],
+    }
+    for command, words in sources.items():
+        out = tmp_path / f"{command}.safetensors"
+        assert cli.main([command, *words, "--dtype", "bfloat16", "--out", str(out)]) == 0, command
+        assert {pair.up.dtype for pair in read_adapter(out).modules.values()} == {torch.bfloat16}
+        with pytest.raises(SystemExit):
+            cli.main([command, *words, "--dtype", "int8", "--out", str(out)])
+
+
 def found(checks, name):
     (check,) = [check for check in checks if check.name == name]
     return check

@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from tiny import denoiser, fresh, random_adapter
+from tiny import denoiser, fresh, needs_metadata, random_adapter
 
 from t2i_spo_plugin.adapter import Adapter, AdapterFacts, LoraPair, read_adapter, write_adapter
 from t2i_spo_plugin.convert import convert_adapter
-from t2i_spo_plugin.errors import AdapterError
+from t2i_spo_plugin.errors import AdapterError, ConfigError
 from t2i_spo_plugin.layouts import LAYOUTS, layout_of
 
 
@@ -78,9 +78,11 @@ def changes(model):
     return {path: layer.get_delta_weight(layer.active_adapters[0]) for path, layer in layers.items()}
 
 
+@needs_metadata
 def test_diffusers_reads_its_layout_with_every_alpha(pipe, tmp_path):
     adapter = uneven(pipe)
-    pipe.load_lora_weights(convert_adapter(adapter, tmp_path / "a.safetensors", "diffusers"))
+    path = convert_adapter(adapter, tmp_path / "a.safetensors", "diffusers")
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
     found = changes(denoiser(pipe))
     component = "unet" if hasattr(pipe, "unet") else "transformer"
     assert {f"{component}.{path}" for path in found} == adapter.modules.keys()
@@ -149,3 +151,32 @@ def test_the_default_layouts_are_as_before(tmp_path, sd1):
     adapter = uneven(sd1)
     chosen = write_adapter(adapter, tmp_path / "a.safetensors").read_bytes()
     assert convert_adapter(adapter, tmp_path / "b.safetensors", "kohya").read_bytes() == chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_chosen_type_is_kept_and_rounds_once(sd1, layout, dtype, tmp_path):
+    adapter = uneven(sd1)
+    path = tmp_path / ("folder" if layout == "peft" else "a.safetensors")
+    back = read_adapter(convert_adapter(adapter, path, layout, dtype)).modules
+    steps = torch.finfo(dtype).eps
+    for name, pair in adapter.modules.items():
+        assert back[name].down.dtype == dtype == back[name].up.dtype
+        assert torch.equal(back[name].down, pair.down.to(dtype))
+        assert torch.allclose(back[name].scale * back[name].up.float(), pair.scale * pair.up, rtol=steps, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [7e4, 1e-6])
+@pytest.mark.parametrize("half", ["down", "up"])
+def test_what_float16_cannot_hold_is_refused(value, half, tmp_path):
+    halves = {"down": torch.ones(2, 6), "up": torch.ones(8, 2)}
+    halves[half] *= value
+    adapter = Adapter({"unet.conv_in": LoraPair(**halves, alpha=2.0)}, AdapterFacts("stable-diffusion-v1"))
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(AdapterError, match=r"unet.conv_in: the largest weight is .*, float16 holds .* float32"):
+        convert_adapter(adapter, path, "kohya", torch.float16)
+    assert not path.exists()
+    back = read_adapter(convert_adapter(adapter, path, "kohya", torch.bfloat16))
+    assert back.modules["unet.conv_in"].delta() == pytest.approx(adapter.modules["unet.conv_in"].delta(), rel=0.01)
+    with pytest.raises(ConfigError, match="float32, float16, bfloat16, got torch.float64"):
+        convert_adapter(adapter, path, "kohya", torch.float64)

@@ -104,6 +104,35 @@ def test_energy_chooses_the_rank_of_every_module_and_the_errors_are_true(unets):
     assert max(pair.rank for pair in extract_adapter(base, tuned, rank=2, energy=0.99).adapter.modules.values()) == 2
 
 
+@pytest.mark.parametrize("noise", [1e-4, 0.3])
+@pytest.mark.parametrize("shape", [(300, 260), (260, 40, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rank": 8}, {"rank": 3}, {"energy": 0.9}, {"rank": 60, "energy": 0.999}], ids=str
+)
+def test_a_large_layers_change_is_cut_as_well_as_can_be(shape, noise, options, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.Size(shape[1:]).numel()
+    change = torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, inner, generator=generator)
+    change += noise * torch.randn(shape[0], inner, generator=generator)
+    key = "down_blocks.0.layer.weight"
+    for name, weight in (("base", torch.zeros(shape)), ("tuned", change.reshape(shape))):
+        save_file({key: weight}, tmp_path / f"{name}.safetensors")
+    found = extract_adapter(
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", architecture="stable-diffusion-v1", **options
+    )
+    (pair,) = found.adapter.modules.values()
+    squared = torch.linalg.svdvals(change.double()).square()
+    share = squared.cumsum(0) / squared.sum()
+    rank = options.get("rank", len(squared))
+    if "energy" in options:
+        rank = min(rank, int((share < options["energy"]).sum()) + 1)
+    assert pair.rank == rank
+    best = float((1 - share[rank - 1]).clamp(min=0)) ** 0.5
+    error = float((pair.delta().flatten(1) - change).norm() / change.norm())
+    assert error < best + 1e-3 and error < best * 1.001 + 1e-5
+    assert found.error == pytest.approx(error, rel=1e-3, abs=1e-5)
+
+
 def test_folders_files_and_shards_give_the_same_adapter(unets, tmp_path):
     base, tuned, adapter = unets
     pipe = merge_into(fresh("sd1"), adapter)
@@ -252,3 +281,15 @@ def test_no_model_class_is_needed_for_component_folders(unets, monkeypatch):
     base, tuned, _ = unets
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     assert extract_adapter(base, tuned, rank=4).error < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_chosen_type_is_kept_and_its_rounding_is_in_the_errors(unets, dtype):
+    base, tuned, adapter = unets
+    found = extract_adapter(base, tuned, rank=4, dtype=dtype)
+    for name, pair in found.adapter.modules.items():
+        assert pair.down.dtype == dtype == pair.up.dtype
+        change = adapter.modules[name].delta()
+        error = float((pair.delta() - change).norm() / change.norm())
+        assert found.module_errors[name] == pytest.approx(error, rel=0.05) and 1e-5 < error < 1e-2
+    assert 1e-5 < found.error < 1e-2

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from tiny import fresh
+from tiny import fresh, needs_metadata
 
 from t2i_spo_plugin.adapter import read_adapter
 from t2i_spo_plugin.architecture import weight_shapes
@@ -86,6 +86,7 @@ def test_an_unknown_ldm_name_is_refused():
         kohya.unflatten("lora_unet_input_blocks_1_0_something_else")
 
 
+@needs_metadata
 @pytest.mark.parametrize(
     "config",
     [

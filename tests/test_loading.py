@@ -52,7 +52,7 @@ def with_style(pipe, tmp_path, weight=0.7, name="style", seed=7):
     """Load a style LoRA the usual way."""
     path = write_adapter(random_adapter(pipe, seed=seed, layers=("to_k", "to_q")), tmp_path / f"{name}.safetensors")
     active = pipe.get_active_adapters()
-    pipe.load_lora_weights(path, adapter_name=name)
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     pipe.set_adapters([*active, name], [1.0] * len(active) + [weight])
     return pictures(pipe)
 
@@ -82,7 +82,7 @@ def test_a_file_changes_the_picture_and_strength_0_and_unload_restore_it_bit_for
 def test_upstream_draws_the_same_picture_from_the_file(family, pipe, tmp_path):
     path = write_adapter(random_adapter(pipe, rank=4, alpha=2.0), tmp_path / "a.safetensors")
     other = fresh(family)
-    other.load_lora_weights(path)
+    other.load_lora_weights(path.parent, weight_name=path.name)
     load_spo_lora(pipe, path)
     assert torch.allclose(pictures(pipe), pictures(other), atol=1e-5)
 

@@ -182,3 +182,18 @@ def test_nothing_to_merge_is_refused():
     with pytest.raises(InvalidAdapterError, match="all weights are zero"):
         opposite = Adapter({"unet.mid_block.proj": minus}, plain().facts)
         merge_adapters([plain(), opposite], method="svd")
+
+
+@pytest.mark.parametrize(("method", "rank"), [("concat", None), ("svd", 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_chosen_type_is_kept_and_its_rounding_is_in_the_errors(sd1, method, rank, dtype, tmp_path):
+    adapters = parents(sd1)
+    merged = merge_adapters(adapters, WEIGHTS, method, rank, dtype=dtype)
+    back = read_adapter(write_adapter(merged.adapter, tmp_path / "a.safetensors"))
+    assert {half.dtype for pair in back.modules.values() for half in (pair.down, pair.up)} == {dtype}
+    for name, change in exact_sum(adapters, WEIGHTS).items():
+        error = float((back.modules[name].delta() - change).norm() / change.norm())
+        assert merged.module_errors[name] == pytest.approx(error, rel=0.05, abs=1e-5) and error > 0.0
+    assert merged.error > merge_adapters(adapters, WEIGHTS, method, rank).error
+    with pytest.raises(ConfigError, match="got torch.int8"):
+        merge_adapters(adapters, WEIGHTS, dtype=torch.int8)

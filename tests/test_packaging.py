@@ -83,6 +83,14 @@ def test_bounds_are_loose_and_torchvision_is_nowhere():
     assert set(found["optional-dependencies"]) >= {"train", "eval", "comfy", "opennsfw", "nudenet", "ray", "dev"}
 
 
+def test_every_lower_bound_is_of_the_versions_that_are_tested_lowest():
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    bounds = dict(line.split(">=") for line in project()["dependencies"])
+    assert bounds.keys() == pinned.keys()
+    assert all(f"{pinned[name]}.".startswith(f"{least}.") for name, least in bounds.items())
+
+
 def test_notice_names_the_owners_of_the_pictures():
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     for owner in ("Google", "Mozilla", "Microsoft", "Twitter", "CC-BY-4.0", "Permission is hereby granted"):

@@ -15,6 +15,7 @@ from tiny import denoiser, fresh, random_adapter
 from t2i_spo_plugin.adapter import LoraPair, read_adapter
 from t2i_spo_plugin.architecture import lora_components, weight_shapes
 from t2i_spo_plugin.errors import InvalidAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.inspection import inspect_adapter
 from t2i_spo_plugin.layouts import canonical, decode, kohya
 from t2i_spo_plugin.layouts.alphas import configured_alphas
 from t2i_spo_plugin.loading import load_spo_lora
@@ -224,6 +225,42 @@ def test_every_storage_type_keeps_its_values(dtype, file):
 
 def flat(name):
     return kohya.flatten(name, False)
+
+
+def eight_bit(modules, dtype, scale):
+    """Halves as 8-bit floats beside their scales, in tensors, and what they are worth."""
+    tensors, worth = {}, {}
+    for number, (name, pair) in enumerate(modules.items()):
+        for half, weight in (("lora_down", pair.down), ("lora_up", pair.up)):
+            key = f"{flat(name)}.{half}"
+            rows = (weight.shape[0], *(1,) * (weight.ndim - 1)) if number % 2 else ()
+            factor = torch.rand(rows, generator=torch.Generator().manual_seed(number)) * 0.01 + 1e-3
+            stored = (weight / factor / 10).to(dtype)
+            tensors |= {f"{key}.weight": stored, f"{key}.{scale}": factor}
+            worth[key] = stored.double() * factor.double()
+    exact = {name: LoraPair(worth[f"{flat(name)}.lora_down"], worth[f"{flat(name)}.lora_up"], 2.0) for name in modules}
+    return with_alphas(tensors, modules, flat), exact
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_8_bit_floats_are_multiplied_by_the_scale_beside_them(dtype, scale, file):
+    tensors, exact = eight_bit(pairs(layers=("to_q", "conv1"), components=("unet",)), dtype, scale)
+    mark = {"scaled_fp8": torch.empty(0, dtype=dtype)} if scale == "scale_weight" else {}
+    assert_read_as(exact, tensors | mark, file)
+    found = read_adapter(file).modules
+    assert {half.dtype for pair in found.values() for half in (pair.down, pair.up)} == {torch.float32}
+    for name, pair in found.items():
+        assert torch.equal(pair.down, exact[name].down.float()) and torch.equal(pair.up, exact[name].up.float())
+    assert inspect_adapter(file).loads and inspect_adapter(file).dtypes == ["float32"]
+
+
+def test_a_scale_beside_other_weights_is_foreign(file):
+    tensors, _ = eight_bit(pairs(layers=("to_q",), components=("unet",)), torch.float8_e4m3fn, "weight_scale")
+    plain = {key: tensor.half() if tensor.dtype.itemsize == 1 else tensor for key, tensor in tensors.items()}
+    save_file(plain, file)
+    with pytest.raises(UnsupportedAdapterError, match=r"16 of 40 tensors are not"):
+        read_adapter(file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

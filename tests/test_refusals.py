@@ -110,7 +110,26 @@ def tensor_rows(valid, native):
     def configured(**config):
         return native, {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
 
+    def pair_at(flat, rows=32):
+        return {f"{flat}.lora_down.weight": torch.ones(4, 32), f"{flat}.lora_up.weight": torch.ones(rows, 4)}
+
+    t5 = pair_at("lora_te3_encoder_block_0_layer_0_SelfAttention_q")
+    qkv = "lora_unet_double_blocks_0_img_attn_qkv"
+    scaled = pair_at("lora_unet_mid_block_attentions_0_proj_in")
+    scaled = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in scaled.items()}
+    scaled |= {f"{key}_scale": torch.ones(2) for key in scaled}
+
     return {
+        "XLabs' processors for Flux": {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 32)},
+        "names of another model's code": pair_at("diffusion_model.joint_blocks.0.x_block.attn.proj"),
+        "sd-scripts' names for Stable Diffusion 3": pair_at("lora_unet_joint_blocks_0_x_block_attn_proj"),
+        "a block of Flux without such a module": pair_at("lora_unet_double_blocks_0_img_norm"),
+        "a fused layer of other sizes": pair_at(qkv, 95),
+        "a fused layer and one of its parts": pair_at(qkv, 96)
+        | pair_at("lora_transformer_transformer_blocks_0_attn_to_q"),
+        "the T5 text encoder too": valid | t5,
+        "the T5 text encoder alone": t5,
+        "a scale of other sizes": scaled,
         "adapter metadata that is no JSON": (native, {"lora_adapter_metadata": "{"}),
         "deeply nested adapter metadata": (native, {"lora_adapter_metadata": "[" * 100_000 + "]" * 100_000}),
         "adapter metadata of a list": (native, {"lora_adapter_metadata": "[1]"}),

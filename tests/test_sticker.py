@@ -97,6 +97,15 @@ def test_uascore_orders_ideal_systems_as_it_promises(conformance):
     assert all(found["base"] > found[name] for name in ("blank", "blurred", "noise", "constant")), found
 
 
+@pytest.mark.parametrize("folder", ["pipeline/tokenizer", "quality_model/alignment"])
+def test_the_tokenizers_files_for_older_versions_say_the_same(folder):
+    path = sticker.pipeline_path().parent / folder
+    model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert json.loads((path / "vocab.json").read_text(encoding="utf-8")) == model["vocab"]
+    version, *merges = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert version.startswith("#version") and [line.split(" ") for line in merges] == model["merges"]
+
+
 def test_uascore_says_what_it_promises(conformance):
     # The upper end of each quality scale is the base's own mean: good pictures that vary around it lose a little.
     for name, promised in PROMISED.items():

@@ -171,7 +171,8 @@ def test_micro_batches_do_not_change_the_result(config):
     whole = _trained(config, "whole", batch_size=4, **changes)
     split = _trained(config, "split", batch_size=2, gradient_accumulation=2, **changes)
     for key in whole:
-        torch.testing.assert_close(whole[key], split[key], rtol=1e-3, atol=1e-4)
+        # As a whole: AdamW gives a single weight whose gradient is nearly 0 a step of either sign.
+        assert float((whole[key] - split[key]).norm()) < 1e-3 * float(whole[key].norm()), key
 
 
 @pytest.mark.parametrize(("family", "prediction"), [("sdxl", "epsilon"), ("sd3", "flow")])
@@ -220,7 +221,9 @@ def test_the_pipeline_is_left_as_it_came(config):
     assert not getattr(pipe.unet, "peft_config", None)
 
 
-def test_caches_are_used_again_and_hold_what_the_encoder_gives(config, cache):
+def test_caches_are_used_again_and_hold_what_the_encoder_gives(config, tmp_path):
+    cache = tmp_path / "cache"
+    config = replace(config, cache_dir=str(cache))
     pipe = tiny_pipeline("sd1")
     train(replace(config, steps=1), pipe)
     pipe.vae.encode = pipe.encode_prompt = None

@@ -53,6 +53,7 @@ def fresh_adapter(module: Any, config: TrainConfig, name: str) -> Iterator[None]
         yield
     finally:
         module.unload_lora()
+        module._hf_peft_config_loaded = False  # older versions of diffusers forget to
 
 
 @contextlib.contextmanager

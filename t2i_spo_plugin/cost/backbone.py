@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,10 +70,13 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_weights(network: nn.Module, folder: Path | str) -> None:
-    """Load the safetensors weights of ``folder`` into ``network`` as float32, and switch it to inference."""
+def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str], str] = str) -> None:
+    """Load the safetensors weights of ``folder`` into ``network`` as float32, and switch it to inference.
+
+    ``rename`` gives the network's name of a weight by the file's.
+    """
     state = load_file(Path(folder) / WEIGHTS)
-    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    network.load_state_dict({rename(k): v.float() if v.is_floating_point() else v for k, v in state.items()})
     network.eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError
 from ..header import shown
-from . import diffusers, kohya, native
+from . import diffusers, kohya, native, original
 from .base import COMPONENTS, LoraPair, block_of, canonical
 
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LAYOUTS = ("kohya", "diffusers", "peft", "native")
-"""The layouts that can be written; all of them are read."""
+"""The layouts that can be written; all of them are read, and `original`: the names of a model's own code."""
 
 KOHYA_ARCHITECTURES = (
     "stable-diffusion-v1",
@@ -50,7 +50,10 @@ _OTHER_METHODS = {
     ".oft_": "OFT",
     ".boft_": "BOFT",
     ".ia3_": "IA3",
+    ".processor.qkv_lora": "XLabs processor",
+    ".processor.proj_lora": "XLabs processor",
 }
+_T5 = ("lora_te3_", "text_encoders.t5xxl.")
 
 
 def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str, list[str]]:
@@ -65,7 +68,7 @@ def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str
     for mark, method in _OTHER_METHODS.items():
         if any(mark in key for key in keys):
             raise UnsupportedAdapterError(f"the file holds {method} weights; only plain LoRA is understood")
-    layouts = {key: "kohya" if kohya.owns(key) else diffusers.layout_of(key) for key in keys}
+    layouts = {key: _layout_of_key(key) for key in keys}
     if has_peft_config:
         layouts = {key: "peft" if layout == "bare" else layout for key, layout in layouts.items()}
     counts = Counter(layout for layout in layouts.values() if layout not in ("", "bare"))
@@ -77,7 +80,7 @@ def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str
             f"none of the file's {len(keys)} tensors is a LoRA weight, the first is {shown(min(keys))}: "
             "a whole model is no adapter"
         )
-    if not any(layouts.values()) and all(key.startswith((*kohya.PREFIXES, *COMPONENTS)) for key in keys):
+    if not any(layouts.values()) and all(key.startswith((*kohya.PREFIXES, *COMPONENTS, *_T5)) for key in keys):
         raise UnsupportedAdapterError(foreign_weights(sorted(keys), len(keys)))
     raise UnsupportedAdapterError(
         f"the file's layout is not known, it begins with {shown(min(keys))}; understood are kohya (lora_unet_...), "
@@ -85,12 +88,30 @@ def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str
     )
 
 
+def _layout_of_key(key: str) -> str:
+    if key.startswith(_T5):
+        return ""
+    if kohya.owns(key):
+        return "kohya"
+    return "original" if original.owns(key) else diffusers.layout_of(key)
+
+
 def foreign_weights(foreign: Sequence[str], total: int) -> str:
-    """The sentence about keys that are no LoRA weights."""
-    return (
-        f"{shown(foreign[0])} is not a plain LoRA weight in the layout of the file ({len(foreign)} of {total} tensors "
-        "are not); only the down and up matrices and alpha are understood"
-    )
+    """The sentence about keys that are no LoRA weights, or that no pipeline can take."""
+    encoder = [key for key in foreign if key.startswith(_T5)]
+    other = [key for key in foreign if not key.startswith(_T5)]
+    said = []
+    if encoder:
+        said.append(
+            f"{shown(encoder[0])} changes the T5 text encoder ({len(encoder)} of {total} tensors do), into which "
+            "diffusers' pipelines can load no LoRA"
+        )
+    if other:
+        said.append(
+            f"{shown(other[0])} is not a plain LoRA weight in the layout of the file ({len(other)} of {total} "
+            "tensors are not); only the down and up matrices and alpha are understood"
+        )
+    return "; ".join(said)
 
 
 def decode(
@@ -112,6 +133,8 @@ def decode(
     match layout:
         case "kohya":
             return kohya.decode(tensors)
+        case "original":
+            return original.decode(tensors)
         case "diffusers":
             return diffusers.decode(tensors, metadata)
         case "processor":
@@ -121,7 +144,7 @@ def decode(
 
 
 def layout_of(keys: Collection[str], metadata: Mapping[str, str], peft_config: Mapping[str, Any] | None = None) -> str:
-    """The name in `LAYOUTS` of a file with these keys; a diffusers file without alphas of its own is native.
+    """The name in `LAYOUTS` of a file with these keys, or `original`; a diffusers file without own alphas is native.
 
     Raises:
         AdapterError: as `recognise`.

@@ -23,7 +23,7 @@ from .base import COMPONENTS, LoraPair, Parts, canonical
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps the alphas in a file's header."""
 
-_SUFFIXES = {
+SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora.down.weight": "down",
@@ -46,7 +46,7 @@ _CLIP_BEGINNINGS = ("text_model.", "encoder.layers.")
 
 def layout_of(key: str) -> str:
     """`diffusers` for a weight with its component, else `peft`, `processor` or `bare`; empty for no LoRA weight."""
-    if not key.endswith(tuple(_SUFFIXES)):
+    if not key.endswith(tuple(SUFFIXES)):
         return ""
     if key.startswith(_PEFT_PREFIX):
         return "peft"
@@ -184,12 +184,12 @@ def _config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
 def _parts(tensors: Mapping[str, Tensor]) -> Parts:
     parts = Parts()
     for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
         if suffix is None:
             raise UnsupportedAdapterError(f"{key} is not a plain LoRA weight")
         name = key.removesuffix(suffix)
         if suffix.startswith("_lora.") or ".processor." in name:
             names = _OF_CLIP if name.startswith("text_encoder") else _OF_UNET
             name = _PROCESSOR.sub(lambda match: f".{names.get(match[2], match[2])}", name)  # noqa: B023
-        parts.add(canonical(name), _SUFFIXES[suffix], tensor, key)
+        parts.add(canonical(name), SUFFIXES[suffix], tensor, key)
     return parts

@@ -1,19 +1,21 @@
 """The kohya layout: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 It is the one layout of UNet models that both diffusers and ComfyUI read. Dots are lost in it; reading puts them back
-by a list of the names that carry underscores themselves.
+by a list of the names that carry underscores themselves. Block names may be LDM's, and Flux's may be those of its
+original code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, UnsupportedAdapterError
 from ..header import shown
+from . import flux
 from .base import LoraPair, Parts
 
 
@@ -22,6 +24,7 @@ PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lora_transformer_": "transformer",
     "lycoris_": "",
 }
 """Component by the beginning of a key; LyCORIS does not name the one model it was made for."""
@@ -41,7 +44,7 @@ _NAMES_WITH_UNDERSCORES = frozenset(
 _LONGEST = max(name.count("_") + 1 for name in _NAMES_WITH_UNDERSCORES)
 
 _LDM_BLOCK = re.compile(r"^(input_blocks|output_blocks)_(\d+)_(\d+)_(.+)$|^(middle_block)_(\d+)_(.+)$")
-_LDM_OUTSIDE = {
+LDM_OUTSIDE = {
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
@@ -63,18 +66,28 @@ def owns(key: str) -> bool:
     return suffix in _SUFFIXES and flat.startswith(tuple(PREFIXES))
 
 
-def decode(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
+def split(key: str) -> tuple[str, str]:
+    """`lora_unet_..._to_q.lora_up.weight` as (`lora_unet_..._to_q`, `up`)."""
+    flat, _, suffix = key.partition(".")
+    return flat, _SUFFIXES[suffix]
+
+
+def decode(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]] = split) -> dict[str, LoraPair]:
     """The neutral form of a kohya file; a module without `.alpha` has alpha equal to its rank.
 
+    Args:
+        tensors: as the file has them.
+        split: flat name and half by key, for files that spell the same names otherwise.
+
     Raises:
-        UnsupportedAdapterError: a name of no module of a diffusers UNet or CLIP text encoder.
-        InvalidAdapterError: the halves do not fit.
+        UnsupportedAdapterError: a name of no module of a diffusers UNet, of Flux or of a CLIP text encoder.
+        InvalidAdapterError: the halves do not fit, or a module stands there twice.
     """
     parts = Parts()
     for key, tensor in tensors.items():
-        flat, _, suffix = key.partition(".")
-        parts.add(unflatten(flat), _SUFFIXES[suffix], tensor, key)
-    return parts.pairs()
+        flat, half = split(key)
+        parts.add(unflatten(flat), half, tensor, key)
+    return flux.in_diffusers_names(parts.pairs())
 
 
 def encode(modules: Mapping[str, LoraPair], two_text_encoders: bool) -> dict[str, Tensor]:
@@ -105,12 +118,19 @@ def flatten(name: str, two_text_encoders: bool) -> str:
 
 
 def unflatten(flat: str) -> str:
-    """`lora_unet_down_blocks_0_..._to_q` as `unet.down_blocks.0....to_q`."""
+    """`lora_unet_down_blocks_0_..._to_q` as `unet.down_blocks.0....to_q`; modules of the original Flux stay flat."""
     prefix = next((prefix for prefix in PREFIXES if flat.startswith(prefix)), None)
     if prefix is None:
         raise UnsupportedAdapterError(f"{shown(flat)} does not start with any of {', '.join(PREFIXES)}")
     path = flat.removeprefix(prefix)
-    path = _LDM_OUTSIDE.get(path, path)
+    if PREFIXES[prefix] in ("unet", "") and flux.owns(path):
+        return f"transformer.{path}"
+    if path.startswith("joint_blocks_"):
+        raise UnsupportedAdapterError(
+            f"{shown(flat)} is named by the original code of Stable Diffusion 3, which is not mapped to diffusers' "
+            "names; convert the file to diffusers' names first"
+        )
+    path = LDM_OUTSIDE.get(path, path)
     component = PREFIXES[prefix] or ("unet" if path.startswith(UNET_BEGINNINGS) else "transformer")
     block = _LDM_BLOCK.match(path)
     if block is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,5 +94,7 @@ def load_small_clip(folder: Path | str) -> SmallCLIP:
     text = CLIPTextConfig.from_dict(json.loads((folder / "text_config.json").read_text(encoding="utf-8")))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, facts["size"], facts["width"])
-    load_weights(model, folder)
+    # Newer versions of transformers leave `text_model.` out of a CLIP module's path.
+    inner = "text.text_model." if hasattr(model.text, "text_model") else "text."
+    load_weights(model, folder, lambda name: re.sub(r"^text\.(text_model\.)?", inner, name))
     return model

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, Description, describe, render
 from .loop import LoopConfig, LoopState, Trainer
 from .report import write_report
-from .text import WIDTH, tokens
+from .text import WIDTH, tokens, write_classic_files, write_classic_names
 
 
 BATCH = 40
@@ -183,6 +183,8 @@ def main() -> None:
     pipe = pipeline()
     # Half precision on disk; `load_pipeline` computes in float32. The report lies beside the weights.
     pipe.to(torch.float16).save_pretrained(args.out)
+    write_classic_files(args.out / "tokenizer")
+    write_classic_names(args.out / "text_encoder" / "model.safetensors")
     curve = {"steps": trainer.state.step, "seconds": trainer.state.seconds, "curve": trainer.state.curve}
     (args.work / "curve.json").write_text(json.dumps(curve))
     print(f"generator: {trainer.state.step} steps, {trainer.state.seconds / 60:.0f} min, {args.out}")

@@ -36,6 +36,7 @@ from ..world import (
 from .data import draw, flat, pixels, redrawn, ruin, truth_of, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report
+from .text import write_classic_files
 
 
 BATCH = 64
@@ -140,6 +141,7 @@ def train_alignment(args: argparse.Namespace) -> None:
     state = trainer.run(step, title="alignment")
     model.eval()
     model.save_pretrained(args.out / "alignment")
+    write_classic_files(args.out / "alignment")
     model = load_small_clip(args.out / "alignment")
     x, described, _ = draw(16_000_000, 400, "test", concepts=GENERATOR_CONCEPTS, styles=GENERATOR_STYLES)
     rng = random.Random(0)

@@ -81,6 +81,7 @@ def measure(
             worst = {
                 NAMES[i]: f"{int(missed[i])}/{int(truth[:, i].sum())}"
                 for i in missed.argsort(descending=True)[:6].tolist()
+                if missed[i]
             }
             out |= {
                 "recall": [round(float((shown & truth).sum() / truth.sum()), 4), int(truth.sum())],

