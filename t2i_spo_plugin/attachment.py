@@ -25,7 +25,7 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
     for model in models:
         if name not in getattr(model, "peft_config", {}):
             continue
-        flags = _requires_grad(model)
+        flags = requires_grad(model)
         for _, layer in tuner_layers(model):
             others = [other for other in layer.active_adapters if other != name]
             wanted = [*others, name] if strength > 0.0 else others
@@ -33,7 +33,7 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
                 layer.set_scale(name, strength)
             if wanted != list(layer.active_adapters):
                 layer.set_adapter(wanted)
-        _restore_requires_grad(model, flags)
+        restore_requires_grad(model, flags)
 
 
 def attach(
@@ -80,7 +80,7 @@ def attach(
 def detach(model: Any, name: str) -> None:
     """Remove the adapter `name`; layers that carry no adapter any more are the base model's own again."""
     if set(getattr(model, "peft_config", {})) - {name}:
-        flags = _requires_grad(model)
+        flags = requires_grad(model)
         # Switched off first: PEFT would make some other adapter active in its place.
         switch([model], name, 0.0)
         if hasattr(model, "delete_adapters"):
@@ -90,7 +90,7 @@ def detach(model: Any, name: str) -> None:
                 layer.delete_adapter(name)
             model.peft_config.pop(name, None)
         _unwrap(model, only_empty=True)
-        _restore_requires_grad(model, flags)
+        restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
     else:
@@ -105,7 +105,7 @@ class Snapshot:
 
     def __init__(self, model: Any) -> None:
         self.active = {path: list(layer.active_adapters) for path, layer in tuner_layers(model)}
-        self.flags = _requires_grad(model)
+        self.flags = requires_grad(model)
 
     def restore_others(self, model: Any, also: str | None = None) -> None:
         """Everything as before, for the adapters that were there before; the adapter `also` is on, and frozen."""
@@ -114,7 +114,7 @@ class Snapshot:
             active = [*self.active.get(path, default), *([] if also is None else [also])]
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
-        _restore_requires_grad(model, self.flags)
+        restore_requires_grad(model, self.flags)
 
     def restore(self, model: Any, name: str) -> None:
         """Everything as before, the adapter `name` gone."""
@@ -147,11 +147,11 @@ def _unwrap(model: nn.Module, only_empty: bool) -> None:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def _requires_grad(model: nn.Module) -> dict[int, bool]:
+def requires_grad(model: nn.Module) -> dict[int, bool]:
     return {id(parameter): parameter.requires_grad for parameter in model.parameters()}
 
 
-def _restore_requires_grad(model: nn.Module, flags: Mapping[int, bool]) -> None:
+def restore_requires_grad(model: nn.Module, flags: Mapping[int, bool]) -> None:
     for parameter in model.parameters():
         wanted = flags.get(id(parameter), False)
         if parameter.requires_grad != wanted:

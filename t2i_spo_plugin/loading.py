@@ -35,6 +35,7 @@ from .errors import (
 )
 from .header import shown
 from .layouts import canonical
+from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, check_window
 
 
 __all__ = [
@@ -49,8 +50,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-FULL_WINDOW = (0.0, 1.0)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
 _REPO_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
@@ -69,6 +68,7 @@ class LoadedAdapter:
         components: the pipeline components that carry it.
         modules: how many modules it changes.
         notes: what a user should know, such as another checkpoint than the one it was trained on.
+        steering: a schedule or closed loop that changes the strength while a picture is drawn.
     """
 
     name: str
@@ -79,6 +79,7 @@ class LoadedAdapter:
     components: tuple[str, ...]
     modules: int
     notes: tuple[str, ...] = field(default=())
+    steering: Schedule | ClosedLoop | None = None
 
 
 def load_spo_lora(
@@ -88,6 +89,7 @@ def load_spo_lora(
     window: tuple[float, float] = FULL_WINDOW,
     adapter_name: str = "spo",
     strict: bool = True,
+    steering: Schedule | ClosedLoop | None = None,
     **hub_kwargs: Any,
 ) -> LoadedAdapter:
     """Attach the safety adapter `src` to `pipe`, beside whatever adapters are active there.
@@ -100,6 +102,8 @@ def load_spo_lora(
         adapter_name: the name under which the pipeline knows it.
         strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
             what fits with a warning.
+        steering: how the strength changes over the denoising: a `Schedule`, which multiplies it step by step, or a
+            `ClosedLoop`, which gives it to those pictures alone that turn out to need it. Needs `enable_spo`.
         hub_kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
 
     Raises:
@@ -114,18 +118,17 @@ def load_spo_lora(
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a non-empty text without a dot, got {adapter_name!r}")
     components = lora_components(pipe)
-    if window != FULL_WINDOW and not can_apply_window(pipe):
-        raise PipelineError(
-            f"a window needs a pipeline that was given to enable_spo and calls callback_on_step_end; this "
-            f"{type(pipe).__name__} is not one"
-        )
+    _check_steering(pipe, window, steering)
     _check_ready(components, adapter_name)
     adapter, source = _resolve(src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
+    if isinstance(steering, ClosedLoop):
+        _check_loop(matched)
     record = LoadedAdapter(
         name=adapter_name,
         strength=strength,
         window=window,
+        steering=steering,
         source=source,
         facts=adapter.facts,
         components=tuple(matched),
@@ -240,25 +243,32 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def check_window(window: tuple[float, float]) -> tuple[float, float]:
-    """`window` as two floats.
-
-    Raises:
-        ConfigError: not `0 <= start < end <= 1`.
-    """
-    try:
-        start, end = (float(value) for value in window)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"window must be two numbers (start, end), got {window!r}") from error
-    if not 0.0 <= start < end <= 1.0:
-        raise ConfigError(f"window must satisfy 0 <= start < end <= 1, got {window!r}")
-    return start, end
-
-
-def can_apply_window(pipe: Any) -> bool:
+def can_steer(pipe: Any) -> bool:
     """Whether `pipe` was given to `enable_spo` and calls `callback_on_step_end`."""
     enabled = getattr(type(pipe), "spo_applies_windows", False)
     return bool(enabled) and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _check_steering(pipe: Any, window: tuple[float, float], steering: Schedule | ClosedLoop | None) -> None:
+    if steering is not None and not isinstance(steering, (Schedule, ClosedLoop)):
+        raise ConfigError(f"steering must be a Schedule or a ClosedLoop, got {type(steering).__name__}")
+    if isinstance(steering, ClosedLoop) and window != FULL_WINDOW:
+        raise ConfigError("a closed loop decides for itself when the adapter is on; it takes no window")
+    if (window != FULL_WINDOW or steering is not None) and not can_steer(pipe):
+        what = "a window" if steering is None else "a schedule" if isinstance(steering, Schedule) else "a closed loop"
+        raise PipelineError(
+            f"{what} needs a pipeline that was given to enable_spo and calls callback_on_step_end; this "
+            f"{type(pipe).__name__} is not one"
+        )
+
+
+def _check_loop(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
+    encoders = [component for component in matched if component.startswith("text_encoder")]
+    if encoders:
+        raise IncompatibleAdapterError(
+            f"the adapter changes {', '.join(encoders)}, which has spoken before a closed loop can decide; use a "
+            "strength, a window or a schedule, or an adapter of the denoiser alone"
+        )
 
 
 def _check_ready(components: Mapping[str, Any], name: str) -> None:
