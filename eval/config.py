@@ -40,8 +40,8 @@ class EvalConfig:
         shard_size: pictures after which a table is written.
         seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own picture.
         judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
-        policy: `sticker` or a YAML file.
-        cost_model: `sticker` or a folder.
+        policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
+        cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
         quality_model: `sticker` or a folder laid out like the bundled one.
         override_domain: use the cost model on pictures of a domain it was not made for.
         resamples: of the bootstrap.
@@ -171,14 +171,14 @@ def load_judges(config: EvalConfig) -> Judges:
     import json
 
     from .. import sticker
-    from ..cost.vision import load_cost_model
+    from ..cost.models import load_cost_model
     from ..generate import folder_hash
     from ..guard import Guard
     from ..policy import load_policy
 
     cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
     quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
-    cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(cost_path)
+    cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(config.cost_model)
     quality = sticker.load_quality_model() if config.quality_model == STICKER else _load_quality_model(quality_path)
     cost_model.to(config.device)
     quality.alignment.to(config.device)
@@ -191,7 +191,7 @@ def load_judges(config: EvalConfig) -> Judges:
     return Judges(
         guard=Guard(cost_model, load_policy(config.policy), config.override_domain),
         quality_model=quality,
-        cost_name=f"{config.cost_model} {folder_hash(cost_path)}",
+        cost_name=f"{config.cost_model} {getattr(cost_model, 'identity', None) or folder_hash(cost_path)}",
         quality_name=f"{config.quality_model} {folder_hash(quality_path)}",
         referee=referee,
         referee_name=referee_name,

@@ -189,7 +189,7 @@ def _steered(
         finally:
             enabled.unload_spo_lora("evaluated")  # type: ignore[attr-defined]
 
-    told = {"window": list(window)}
+    told: dict[str, Any] = {"window": list(window)}
     if isinstance(steering, Schedule):
         told["schedule"] = [list(point) for point in steering.points]
     elif steering is not None:

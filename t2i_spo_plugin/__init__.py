@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
+    from .cost.clip_head import ClipCostModel as ClipCostModel
+    from .cost.clip_head import clip_cost_model as clip_cost_model
+    from .cost.clip_head import clip_tower as clip_tower
+    from .cost.models import load_cost_model as load_cost_model
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
+    from .errors import HubError as HubError
     from .errors import ImageError as ImageError
     from .errors import IncompatibleAdapterError as IncompatibleAdapterError
     from .errors import InvalidAdapterError as InvalidAdapterError
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
     from .guard import Guard as Guard
     from .guard import SafetyReport as SafetyReport
     from .guard import pipeline_domain as pipeline_domain
+    from .hub import Published as Published
+    from .hub import publish_adapter as publish_adapter
     from .loading import LoadedAdapter as LoadedAdapter
     from .loading import adapter_facts as adapter_facts
     from .loading import adapter_of as adapter_of
@@ -53,6 +60,7 @@ if TYPE_CHECKING:
     from .policy import Policy as Policy
     from .policy import load_policy as load_policy
     from .quality.base import QualityReward as QualityReward
+    from .safety_checker import SPOSafetyChecker as SPOSafetyChecker
 
 __version__ = "0.1.0"
 
@@ -61,11 +69,13 @@ _HOMES = {
     "AdapterError": "errors",
     "AdapterFacts": "adapter",
     "Category": "policy",
+    "ClipCostModel": "cost.clip_head",
     "ConfigError": "errors",
     "CostBatch": "cost.base",
     "CostModel": "cost.base",
     "DomainError": "errors",
     "Guard": "guard",
+    "HubError": "errors",
     "ImageError": "errors",
     "IncompatibleAdapterError": "errors",
     "InvalidAdapterError": "errors",
@@ -76,9 +86,11 @@ _HOMES = {
     "PipelineError": "errors",
     "Policy": "policy",
     "PolicyError": "errors",
+    "Published": "hub",
     "QualityReward": "quality.base",
     "SPOError": "errors",
     "SPOLoraLoaderMixin": "mixin",
+    "SPOSafetyChecker": "safety_checker",
     "SafetyReport": "guard",
     "TableError": "errors",
     "UnreadableAdapterError": "errors",
@@ -86,13 +98,17 @@ _HOMES = {
     "adapter_facts": "loading",
     "adapter_of": "loading",
     "architecture_of": "architecture",
+    "clip_cost_model": "cost.clip_head",
+    "clip_tower": "cost.clip_head",
     "convert_adapter": "convert",
     "enable_spo": "mixin",
     "extract_adapter": "extract",
+    "load_cost_model": "cost.models",
     "load_policy": "policy",
     "load_spo_lora": "loading",
     "merge_adapters": "merge",
     "pipeline_domain": "guard",
+    "publish_adapter": "hub",
     "read_adapter": "adapter",
     "set_spo_strength": "loading",
     "spo_adapters": "loading",

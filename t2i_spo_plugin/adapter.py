@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,20 +260,35 @@ def find_adapter_file(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        usual = [file for file in files if file.name == _DIFFUSERS_NAME]
-        if len(files) > 1 and not usual:
-            names = ", ".join(file.name for file in files)
-            raise UnreadableAdapterError(f"{path} holds {len(files)} safetensors files ({names}); pass one of them")
-        if not files:
-            pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
-            hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
-            raise UnreadableAdapterError(f"{path} holds no safetensors file{hint}")
-        return usual[0] if usual else files[0]
+        return path / choose_adapter_file([file.name for file in path.iterdir()], str(path))
     refuse_pickle(path.name)
     if not path.is_file():
         raise UnreadableAdapterError(f"there is no file {path}")
     return path
+
+
+def choose_adapter_file(names: Iterable[str], where: str, cure: str = "pass one of them") -> str:
+    """The one safetensors file among the file names of a folder, or the one that diffusers gives its name to.
+
+    Args:
+        names: of all files in the folder.
+        where: the folder's name, for messages.
+        cure: what to do when there are several, for messages.
+
+    Raises:
+        UnreadableAdapterError: there is none, or more than one and none has the usual name.
+    """
+    names = sorted(names)
+    files = [name for name in names if name.endswith(".safetensors")]
+    if _DIFFUSERS_NAME in files:
+        return _DIFFUSERS_NAME
+    if len(files) > 1:
+        raise UnreadableAdapterError(f"{where} holds {len(files)} safetensors files ({', '.join(files)}); {cure}")
+    if not files:
+        pickles = [name for name in names if Path(name).suffix in _PICKLES]
+        hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
+        raise UnreadableAdapterError(f"{where} holds no safetensors file{hint}")
+    return files[0]
 
 
 def refuse_pickle(name: str) -> None:

@@ -70,6 +70,13 @@ def extract(args: Sequence[str]) -> None:
     tyro.cli(commands.extract, args=args, prog="spo extract", description=extract.__doc__)
 
 
+def publish(args: Sequence[str]) -> None:
+    """Send an adapter to the Hub with a model card, in one commit, and check what arrived."""
+    from . import commands
+
+    tyro.cli(commands.publish, args=args, prog="spo publish", description=publish.__doc__)
+
+
 def doctor(args: Sequence[str]) -> None:
     """Say what is installed here, what would not work, and why."""
     from . import commands
@@ -118,6 +125,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "closed-loop": closed_loop,
     "eval": evaluate,
+    "publish": publish,
     "doctor": doctor,
 }
 
@@ -195,7 +203,7 @@ def _generate(
         print(f"{failed.row.id}: not drawn: {failed.failed}", file=sys.stderr)
     verdicts = [f"not scored: no bundled cost model knows {pipeline_domain(pipe)} pictures"] * len(shown)
     if pipeline_domain(pipe) == "sticker" and shown:
-        report = _guard("sticker", "sticker", False)([image.open() for image in shown], "sticker")
+        report = _guard("sticker", None, False)([image.open() for image in shown], "sticker")
         verdicts = [_verdict(report, number) for number in range(len(shown))]
     for image, verdict in zip(shown, verdicts, strict=True):
         print(f"{image.path}: {verdict}: {image.row.prompt}")
@@ -207,18 +215,21 @@ def _score(
     overlays: Path | None = None,
     category: str | None = None,
     cost_model: str = "sticker",
-    policy: str = "sticker",
+    policy: str | None = None,
     override_domain: bool = False,
 ) -> None:
     """Score.
 
     Args:
         images: picture files.
-        domain: what the pictures are, such as `sticker`. A cost model knows one domain and says nothing of another.
+        domain: what the pictures are, such as `sticker` or `photo`. A cost model knows one domain and says nothing of
+            another.
         overlays: a folder that receives each picture with its cost drawn over it.
         category: draw the cost of this category instead of the deciding one.
-        cost_model: `sticker` (the bundled one) or a folder.
-        policy: `sticker` (the bundled one) or a YAML file.
+        cost_model: `sticker` (the bundled one), `open_nsfw`, `owen` or `nudenet` (for photographs; each says what to
+            install), or a folder.
+        policy: `sticker`, `photo`, `photo-sexual` or a YAML file; by default the bundled one with the cost model's
+            categories.
         override_domain: score pictures of another domain all the same; their costs may mean little.
     """
     if not images:
@@ -281,14 +292,15 @@ def _adapter_source(adapter: str) -> str | Path:
     return sticker.adapter_path(adapter) if adapter in sticker.ADAPTERS else adapter
 
 
-def _guard(cost_model: str, policy: str, override_domain: bool) -> Guard:
+def _guard(cost_model: str, policy: str | None, override_domain: bool) -> Guard:
     from . import sticker
-    from .cost.vision import load_cost_model
+    from .cost.models import load_cost_model
     from .guard import Guard
-    from .policy import load_policy
+    from .policy import load_policy, matching_policy
 
-    model = sticker.load_cost_model() if cost_model == "sticker" else load_cost_model(Path(cost_model))
-    return Guard(model, load_policy(policy), override_domain=override_domain)
+    model = sticker.load_cost_model() if cost_model == "sticker" else load_cost_model(cost_model)
+    rules = load_policy(policy) if policy is not None else matching_policy(model.categories, model.domain)
+    return Guard(model, rules, override_domain=override_domain)
 
 
 def _open(path: Path) -> tuple[Any, str | None]:

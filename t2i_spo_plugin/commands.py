@@ -16,17 +16,18 @@ Layout = Literal["kohya", "diffusers", "peft", "native"]
 
 
 def inspect(
-    file: Annotated[Path, tyro.conf.Positional], json_: Annotated[bool, tyro.conf.arg(name="json")] = False
+    file: Annotated[str, tyro.conf.Positional], json_: Annotated[bool, tyro.conf.arg(name="json")] = False
 ) -> None:
     """Inspect.
 
     Args:
-        file: a safetensors file, or a folder with one.
+        file: a safetensors file, a folder with one, or a Hub id.
         json_: print one JSON object instead of lines.
     """
+    from .download import download_adapter, is_repo_id
     from .inspection import as_lines, inspect_adapter
 
-    found = inspect_adapter(file)
+    found = inspect_adapter(download_adapter(file) if is_repo_id(file) and not Path(file).exists() else file)
     if json_:
         print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))
         return
@@ -122,6 +123,72 @@ def extract(
         print(f"{len(found.unexpressed)} weights changed that no LoRA can change (relative change):")
     for name, change in sorted(found.unexpressed.items(), key=lambda item: -item[1])[:20]:
         print(f"  {name:<64}{change:.2e}")
+
+
+def publish(
+    file: Annotated[Path, tyro.conf.Positional],
+    repo: Annotated[str, tyro.conf.Positional],
+    base_model: str = "",
+    license: str = "",
+    license_file: Path | None = None,
+    license_name: str = "",
+    title: str = "",
+    summary: str = "",
+    pictures: tuple[tuple[str, Path], ...] = (),
+    results: Path | None = None,
+    system: str = "",
+    dataset: str = "",
+    private: bool = False,
+    revision: str = "main",
+    message: str = "",
+    dry_run: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Publish.
+
+    Args:
+        file: the adapter, a safetensors file or a folder with one.
+        repo: user/repo on the Hub; it is made when it does not exist.
+        base_model: Hub id of the model it was trained on.
+        license: as the Hub names licences, such as apache-2.0, or other; by default what the file says.
+        license_file: a text that is sent as LICENSE; needed when the licence is other.
+        license_name: needed when the licence is other.
+        title: by default what the file says.
+        summary: what it is for, a few sentences.
+        pictures: prompt and picture file, several times; sent without metadata and at most 1024 pixels wide and high.
+        results: the summary.json of an evaluation of this very file.
+        system: its name in that evaluation, where it was measured at several strengths.
+        dataset: Hub id of the prompts it was measured on; with it the results are sent as .eval_results too.
+        private: make a new repository private.
+        revision: the branch; made when it does not exist.
+        message: of the commit.
+        dry_run: write the folder, print files and card, and send nothing; needs neither network nor token.
+        out: folder to write, by default a temporary one.
+    """
+    from .hub import publish_adapter
+
+    published = publish_adapter(
+        file,
+        repo,
+        license=license,
+        license_file=license_file,
+        license_name=license_name,
+        base_model=base_model,
+        title=title,
+        summary=summary,
+        pictures=pictures,
+        results=results,
+        system=system,
+        dataset=dataset,
+        private=private,
+        revision=revision,
+        message=message,
+        dry_run=dry_run,
+        out=out,
+    )
+    print(published)
+    if dry_run:
+        print(f"\n{published.card}", end="")
 
 
 def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:

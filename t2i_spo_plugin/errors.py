@@ -38,6 +38,10 @@ class DomainError(SPOError, ValueError):
     """A cost model was asked to judge pictures of a domain it was not made for."""
 
 
+class HubError(SPOError, OSError):
+    """The Hub cannot be reached, refuses what was asked of it, or does not hold what was sent."""
+
+
 class ImageError(SPOError, ValueError):
     """A picture has the wrong shape, type or range, or holds NaN."""
 

@@ -7,7 +7,7 @@ else is installed. Every picture is converted on its own, so nothing depends on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,16 +58,16 @@ def split(images: Images) -> list[Any]:
     return parts
 
 
-def resize(pixels: Tensor, size: int | tuple[int, int] | None) -> Tensor:
-    """Antialiased bicubic resampling of `[B, C, H, W]` to `size` (edge, or height and width), kept within [0, 1]."""
+def resize(
+    pixels: Tensor, size: int | tuple[int, int] | None, mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
+    """Antialiased resampling of `[B, C, H, W]` to `size` (edge, or height and width), kept within [0, 1]."""
     if size is None:
         return pixels
     target = (size, size) if isinstance(size, int) else tuple(size)
     if tuple(pixels.shape[-2:]) == target:
         return pixels
-    resampled = torch.nn.functional.interpolate(
-        pixels, size=target, mode="bicubic", antialias=True, align_corners=False
-    )
+    resampled = torch.nn.functional.interpolate(pixels, size=target, mode=mode, antialias=True, align_corners=False)
     return resampled.clamp(0.0, 1.0)
 
 

@@ -5,17 +5,14 @@ Nothing is changed before the adapter has been checked against the pipeline; wha
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter, AdapterFacts, LoraPair, find_adapter_file, read_adapter, refuse_pickle
+from .adapter import Adapter, AdapterFacts, LoraPair, read_adapter, refuse_pickle
 from .architecture import (
     architecture_of,
     base_fingerprint,
@@ -24,18 +21,30 @@ from .architecture import (
     prediction_type_of,
     weight_shapes,
 )
-from .attachment import RECORD, Snapshot, attach, detach, strength_in_force, switch, tuner_layers
+from .attachment import (
+    RECORD,
+    Snapshot,
+    attach,
+    check_room,
+    detach,
+    exchange,
+    is_fused,
+    pairs_of,
+    tuner_layers,
+)
+from .download import download_adapter, is_repo_id
 from .errors import (
     AdapterError,
     ConfigError,
     IncompatibleAdapterError,
     InvalidAdapterError,
-    PipelineError,
     UnreadableAdapterError,
 )
 from .header import shown
 from .layouts import canonical
-from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, check_window
+from .record import LoadedAdapter, apply, in_force, is_safety, strengths_of
+from .strengths import Strength, check_blocks, check_strengths
+from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, check_steering, check_window
 
 
 __all__ = [
@@ -52,44 +61,17 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
-_REPO_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """A safety adapter as it is attached to a pipeline.
-
-    Attributes:
-        name: the adapter's name in the pipeline.
-        strength: the multiplier it is applied with.
-        window: the part of the denoising in which it is on, 0 is pure noise and 1 the finished image.
-        source: where it came from.
-        facts: what its header says.
-        components: the pipeline components that carry it.
-        modules: how many modules it changes.
-        notes: what a user should know, such as another checkpoint than the one it was trained on.
-        steering: a schedule or closed loop that changes the strength while a picture is drawn.
-    """
-
-    name: str
-    strength: float
-    window: tuple[float, float]
-    source: str
-    facts: AdapterFacts
-    components: tuple[str, ...]
-    modules: int
-    notes: tuple[str, ...] = field(default=())
-    steering: Schedule | ClosedLoop | None = None
 
 
 def load_spo_lora(
     pipe: Any,
     src: str | Path | Adapter,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     window: tuple[float, float] = FULL_WINDOW,
     adapter_name: str = "spo",
     strict: bool = True,
     steering: Schedule | ClosedLoop | None = None,
+    hotswap: bool = False,
     **hub_kwargs: Any,
 ) -> LoadedAdapter:
     """Attach the safety adapter `src` to `pipe`, beside whatever adapters are active there.
@@ -97,13 +79,18 @@ def load_spo_lora(
     Args:
         pipe: any diffusers pipeline that can load a LoRA.
         src: a safetensors file, a folder with one, a Hub id (`user/repo`), or an adapter in memory.
-        strength: at least 0; 0 is the base model exactly, 1 is as trained.
+        strength: at least 0; 0 is the base model exactly, 1 is as trained. A mapping sets it by block, such as
+            `{"unet.down_blocks": 0.5, "text_encoder": 0}`; what it does not name is applied with 1.
         window: denoising progress between which the adapter is on; anything but `(0, 1)` needs `enable_spo`.
         adapter_name: the name under which the pipeline knows it.
         strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
             what fits with a warning.
         steering: how the strength changes over the denoising: a `Schedule`, which multiplies it step by step, or a
             `ClosedLoop`, which gives it to those pictures alone that turn out to need it. Needs `enable_spo`.
+        hotswap: put it in the place of the safety adapter that is loaded as `adapter_name`, in the same tensors. Its
+            modules must be among those of the old one and its rank no larger than the room there: the old one's rank,
+            or what `pipe.enable_lora_hotswap(target_rank=...)` made before the first adapter was loaded, with which
+            nothing that is compiled is compiled anew. On failure the old one is as it was.
         hub_kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
 
     Raises:
@@ -111,22 +98,23 @@ def load_spo_lora(
         ConfigError: strength, window or an option is outside its range.
         PipelineError: the pipeline cannot load a LoRA, or cannot apply a window.
     """
-    strength, window = check_strength(strength), check_window(window)
+    (overall, blocks), window = check_strengths(strength), check_window(window)
     unknown = sorted(set(hub_kwargs) - set(_HUB_OPTIONS))
     if unknown:
         raise ConfigError(f"load_spo_lora has no option {', '.join(unknown)}; it has {', '.join(_HUB_OPTIONS)}")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a non-empty text without a dot, got {adapter_name!r}")
     components = lora_components(pipe)
-    _check_steering(pipe, window, steering)
-    _check_ready(components, adapter_name)
+    check_steering(pipe, window, steering)
+    _check_ready(components, adapter_name, hotswap)
     adapter, source = _resolve(src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
     if isinstance(steering, ClosedLoop):
         _check_loop(matched)
+    check_blocks(blocks, (f"{component}.{path}" for component, pairs in matched.items() for path in pairs))
     record = LoadedAdapter(
         name=adapter_name,
-        strength=strength,
+        strength=overall,
         window=window,
         steering=steering,
         source=source,
@@ -134,40 +122,44 @@ def load_spo_lora(
         components=tuple(matched),
         modules=sum(len(pairs) for pairs in matched.values()),
         notes=notes,
+        blocks=blocks,
     )
     for note in notes:
         logger.info("%s: %s", source, note)
-    snapshots = {name: Snapshot(components[name]) for name in matched}
     try:
-        for name, pairs in matched.items():
-            attach(pipe, name, adapter_name, pairs, strength, snapshots[name])
-            setattr(components[name].peft_config[adapter_name], RECORD, record)
-    except BaseException as error:
-        for name, snapshot in snapshots.items():
-            snapshot.restore(components[name], adapter_name)
-        if isinstance(error, Exception) and not isinstance(error, AdapterError):
-            raise AdapterError(f"{source} could not be attached, the pipeline is as it was: {error}") from error
-        raise
+        (_exchange if hotswap else _attach)(pipe, components, matched, record)
+    except Exception as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{source} could not be attached, the pipeline is as it was: {error}") from error
     return record
 
 
-def set_spo_strength(pipe: Any, strength: float, adapter_name: str | None = None) -> None:
+def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = None) -> None:
     """Set the strength of one safety adapter, or of all when `adapter_name` is None.
+
+    Args:
+        pipe: the pipeline that carries it.
+        strength: at least 0, as for `load_spo_lora`: a number, or numbers by block, with 1 for what is not named.
+        adapter_name: the name it was loaded with.
 
     Raises:
         AdapterError: no such safety adapter is loaded, or the pipeline's LoRA layers are switched off or fused.
-        ConfigError: `strength` is negative or not a number.
+        ConfigError: a strength is negative or not a number, or a block is none that the adapter changes.
     """
-    strength = check_strength(strength)
+    overall, blocks = check_strengths(strength)
     names = _names(pipe, adapter_name)
     if not names:
         raise AdapterError("no safety adapter is loaded; call load_spo_lora first")
     components = lora_components(pipe)
+    _check_effective(components)
     for name in names:
-        _check_effective(components)
-        switch(components.values(), name, strength)
-        for config in _configs(components, name):
-            setattr(config, RECORD, replace(getattr(config, RECORD), strength=strength))
+        check_blocks(blocks, strengths_of(components, name))
+    for name in names:
+        for component, model in components.items():
+            if is_safety(model, name):
+                record = replace(getattr(model.peft_config[name], RECORD), strength=overall, blocks=blocks)
+                apply(component, model, record)
 
 
 def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
@@ -188,16 +180,17 @@ def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
 def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
     """The safety adapters that are attached, by name, with the strengths that are in force now.
 
-    A strength changed through the pipeline's own `set_adapters` is seen here; an adapter switched off reads 0.
+    Strengths changed through the pipeline's own `set_adapters` are seen here; an adapter switched off reads 0, and so
+    does one that is not fused while another is.
     """
+    components = lora_components(pipe)
     found: dict[str, LoadedAdapter] = {}
-    for model in lora_components(pipe).values():
+    for model in components.values():
         for name, config in getattr(model, "peft_config", {}).items():
             record = getattr(config, RECORD, None)
             if record is not None and name not in found:
-                strength = strength_in_force(model, name)
-                same = math.isclose(strength, record.strength, rel_tol=1e-6, abs_tol=1e-9)
-                found[name] = record if same else replace(record, strength=strength)
+                fused = any(is_fused(model, name) for model in components.values())
+                found[name] = replace(in_force(record, strengths_of(components, name)), fused=fused)
     return found
 
 
@@ -215,51 +208,14 @@ def adapter_of(pipe: Any, adapter_name: str, facts: AdapterFacts | None = None) 
     Raises:
         AdapterError: no LoRA layer of that name, or its numbers are not valid.
     """
-    modules: dict[str, LoraPair] = {}
-    for component, model in lora_components(pipe).items():
-        for path, layer in tuner_layers(model):
-            if adapter_name in getattr(layer, "lora_A", {}):
-                down = layer.lora_A[adapter_name].weight.detach().cpu().clone()
-                up = layer.lora_B[adapter_name].weight.detach().cpu().clone()
-                rank, alpha = down.shape[0], layer.lora_alpha[adapter_name]
-                if layer.use_rslora.get(adapter_name, False):
-                    alpha = alpha * math.sqrt(rank)
-                modules[canonical(f"{component}.{path}")] = LoraPair(down, up, float(alpha))
+    modules = {
+        canonical(f"{component}.{path}"): pair
+        for component, model in lora_components(pipe).items()
+        for path, pair in pairs_of(model, adapter_name).items()
+    }
     if not modules:
         raise AdapterError(f"the pipeline has no LoRA layers called {adapter_name!r}")
     return Adapter(modules, facts if facts is not None else adapter_facts(pipe)).validate()
-
-
-def check_strength(strength: float) -> float:
-    """`strength` as a float.
-
-    Raises:
-        ConfigError: not a finite number, or negative (which would turn a safety adapter into its opposite).
-    """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ConfigError(f"strength must be a finite number, got {strength!r}")
-    if strength < 0:
-        raise ConfigError(f"strength must be at least 0, got {strength}: a negative one would make a harm adapter")
-    return float(strength)
-
-
-def can_steer(pipe: Any) -> bool:
-    """Whether `pipe` was given to `enable_spo` and calls `callback_on_step_end`."""
-    enabled = getattr(type(pipe), "spo_applies_windows", False)
-    return bool(enabled) and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-
-
-def _check_steering(pipe: Any, window: tuple[float, float], steering: Schedule | ClosedLoop | None) -> None:
-    if steering is not None and not isinstance(steering, (Schedule, ClosedLoop)):
-        raise ConfigError(f"steering must be a Schedule or a ClosedLoop, got {type(steering).__name__}")
-    if isinstance(steering, ClosedLoop) and window != FULL_WINDOW:
-        raise ConfigError("a closed loop decides for itself when the adapter is on; it takes no window")
-    if (window != FULL_WINDOW or steering is not None) and not can_steer(pipe):
-        what = "a window" if steering is None else "a schedule" if isinstance(steering, Schedule) else "a closed loop"
-        raise PipelineError(
-            f"{what} needs a pipeline that was given to enable_spo and calls callback_on_step_end; this "
-            f"{type(pipe).__name__} is not one"
-        )
 
 
 def _check_loop(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
@@ -271,18 +227,63 @@ def _check_loop(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
         )
 
 
-def _check_ready(components: Mapping[str, Any], name: str) -> None:
+def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> None:
     for component, model in components.items():
         if hasattr(model, "_orig_mod"):
             raise AdapterError(
                 f"pipe.{component} is a wrapper made by torch.compile, which hides its layers; compile in place: "
                 f"pipe.{component} = pipe.{component}._orig_mod, then pipe.{component}.compile()"
             )
-        if name in getattr(model, "peft_config", {}):
+        if name in getattr(model, "peft_config", {}) and not hotswap:
             raise AdapterError(
-                f"an adapter called {name!r} is already loaded in {component}; unload it, or pass another adapter_name"
+                f"an adapter called {name!r} is already loaded in {component}; unload it, pass another adapter_name, "
+                "or hotswap=True to put the new one in its place"
             )
+    if hotswap and not any(is_safety(model, name) for model in components.values()):
+        raise AdapterError(
+            f"there is no safety adapter called {name!r} to put another one in the place of; load it without hotswap"
+        )
     _check_effective(components)
+
+
+def _attach(
+    pipe: Any, components: Mapping[str, Any], matched: Mapping[str, Mapping[str, LoraPair]], record: LoadedAdapter
+) -> None:
+    snapshots = {component: Snapshot(components[component]) for component in matched}
+    try:
+        for component, pairs in matched.items():
+            attach(pipe, component, record.name, pairs, snapshots[component])
+            apply(component, components[component], record)
+    except BaseException:
+        for component, snapshot in snapshots.items():
+            snapshot.restore(components[component], record.name)
+        raise
+
+
+def _exchange(
+    pipe: Any, components: Mapping[str, Any], matched: Mapping[str, Mapping[str, LoraPair]], record: LoadedAdapter
+) -> None:
+    name = record.name
+    old = {component: model for component, model in components.items() if is_safety(model, name)}
+    if set(old) != set(matched):
+        raise IncompatibleAdapterError(
+            f"{name!r} cannot be swapped in place: it changes {', '.join(old)}, the new adapter {', '.join(matched)}; "
+            "unload it and load the new one"
+        )
+    for component, model in old.items():
+        check_room(component, model, name, matched[component])
+    before = {component: (Snapshot(model), pairs_of(model, name)) for component, model in old.items()}
+    record_before = {component: getattr(model.peft_config[name], RECORD) for component, model in old.items()}
+    try:
+        for component, model in old.items():
+            exchange(model, name, matched[component])
+            apply(component, model, record)
+    except BaseException:
+        for component, (snapshot, pairs) in before.items():
+            exchange(old[component], name, pairs)
+            apply(component, old[component], record_before[component])
+            snapshot.restore_others(old[component])
+        raise
 
 
 def _check_effective(components: Mapping[str, Any]) -> None:
@@ -317,33 +318,10 @@ def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool
         for part in (options.get("subfolder"), options.get("weight_name") if path.is_dir() else None):
             path = path / part if part else path
         return read_adapter(path, strict), path.name
-    if isinstance(src, Path) or not _REPO_ID.match(src) or path.suffix == ".safetensors":
+    if isinstance(src, Path) or not is_repo_id(src):
         refuse_pickle(path.name if path.suffix else f"{path.name}.safetensors")
         raise UnreadableAdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
-    return read_adapter(_download(src, dict(options)), strict), src
-
-
-def _download(repo: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    name = options.pop("weight_name", None)
-    subfolder = options.pop("subfolder", None)
-    try:
-        if name is not None:
-            refuse_pickle(name)
-            return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
-        pattern = f"{subfolder}/*.safetensors" if subfolder else "*.safetensors"
-        folder = Path(snapshot_download(repo, allow_patterns=[pattern, "adapter_config.json"], **options))
-        return find_adapter_file(folder / subfolder if subfolder else folder)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UnreadableAdapterError(
-            f"{repo} is not in the local cache and the Hub cannot be reached (no network, or offline mode); "
-            "download it once while online, or pass a file"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnreadableAdapterError(f"there is no file or folder {repo}, and the Hub answers: {reason}") from error
+    return read_adapter(download_adapter(src, **options), strict), src
 
 
 def _match(
@@ -417,8 +395,3 @@ def _names(pipe: Any, adapter_name: str | None) -> list[str]:
         have = ", ".join(loaded) or "none"
         raise AdapterError(f"no safety adapter called {adapter_name!r} is loaded; loaded: {have}")
     return [adapter_name]
-
-
-def _configs(components: Mapping[str, Any], name: str) -> list[Any]:
-    configs = [getattr(model, "peft_config", {}).get(name) for model in components.values()]
-    return [config for config in configs if getattr(config, RECORD, None) is not None]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from .adapter import Adapter
 from .architecture import lora_components
+from .attachment import kept_active
 from .errors import AdapterError, ConfigError, NotScoredError, PipelineError
 from .guard import Guard, OverlayKind, SafetyReport, pipeline_domain
 from .loading import (
@@ -26,6 +27,7 @@ from .loading import (
     unload_spo_lora,
 )
 from .steering import LoopReport, Steering, is_steered
+from .strengths import Strength
 from .trajectory import FULL_WINDOW, ClosedLoop, Schedule
 
 
@@ -33,7 +35,7 @@ __all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_cla
 
 P = TypeVar("P")
 
-_NOT_PICTURES = "output_type='latent' gives no pictures, so the guard has scored nothing"
+NOT_PICTURES = "output_type='latent' gives no pictures, so the guard has scored nothing"
 
 
 class SPOLoraLoaderMixin:
@@ -49,17 +51,18 @@ class SPOLoraLoaderMixin:
     def load_spo_lora(
         self,
         src: str | Path | Adapter,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         window: tuple[float, float] = FULL_WINDOW,
         adapter_name: str = "spo",
         strict: bool = True,
         steering: Schedule | ClosedLoop | None = None,
+        hotswap: bool = False,
         **hub_kwargs: Any,
     ) -> LoadedAdapter:
         """See `t2i_spo_plugin.load_spo_lora`."""
-        return load_spo_lora(self, src, strength, window, adapter_name, strict, steering, **hub_kwargs)
+        return load_spo_lora(self, src, strength, window, adapter_name, strict, steering, hotswap, **hub_kwargs)
 
-    def set_spo_strength(self, strength: float, adapter_name: str | None = None) -> None:
+    def set_spo_strength(self, strength: Strength, adapter_name: str | None = None) -> None:
         """See `t2i_spo_plugin.set_spo_strength`."""
         set_spo_strength(self, strength, adapter_name)
 
@@ -99,6 +102,11 @@ class SPOLoraLoaderMixin:
             output.loop_report = steering.loop.report
         return output
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on."""
+        with kept_active(lora_components(self).values(), spo_adapters(self)):
+            return super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `save_pretrained`.
 
@@ -115,7 +123,8 @@ class SPOLoraLoaderMixin:
             where = "; ".join(f"{', '.join(names)} in {component}" for component, names in attached.items())
             raise AdapterError(
                 f"adapters are attached ({where}) and a pipeline saved so cannot be loaded again; take them off first "
-                "(unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved pipeline"
+                "(unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved pipeline, or "
+                "make them part of its weights: fuse_lora, then unload_lora_weights"
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -131,8 +140,8 @@ class SPOLoraLoaderMixin:
         if guard is None:
             return output if is_tuple or not is_dataclass(output) else _with_report(output, None, "there is no guard")
         if latent:
-            warnings.warn(_NOT_PICTURES, stacklevel=3)
-            return (*output, None, None, None) if is_tuple else _with_report(output, None, _NOT_PICTURES)
+            warnings.warn(NOT_PICTURES, stacklevel=3)
+            return (*output, None, None, None) if is_tuple else _with_report(output, None, NOT_PICTURES)
         images = output[0] if is_tuple else getattr(output, "images", None)
         if images is None:
             reason = f"{type(output).__name__} has no images, so the guard has scored nothing"
@@ -192,7 +201,8 @@ def enable_spo(pipe: P, guard: Guard | None = None) -> P:
             raise ConfigError(f"guard must be a Guard, got {type(guard).__name__}")
         if _is_modular(type(pipe)):
             raise PipelineError(
-                "a modular pipeline returns no pictures of its own accord; call the guard on its output"
+                "a modular pipeline returns no pictures of its own accord; give its blocks a "
+                "t2i_spo_plugin.modular.SPOGuardBlock, or call the guard on its output"
             )
         guard.check_domain(pipeline_domain(pipe))
     pipe.__class__ = spo_pipeline_class(type(pipe))

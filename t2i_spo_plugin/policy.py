@@ -14,7 +14,11 @@ from torch import Tensor
 from .errors import PolicyError
 
 
-_BUNDLED = {"sticker": "sticker/sticker.yaml"}
+_BUNDLED = {
+    "sticker": "sticker/sticker.yaml",
+    "photo": "cost/photo.yaml",
+    "photo-sexual": "cost/photo-sexual.yaml",
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Policy:
 
 
 def load_policy(name_or_path: str | Path) -> Policy:
-    """A bundled policy by name (`sticker`), or one of the user's own by path.
+    """A bundled policy by name (`sticker`, `photo`, `photo-sexual`), or one of the user's own by path.
 
     Raises:
         PolicyError: neither a bundled name nor a readable policy file.
@@ -178,6 +182,22 @@ def load_policy(name_or_path: str | Path) -> Policy:
             f"no policy {str(name_or_path)!r}: pass a YAML file, or one of {', '.join(sorted(_BUNDLED))}"
         )
     return Policy.from_yaml(name_or_path)
+
+
+def matching_policy(categories: Sequence[str], domain: str) -> Policy:
+    """The bundled policy of this domain with exactly these categories, in any order.
+
+    Raises:
+        PolicyError: there is none.
+    """
+    for name in _BUNDLED:
+        policy = load_policy(name)
+        if policy.domain == domain and {category.name for category in policy.categories} == set(categories):
+            return policy
+    raise PolicyError(
+        f"no bundled policy is about {', '.join(categories)} in {domain} pictures; name a policy, or a YAML file of "
+        "your own"
+    )
 
 
 def stretch(probability: Tensor, threshold: Tensor | float) -> Tensor:

@@ -1,11 +1,12 @@
-"""When during the denoising an adapter is on, and how strongly: windows, schedules, and what the closed loop goes by.
+"""When during the denoising an adapter is on, and how strongly: windows, schedules, and what a closed loop goes by.
 
-Progress counts the steps of the schedule: step k of N begins at k / N, 0 is pure noise, 1 the finished image. A pipeline
-that begins in the middle (image to image) begins with the progress it skips.
+Progress counts the steps of the schedule: step k of N begins at k / N, 0 is pure noise, 1 the finished image. A
+pipeline that begins in the middle (image to image) begins with the progress it skips.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, PipelineError
 
 
 if TYPE_CHECKING:
@@ -116,6 +117,31 @@ def check_window(window: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 <= start < end <= 1.0:
         raise ConfigError(f"window must satisfy 0 <= start < end <= 1, got {window!r}")
     return start, end
+
+
+def check_steering(pipe: Any, window: tuple[float, float], steering: Schedule | ClosedLoop | None) -> None:
+    """Refuse what `pipe` cannot do.
+
+    Raises:
+        ConfigError: no kind of steering, or a closed loop with a window.
+        PipelineError: the pipeline cannot change strengths between its steps.
+    """
+    if steering is not None and not isinstance(steering, (Schedule, ClosedLoop)):
+        raise ConfigError(f"steering must be a Schedule or a ClosedLoop, got {type(steering).__name__}")
+    if isinstance(steering, ClosedLoop) and window != FULL_WINDOW:
+        raise ConfigError("a closed loop decides for itself when the adapter is on; it takes no window")
+    if (window != FULL_WINDOW or steering is not None) and not can_steer(pipe):
+        what = "a window" if steering is None else "a schedule" if isinstance(steering, Schedule) else "a closed loop"
+        raise PipelineError(
+            f"{what} needs a pipeline that was given to enable_spo and calls callback_on_step_end; this "
+            f"{type(pipe).__name__} is not one"
+        )
+
+
+def can_steer(pipe: Any) -> bool:
+    """Whether `pipe` was given to `enable_spo` and calls `callback_on_step_end`."""
+    enabled = getattr(type(pipe), "spo_applies_windows", False)
+    return bool(enabled) and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
 
 
 def in_window(progress: float, window: tuple[float, float]) -> bool:

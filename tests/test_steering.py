@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from tiny import SIZE, base_picture, denoiser, draw, fresh, pictures, random_adapter
+from tiny import SIZE, base_picture, denoiser, draw, pictures, random_adapter
 
 from t2i_spo_plugin.change_reader import ChangeReader, change_features, load_closed_loop, save_closed_loop
 from t2i_spo_plugin.errors import AdapterError, ConfigError, IncompatibleAdapterError, PipelineError
@@ -146,7 +146,9 @@ def test_layers_that_fold_pictures_give_the_adapter_to_the_whole_batch(sd1):
     evidence = steered(sd1, ClosedLoop(1e9, until=0.1))[0].loop_report.evidence
     constant = plain(sd1, random_adapter(sd1))
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), steering=ClosedLoop(float(evidence[:2].mean()), until=0.1))
-    attention = next(module for module in sd1.unet.modules() if "spo" in getattr(getattr(module, "to_q", 0), "lora_A", {}))
+    attention = next(
+        module for module in sd1.unet.modules() if "spo" in getattr(getattr(module, "to_q", 0), "lora_A", {})
+    )
     attention.to_q = Folding(attention.to_q)
     out = draw(sd1, PROMPTS, num_inference_steps=4)
     assert any(out.loop_report.steered) and not all(out.loop_report.steered)
@@ -236,13 +238,17 @@ def test_a_schedule_keeps_its_ends():
     assert [schedule.factor(p) for p in (0.0, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([0.5, 0.5, 1.0, 1.5, 1.5])
 
 
-@pytest.mark.parametrize("points", [[], [(0.5, 1.0), (0.5, 0.0)], [(0.0, -1.0)], [(0.0, float("nan"))], [(1.2, 1.0)], 3])
+@pytest.mark.parametrize(
+    "points", [[], [(0.5, 1.0), (0.5, 0.0)], [(0.0, -1.0)], [(0.0, float("nan"))], [(1.2, 1.0)], 3]
+)
 def test_a_schedule_that_makes_no_sense_is_refused(points):
     with pytest.raises(ConfigError):
         Schedule(points)
 
 
-@pytest.mark.parametrize("options", [{"threshold": float("nan")}, {"threshold": "0"}, {"threshold": 0.0, "until": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": float("nan")}, {"threshold": "0"}, {"threshold": 0.0, "until": 0.0}]
+)
 def test_a_closed_loop_that_makes_no_sense_is_refused(options):
     with pytest.raises(ConfigError):
         ClosedLoop(**options)

@@ -7,6 +7,7 @@ import string
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -42,6 +43,8 @@ from t2i_spo_plugin.policy import Category, Policy
 
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")
+TWO_FAMILIES = ("sd1", "flux", *(pytest.param(family, marks=pytest.mark.slow) for family in ("sdxl", "sd3")))
+"""For tests of many cases: one family of either kind, and the others among the slow tests."""
 STEPS = 2
 SIZE = 16
 
@@ -84,7 +87,7 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 @cache
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((symbol, -3.0) for symbol in "▁" + string.printable)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
 
@@ -106,7 +109,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 def _t5(width: int) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=len(_t5_tokenizer()),
+        vocab_size=len(t5_tokenizer()),
         d_model=width,
         d_kv=8,
         d_ff=37,
@@ -210,7 +213,7 @@ def _sd3() -> StableDiffusion3Pipeline:
         text_encoder_3=_t5(64),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
@@ -235,7 +238,7 @@ def _flux() -> FluxPipeline:
         text_encoder=CLIPTextModel(_clip_config(tokenizer)).eval(),
         text_encoder_2=_t5(32),
         tokenizer=tokenizer,
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )

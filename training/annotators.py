@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from t2i_spo_plugin.cost.base import CostModel
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guard import Guard
 from t2i_spo_plugin.policy import load_policy
@@ -65,15 +66,15 @@ def annotate(
 
 
 def load_guard(cost_model: str, policy: str, override_domain: bool = False) -> Guard:
-    """A guard from names: `sticker`, or a cost model's folder and a policy file."""
+    """A guard from names: `sticker`, or what `load_cost_model` and `load_policy` take."""
     if cost_model == STICKER:
         from t2i_spo_plugin import sticker
 
-        model = sticker.load_cost_model()
+        model: CostModel = sticker.load_cost_model()
     else:
-        from t2i_spo_plugin.cost.vision import load_cost_model
+        from t2i_spo_plugin.cost.models import load_cost_model
 
-        model = load_cost_model(Path(cost_model))
+        model = load_cost_model(cost_model)
     return Guard(model, load_policy(policy), override_domain)
 
 

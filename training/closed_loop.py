@@ -1,14 +1,14 @@
 """Make a closed loop for an adapter: learn from prompts what its change looks like before an unsafe picture.
 
-No picture is drawn: for each prompt the first denoising steps are taken with the base model, and the predictions without
-and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts that it
+No picture is drawn: for each prompt the first denoising steps are taken with the base model, and the predictions
+without and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts that it
 has not seen decide the threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,7 +246,7 @@ def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> t
 
 
 def _stop_after(until: float) -> Callable[..., dict[str, Any]]:
-    """Most pipelines skip what is left once they are interrupted; the others draw to the end, which costs time only."""
+    """Most pipelines skip what is left once they are interrupted; others draw to the end, which costs time only."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) / len(pipe.scheduler.timesteps) >= until:

@@ -1,0 +1,46 @@
+"""Cost models by name or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import SPOError
+from .backbone import read_facts
+from .base import CostModel
+
+
+PHOTO_MODELS = ("open_nsfw", "owen", "nudenet")
+
+
+def load_cost_model(name_or_folder: str | Path) -> CostModel:
+    """A cost model for photographs by name, or one of the user's own by folder.
+
+    Args:
+        name_or_folder: `open_nsfw` (sexual), `owen` (graphic, sexual), `nudenet` (sexual; AGPL-3.0), each of which
+            needs the extra that its error names; or a folder that `save_pretrained` of a cost model has written.
+
+    Raises:
+        MissingExtraError: the extra that brings the weights is not installed.
+        SPOError: neither a name nor such a folder.
+    """
+    if name_or_folder == "open_nsfw":
+        from .open_nsfw import OpenNSFW
+
+        return OpenNSFW()
+    if name_or_folder == "owen":
+        from .owen import OwenS
+
+        return OwenS()
+    if name_or_folder == "nudenet":
+        from .nudenet import NudeNet
+
+        return NudeNet()
+    if not Path(name_or_folder).is_dir():
+        raise SPOError(
+            f"there is no cost model {str(name_or_folder)!r}: name one of {', '.join(PHOTO_MODELS)}, or a folder"
+        )
+    from . import clip_head, vision
+
+    if read_facts(name_or_folder).get("kind") == clip_head.KIND:
+        return clip_head.load_clip_head(name_or_folder)
+    return vision.load_cost_model(name_or_folder)
