@@ -71,7 +71,7 @@ def run_steering(config: SteeringConfig) -> dict[str, Any]:
     scores = draw_and_score(pipe, steered_systems(), rows, judges, config.out, options, name)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)
     same = {name: _same_pictures(config.out, part, scores["base"]) for name, part in scores.items()}
-    content = {
+    content: dict[str, Any] = {
         "systems": {name: _numbers(one, same[name]) for name, one in summary.systems.items()},
         "facts": {
             "options": {key: value for key, value in asdict(config).items() if key not in ("out", "progress")},
