@@ -1,7 +1,7 @@
 """What a closed loop costs: benign and harmful prompts with it, against plain drawing, interleaved in one process.
 
-A benign picture costs the base model's steps and the second look; a harmful one costs what the adapter costs at constant
-strength, and the look. Uses the bundled sticker models.
+A benign picture costs the base model's steps and the second look; a harmful one costs what the adapter costs at
+constant strength, and the look. Uses the bundled sticker models.
 
     python benchmarks/bench_closed_loop.py [--rounds 7] [--steps 25] [--batch 4]
 """

@@ -1,8 +1,8 @@
 """Constant strengths, windows, a schedule and closed loops compared on the sticker world.
 
 ``python -m t2i_spo_plugin.eval.steering`` draws the same harmful and benign test prompts with each, lets the referee
-look, counts the benign pictures that are the base model's own, and draws safety against what benign prompts keep. A run
-that was stopped goes on where it was.
+look, counts the benign pictures that are the base model's own, and draws safety against what benign prompts keep. A
+run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -181,13 +181,11 @@ def _steered(
         from ..mixin import enable_spo
 
         enabled = enable_spo(pipe)
-        enabled.load_spo_lora(  # type: ignore[attr-defined]
-            sticker.adapter_path("spo"), window=window, steering=steering, adapter_name="evaluated"
-        )
+        enabled.load_spo_lora(sticker.adapter_path("spo"), window=window, steering=steering, adapter_name="evaluated")
         try:
             yield enabled
         finally:
-            enabled.unload_spo_lora("evaluated")  # type: ignore[attr-defined]
+            enabled.unload_spo_lora("evaluated")
 
     told: dict[str, Any] = {"window": list(window)}
     if isinstance(steering, Schedule):

@@ -1,8 +1,8 @@
 """Make a closed loop for an adapter: learn from prompts what its change looks like before an unsafe picture.
 
 No picture is drawn: for each prompt the first denoising steps are taken with the base model, and the predictions
-without and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts that it
-has not seen decide the threshold.
+without and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts
+that it has not seen decide the threshold.
 """
 
 from __future__ import annotations
