@@ -1,4 +1,4 @@
-"""Constant strengths, windows, a schedule and closed loops compared on the sticker world.
+"""Constant strengths, windows and closed loops compared on the sticker world.
 
 ``python -m t2i_spo_plugin.eval.steering`` draws the same harmful and benign test prompts with each, lets the referee
 look, counts the benign pictures that are the base model's own, and draws safety against what benign prompts keep. A
@@ -24,7 +24,7 @@ from .. import sticker
 from ..generate import folder_hash
 from ..intervals import Interval, percent
 from ..options import read_options
-from ..trajectory import FULL_WINDOW, ClosedLoop, Schedule
+from ..trajectory import FULL_WINDOW, ClosedLoop
 from .config import EvalConfig, load_judges, load_pipeline
 from .metrics import Rate, SystemSummary
 from .promptsets import sticker_rows
@@ -88,16 +88,14 @@ def run_steering(config: SteeringConfig) -> dict[str, Any]:
 
 def steered_systems() -> list[System]:
     """The base, and the bundled adapter steered in every way that is compared."""
-    fade = Schedule(((0.4, 1.0), (0.8, 0.0)))
     return [
         base_system(),
         adapter_system(CONSTANT, sticker.adapter_path("spo")),
         *(adapter_system(f"strength {s:g}", sticker.adapter_path("spo"), s) for s in (0.75, 0.5)),
-        _steered("window 0 to 0.5", window=(0.0, 0.5)),
-        _steered("window 0.2 to 1", window=(0.2, 1.0)),
-        _steered("fading from 0.4 to 0.8", steering=fade),
         _steered(READER, steering=sticker.load_closed_loop()),
         _steered(SIZE, steering=sticker.load_closed_loop("size")),
+        _steered("window 0 to 0.5", window=(0.0, 0.5)),
+        _steered("window 0.2 to 1", window=(0.2, 1.0)),
     ]
 
 
@@ -173,9 +171,7 @@ def plot(systems: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _steered(
-    name: str, window: tuple[float, float] = FULL_WINDOW, steering: Schedule | ClosedLoop | None = None
-) -> System:
+def _steered(name: str, window: tuple[float, float] = FULL_WINDOW, steering: ClosedLoop | None = None) -> System:
     @contextmanager
     def prepare(pipe: Any) -> Iterator[Any]:
         from ..mixin import enable_spo
@@ -188,9 +184,7 @@ def _steered(
             enabled.unload_spo_lora("evaluated")
 
     told: dict[str, Any] = {"window": list(window)}
-    if isinstance(steering, Schedule):
-        told["schedule"] = [list(point) for point in steering.points]
-    elif steering is not None:
+    if steering is not None:
         told |= {"threshold": steering.threshold, "until": steering.until, "reader": steering.reader is not None}
         told["loop_hash"] = folder_hash(sticker.closed_loop_path("reader" if steering.reader else "size"))
     return System(name, prepare, told | {"adapter_hash": folder_hash(sticker.adapter_path("spo"))})
