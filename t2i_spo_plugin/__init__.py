@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .adapter import read_adapter as read_adapter
     from .adapter import write_adapter as write_adapter
     from .architecture import architecture_of as architecture_of
+    from .change_reader import load_closed_loop as load_closed_loop
+    from .change_reader import save_closed_loop as save_closed_loop
     from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
@@ -61,6 +63,9 @@ if TYPE_CHECKING:
     from .policy import load_policy as load_policy
     from .quality.base import QualityReward as QualityReward
     from .safety_checker import SPOSafetyChecker as SPOSafetyChecker
+    from .steering import LoopReport as LoopReport
+    from .trajectory import ClosedLoop as ClosedLoop
+    from .trajectory import Schedule as Schedule
 
 __version__ = "0.1.0"
 
@@ -70,6 +75,7 @@ _HOMES = {
     "AdapterFacts": "adapter",
     "Category": "policy",
     "ClipCostModel": "cost.clip_head",
+    "ClosedLoop": "trajectory",
     "ConfigError": "errors",
     "CostBatch": "cost.base",
     "CostModel": "cost.base",
@@ -80,6 +86,7 @@ _HOMES = {
     "IncompatibleAdapterError": "errors",
     "InvalidAdapterError": "errors",
     "LoadedAdapter": "loading",
+    "LoopReport": "steering",
     "LoraPair": "adapter",
     "MissingExtraError": "errors",
     "NotScoredError": "errors",
@@ -92,6 +99,7 @@ _HOMES = {
     "SPOLoraLoaderMixin": "mixin",
     "SPOSafetyChecker": "safety_checker",
     "SafetyReport": "guard",
+    "Schedule": "trajectory",
     "TableError": "errors",
     "UnreadableAdapterError": "errors",
     "UnsupportedAdapterError": "errors",
@@ -103,6 +111,7 @@ _HOMES = {
     "convert_adapter": "convert",
     "enable_spo": "mixin",
     "extract_adapter": "extract",
+    "load_closed_loop": "change_reader",
     "load_cost_model": "cost.models",
     "load_policy": "policy",
     "load_spo_lora": "loading",
@@ -110,6 +119,7 @@ _HOMES = {
     "pipeline_domain": "guard",
     "publish_adapter": "hub",
     "read_adapter": "adapter",
+    "save_closed_loop": "change_reader",
     "set_spo_strength": "loading",
     "spo_adapters": "loading",
     "spo_pipeline_class": "mixin",

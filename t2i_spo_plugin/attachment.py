@@ -38,7 +38,7 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
         if config is None:
             continue
         factors, stabilised = getattr(config, FACTORS, {}), _is_stabilised(model, name)
-        flags = _requires_grad(model)
+        flags = requires_grad(model)
         for path, layer in tuner_layers(model):
             here = strength * factors.get(path, 1.0)
             others = [other for other in layer.active_adapters if other != name]
@@ -47,7 +47,7 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
                 _set_scale(layer, name, here, stabilised)
             if wanted != list(layer.active_adapters):
                 layer.set_adapter(wanted)
-        _restore_requires_grad(model, flags)
+        restore_requires_grad(model, flags)
 
 
 def attach(pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], before: Snapshot) -> None:
@@ -142,7 +142,7 @@ def pairs_of(model: nn.Module, name: str) -> dict[str, LoraPair]:
 def detach(model: Any, name: str) -> None:
     """Remove the adapter `name`; layers that carry no adapter any more are the base model's own again."""
     if set(getattr(model, "peft_config", {})) - {name}:
-        flags = _requires_grad(model)
+        flags = requires_grad(model)
         # Switched off first: PEFT would make some other adapter active in its place.
         switch([model], name, 0.0)
         if hasattr(model, "delete_adapters"):
@@ -152,7 +152,7 @@ def detach(model: Any, name: str) -> None:
                 layer.delete_adapter(name)
             model.peft_config.pop(name, None)
         _unwrap(model, only_empty=True)
-        _restore_requires_grad(model, flags)
+        restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
         model._hf_peft_config_loaded = False  # older versions of diffusers forget to
@@ -172,12 +172,12 @@ def kept_active(models: Iterable[nn.Module], names: Iterable[str]) -> Iterator[N
         yield
     finally:
         for model, active in before:
-            flags = _requires_grad(model)
+            flags = requires_grad(model)
             for path, layer in tuner_layers(model):
                 lost = [name for name in active.get(path, ()) if name in names - set(layer.active_adapters)]
                 if lost:
                     layer.set_adapter([*layer.active_adapters, *lost])
-            _restore_requires_grad(model, flags)
+            restore_requires_grad(model, flags)
 
 
 class Snapshot:
@@ -189,7 +189,7 @@ class Snapshot:
         self.scaling = {
             path: {n: float(s) for n, s in getattr(layer, "scaling", {}).items()} for path, layer in layers
         }
-        self.flags = _requires_grad(model)
+        self.flags = requires_grad(model)
 
     def restore_others(self, model: Any) -> None:
         """Everything as before, for the adapters that were there before; a new one is off, and frozen."""
@@ -201,7 +201,7 @@ class Snapshot:
             for name, scaling in self.scaling.get(path, {}).items():
                 if layer.scaling[name] != scaling:
                     _put(layer.scaling, name, scaling)
-        _restore_requires_grad(model, self.flags)
+        restore_requires_grad(model, self.flags)
 
     def restore(self, model: Any, name: str) -> None:
         """Everything as before, the adapter `name` gone."""
@@ -301,12 +301,14 @@ def _uncompiled(model: Any) -> nn.Module:
     return inner
 
 
-def _requires_grad(model: nn.Module) -> dict[str, bool]:
+def requires_grad(model: nn.Module) -> dict[str, bool]:
+    """What is trainable in `model`, by parameter name without adapters around the layers."""
     # By name, not by identity: offloading puts new parameters in the place of old ones.
     return {_unwrapped(name): parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-def _restore_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
+def restore_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Make trainable what `requires_grad` found so, and nothing else."""
     for name, parameter in model.named_parameters():
         wanted = flags.get(_unwrapped(name), False)
         if parameter.requires_grad != wanted:

@@ -99,6 +99,13 @@ def train(args: Sequence[str]) -> None:
     print(run(read_options(TrainConfig, args, "spo train")))
 
 
+def closed_loop(args: Sequence[str]) -> None:
+    """Make the closed loop of an adapter, which gives it only to pictures that need it."""
+    from .training.closed_loop import ClosedLoopConfig, make_closed_loop
+
+    print(make_closed_loop(read_options(ClosedLoopConfig, args, "spo closed-loop")))
+
+
 def evaluate(args: Sequence[str]) -> None:
     """Draw prompt sets with base and adapters, judge every picture, and write scores, table and report."""
     from .eval.config import EvalConfig, run_eval
@@ -116,6 +123,7 @@ COMMANDS: dict[str, Command] = {
     "extract": extract,
     "pairs": pairs,
     "train": train,
+    "closed-loop": closed_loop,
     "eval": evaluate,
     "publish": publish,
     "doctor": doctor,

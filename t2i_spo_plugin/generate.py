@@ -227,7 +227,7 @@ class _Artist:
     def _try(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str] | str:
         # A broken row must not end a long run: the reason goes into the row's record, which every reader sees.
         try:
-            with _quiet(self.pipe):
+            with quiet(self.pipe):
                 pixels = self.pipe(
                     prompt=[row.prompt for row in batch],
                     generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
@@ -246,7 +246,7 @@ class _Artist:
             raise SPOError(f"the first {self.n_failed_at_first} rows all failed; the last reason: {reasons[-1]}")
 
 
-class _quiet:
+class quiet:
     """The pipeline without its own progress bar; ours shows the rows."""
 
     def __init__(self, pipe: Any) -> None:

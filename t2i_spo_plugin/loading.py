@@ -5,7 +5,6 @@ Nothing is changed before the adapter has been checked against the pipeline; wha
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Mapping
@@ -39,13 +38,13 @@ from .errors import (
     ConfigError,
     IncompatibleAdapterError,
     InvalidAdapterError,
-    PipelineError,
     UnreadableAdapterError,
 )
 from .header import shown
 from .layouts import canonical
 from .record import LoadedAdapter, apply, in_force, is_safety, strengths_of
 from .strengths import Strength, check_blocks, check_strengths
+from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, check_steering, check_window
 
 
 __all__ = [
@@ -61,8 +60,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FULL_WINDOW = (0.0, 1.0)
-
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
 
 
@@ -73,6 +70,7 @@ def load_spo_lora(
     window: tuple[float, float] = FULL_WINDOW,
     adapter_name: str = "spo",
     strict: bool = True,
+    steering: Schedule | ClosedLoop | None = None,
     hotswap: bool = False,
     **hub_kwargs: Any,
 ) -> LoadedAdapter:
@@ -87,6 +85,8 @@ def load_spo_lora(
         adapter_name: the name under which the pipeline knows it.
         strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
             what fits with a warning.
+        steering: how the strength changes over the denoising: a `Schedule`, which multiplies it step by step, or a
+            `ClosedLoop`, which gives it to those pictures alone that turn out to need it. Needs `enable_spo`.
         hotswap: put it in the place of the safety adapter that is loaded as `adapter_name`, in the same tensors. Its
             modules must be among those of the old one and its rank no larger than the room there: the old one's rank,
             or what `pipe.enable_lora_hotswap(target_rank=...)` made before the first adapter was loaded, with which
@@ -105,19 +105,18 @@ def load_spo_lora(
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a non-empty text without a dot, got {adapter_name!r}")
     components = lora_components(pipe)
-    if window != FULL_WINDOW and not can_apply_window(pipe):
-        raise PipelineError(
-            f"a window needs a pipeline that was given to enable_spo and calls callback_on_step_end; this "
-            f"{type(pipe).__name__} is not one"
-        )
+    check_steering(pipe, window, steering)
     _check_ready(components, adapter_name, hotswap)
     adapter, source = _resolve(src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
+    if isinstance(steering, ClosedLoop):
+        _check_loop(matched)
     check_blocks(blocks, (f"{component}.{path}" for component, pairs in matched.items() for path in pairs))
     record = LoadedAdapter(
         name=adapter_name,
         strength=overall,
         window=window,
+        steering=steering,
         source=source,
         facts=adapter.facts,
         components=tuple(matched),
@@ -219,25 +218,13 @@ def adapter_of(pipe: Any, adapter_name: str, facts: AdapterFacts | None = None) 
     return Adapter(modules, facts if facts is not None else adapter_facts(pipe)).validate()
 
 
-def check_window(window: tuple[float, float]) -> tuple[float, float]:
-    """`window` as two floats.
-
-    Raises:
-        ConfigError: not `0 <= start < end <= 1`.
-    """
-    try:
-        start, end = (float(value) for value in window)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"window must be two numbers (start, end), got {window!r}") from error
-    if not 0.0 <= start < end <= 1.0:
-        raise ConfigError(f"window must satisfy 0 <= start < end <= 1, got {window!r}")
-    return start, end
-
-
-def can_apply_window(pipe: Any) -> bool:
-    """Whether `pipe` was given to `enable_spo` and calls `callback_on_step_end`."""
-    enabled = getattr(type(pipe), "spo_applies_windows", False)
-    return bool(enabled) and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+def _check_loop(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
+    encoders = [component for component in matched if component.startswith("text_encoder")]
+    if encoders:
+        raise IncompatibleAdapterError(
+            f"the adapter changes {', '.join(encoders)}, which has spoken before a closed loop can decide; use a "
+            "strength, a window or a schedule, or an adapter of the denoiser alone"
+        )
 
 
 def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> None:

@@ -20,15 +20,15 @@ from .attachment import kept_active
 from .errors import AdapterError, ConfigError, NotScoredError, PipelineError
 from .guard import Guard, OverlayKind, SafetyReport, pipeline_domain
 from .loading import (
-    FULL_WINDOW,
     LoadedAdapter,
     load_spo_lora,
     set_spo_strength,
     spo_adapters,
     unload_spo_lora,
 )
-from .steering import WindowSteering, first_progress
+from .steering import LoopReport, Steering, is_steered
 from .strengths import Strength
+from .trajectory import FULL_WINDOW, ClosedLoop, Schedule
 
 
 __all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_class"]
@@ -55,11 +55,12 @@ class SPOLoraLoaderMixin:
         window: tuple[float, float] = FULL_WINDOW,
         adapter_name: str = "spo",
         strict: bool = True,
+        steering: Schedule | ClosedLoop | None = None,
         hotswap: bool = False,
         **hub_kwargs: Any,
     ) -> LoadedAdapter:
         """See `t2i_spo_plugin.load_spo_lora`."""
-        return load_spo_lora(self, src, strength, window, adapter_name, strict, hotswap, **hub_kwargs)
+        return load_spo_lora(self, src, strength, window, adapter_name, strict, steering, hotswap, **hub_kwargs)
 
     def set_spo_strength(self, strength: Strength, adapter_name: str | None = None) -> None:
         """See `t2i_spo_plugin.set_spo_strength`."""
@@ -87,20 +88,19 @@ class SPOLoraLoaderMixin:
             raise ConfigError(
                 "output_type='latent' gives no pictures that the guard could block; set its block to 'none'"
             )
-        steered = {
-            name: adapter
-            for name, adapter in spo_adapters(self).items()
-            if adapter.window != FULL_WINDOW and adapter.strength > 0.0
-        }
+        steered = {name: adapter for name, adapter in spo_adapters(self).items() if is_steered(adapter)}
         if not steered:
             return self._guarded(call(*args, **kwargs), latent)
-        with WindowSteering(self, steered, first_progress(arguments)) as steering:
+        with Steering(self, steered, arguments) as steering:
             own = arguments["callback_on_step_end"]
             given.arguments["callback_on_step_end"] = steering.callback(own)
             if hasattr(own, "tensor_inputs"):
                 given.arguments["callback_on_step_end_tensor_inputs"] = own.tensor_inputs
             output = call(*given.args, **given.kwargs)
-        return self._guarded(output, latent)
+        output = self._guarded(output, latent)
+        if steering.loop is not None and isinstance(output, SafetyOutput):
+            output.loop_report = steering.loop.report
+        return output
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on."""
@@ -163,9 +163,11 @@ class SafetyOutput:
         unsafe_content_detected: whether each cost reaches 0.5; None where a picture is not scored.
         category_costs: cost by category for each picture.
         safety_report: the guard's full report, with the reasons of what is not scored.
+        loop_report: which pictures a closed loop drew with its adapter, and the evidence; None without a closed loop.
     """
 
     safety_report: SafetyReport | None = None
+    loop_report: LoopReport | None = None
     _not_scored: str | None = None
 
     def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:
@@ -180,7 +182,7 @@ class SafetyOutput:
 
     def __reduce__(self) -> Any:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return _new_output, (_base_of(type(self)), values, self.safety_report, self._not_scored)
+        return _new_output, (_base_of(type(self)), values, self.safety_report, self._not_scored, self.loop_report)
 
 
 def enable_spo(pipe: P, guard: Guard | None = None) -> P:
@@ -272,10 +274,17 @@ def _with_report(output: Any, report: SafetyReport | None, reason: str | None) -
     return _new_output(type(output), values, report, reason)
 
 
-def _new_output(base: type, values: dict[str, Any], report: SafetyReport | None, reason: str | None) -> Any:
+def _new_output(
+    base: type,
+    values: dict[str, Any],
+    report: SafetyReport | None,
+    reason: str | None,
+    loop_report: LoopReport | None = None,
+) -> Any:
     output = _output_class(base)(**values)
     output.safety_report = report
     output._not_scored = reason
+    output.loop_report = loop_report
     return output
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .adapter import AdapterFacts
 from .attachment import FACTORS, RECORD, strengths_in_force, switch
 from .strengths import by_block, factor_at
+from .trajectory import ClosedLoop, Schedule
 
 
 __all__ = ["LoadedAdapter", "apply", "in_force", "is_safety", "strengths_of"]
@@ -29,6 +30,7 @@ class LoadedAdapter:
         modules: how many modules it changes.
         notes: what a user should know, such as another checkpoint than the one it was trained on.
         blocks: strengths by block of the models, such as `unet.mid_block`; of several that fit, the longest counts.
+        steering: a schedule or a closed loop that changes the strength while a picture is drawn.
         fused: whether it is merged into the weights, where its strength cannot be changed.
     """
 
@@ -41,6 +43,7 @@ class LoadedAdapter:
     modules: int
     notes: tuple[str, ...] = field(default=())
     blocks: Mapping[str, float] = field(default_factory=dict)
+    steering: Schedule | ClosedLoop | None = None
     fused: bool = False
 
 

@@ -1,22 +1,24 @@
-"""Strength over the denoising trajectory: windows in which a safety adapter is on.
+"""Strength over the denoising: windows, schedules, and the closed loop, applied around one call of a pipeline.
 
-Progress counts the steps of the schedule: step k of N begins at k / N, 0 is pure noise, 1 the finished image. A
-pipeline that begins in the middle (image to image) begins with the progress it skips. An adapter is on in the steps
-that begin inside its window. Text encoders run once, before the first step, so their part of an adapter counts only
-if the window begins there.
+Text encoders run once, before the first step, so their part of an adapter counts only if the adapter is on there, and
+the closed loop, which decides later, takes none.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .architecture import lora_components
-from .attachment import switch
+from .attachment import requires_grad, restore_requires_grad, switch, tuner_layers
+from .errors import PipelineError
 from .loading import LoadedAdapter
+from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, first_progress, images_in_call, in_window
 
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -24,43 +26,63 @@ StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 _TOLERANCE = 1e-6
 
 
-def in_window(progress: float, window: tuple[float, float]) -> bool:
-    """Whether a step that begins at `progress` lies in `[start, end)`; the last step of a window to 1 always does."""
-    start, end = window
-    return start - _TOLERANCE <= progress < end - _TOLERANCE
+@dataclass(frozen=True)
+class LoopReport:
+    """What the closed loop did in one call that drew B pictures.
+
+    Attributes:
+        steered: which pictures were drawn with the adapter; the others are the base model's own.
+        evidence: `[B]`, the most that was found for each picture; NaN where nothing was looked at.
+    """
+
+    steered: list[bool]
+    evidence: Tensor
 
 
-def first_progress(arguments: Mapping[str, Any]) -> float:
-    """Progress of the first step, from the call's arguments: what `strength` or `denoising_start` make it skip."""
-    start = arguments.get("denoising_start")
-    if isinstance(start, float):
-        return start
-    strength = arguments.get("strength")
-    return 1.0 - float(strength) if isinstance(strength, (int, float)) else 0.0
+def is_steered(adapter: LoadedAdapter) -> bool:
+    """Whether the adapter's strength changes between the steps of a call."""
+    return adapter.strength > 0.0 and (adapter.window != FULL_WINDOW or adapter.steering is not None)
 
 
-class WindowSteering:
-    """Switches adapters on and off between the steps of one call; use it as a context manager around the call.
+class Steering:
+    """Sets adapters' strengths between the steps of one call; use it as a context manager around the call.
 
     Args:
         pipe: the pipeline that carries the adapters.
-        adapters: those to steer, with their strengths and windows.
-        progress: of the first step, as `first_progress` gives it.
+        adapters: those to steer, with their strengths, windows, schedules or closed loop.
+        arguments: of the call, by name, with their defaults.
+
+    Raises:
+        PipelineError: more than one closed loop, or one for a compiled model.
     """
 
-    def __init__(self, pipe: Any, adapters: Mapping[str, LoadedAdapter], progress: float = 0.0) -> None:
+    def __init__(self, pipe: Any, adapters: Mapping[str, LoadedAdapter], arguments: Mapping[str, Any]) -> None:
         self.models = list(lora_components(pipe).values())
-        self.adapters = dict(adapters)
+        self.progress = first_progress(arguments)
+        self.position = -1
+        looped = {name: adapter for name, adapter in adapters.items() if isinstance(adapter.steering, ClosedLoop)}
+        self.adapters = {name: adapter for name, adapter in adapters.items() if name not in looped}
         self.applied = {name: adapter.strength for name, adapter in self.adapters.items()}
         self.used: set[str] = set()
-        self.progress = progress
-        self.position = -1
+        if len(looped) > 1:
+            raise PipelineError(
+                f"only one adapter of a pipeline can be in a closed loop, these are: {', '.join(looped)}; merge them "
+                "into one (spo merge), or give the others a strength"
+            )
+        self.loop: _Loop | None = None
+        for adapter in looped.values():
+            assert isinstance(adapter.steering, ClosedLoop)
+            self.loop = _Loop(pipe, adapter, adapter.steering, images_in_call(arguments), self.progress)
 
-    def __enter__(self) -> WindowSteering:
+    def __enter__(self) -> Steering:
         self._apply(self.progress)
+        if self.loop is not None:
+            self.loop.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.loop is not None:
+            self.loop.stop()
         for name, adapter in self.adapters.items():
             switch(self.models, name, adapter.strength)
         unused = sorted(set(self.adapters) - self.used)
@@ -90,11 +112,171 @@ class WindowSteering:
         return next((index for index in matches if index > self.position), self.position + 1)
 
     def _apply(self, progress: float) -> None:
+        if self.loop is not None:
+            self.loop.begin_step(progress)
         for name, adapter in self.adapters.items():
             inside = in_window(progress, adapter.window)
-            strength = adapter.strength if inside else 0.0
+            factor = adapter.steering.factor(progress) if isinstance(adapter.steering, Schedule) else 1.0
+            strength = adapter.strength * factor if inside else 0.0
             if inside:
                 self.used.add(name)
             if strength != self.applied[name]:
                 switch(self.models, name, strength)
                 self.applied[name] = strength
+
+
+class _Loop:
+    """The closed loop of one adapter over one call: asks the denoiser twice while it looks, then sets each picture.
+
+    Hooks on the denoisers do it, so it works whatever the pipeline does between them. In one batch some pictures may
+    be drawn with the adapter and others without: then the LoRA layers are scaled by row, and a row of zeros leaves the
+    base model's numbers as they are. Where layers fold rows into one another, or a batch does not hold the same number
+    of rows for each picture, one picture that needs the adapter gives it to the whole batch.
+    """
+
+    def __init__(self, pipe: Any, adapter: LoadedAdapter, settings: ClosedLoop, images: int, progress: float) -> None:
+        self.name, self.settings = adapter.name, settings
+        self.models = [getattr(pipe, component) for component in adapter.components]
+        for component, model in zip(adapter.components, self.models, strict=True):
+            if getattr(model, "_compiled_call_impl", None) is not None:
+                raise PipelineError(
+                    f"the closed loop asks pipe.{component} twice, which a model compiled as a whole cannot be; use "
+                    f"pipe.{component}.compile_repeated_blocks(), or a window or a schedule"
+                )
+        self.layers = {
+            model: [
+                layer
+                for _, layer in tuner_layers(model)
+                if self.name in getattr(layer, "lora_A", {}) and self.name in layer.active_adapters
+            ]
+            for model in self.models
+        }
+        self.scales = {layer: layer.scaling[self.name] for layers in self.layers.values() for layer in layers}
+        self.flags = {model: requires_grad(model) for model in self.models}
+        self.dimensions: dict[nn.Module, int] = {}
+        self.by_row = True
+        self.steered = torch.zeros(images, dtype=torch.bool)
+        self.evidence = torch.full((images,), float("nan"))
+        self.looking = self.asked = self.asking = False
+        self.handles: list[Any] = []
+        if progress > settings.until - _TOLERANCE:
+            self.steered[:] = True
+            warnings.warn(
+                f"this call begins at progress {progress:.2f}, when the closed loop has stopped looking "
+                f"({settings.until:.2f}): every picture is drawn with the adapter",
+                stacklevel=5,
+            )
+
+    @property
+    def report(self) -> LoopReport:
+        """What has been decided so far."""
+        return LoopReport(self.steered.tolist(), self.evidence.clone())
+
+    def start(self) -> None:
+        for model in self.models:
+            self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self.handles.append(model.register_forward_hook(self._after, with_kwargs=True))
+
+    def stop(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for model in self.models:
+            self._apply(model, torch.ones(1, dtype=torch.bool))
+            restore_requires_grad(model, self.flags[model])
+
+    def begin_step(self, progress: float) -> None:
+        self.looking, self.asked = progress < self.settings.until - _TOLERANCE, False
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.asking:
+            self._apply(model, self._rows(len(_first_input(args, kwargs))))
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # Of the calls in one step (with guidance, and without it) the first is for the prompt itself.
+        if self.asking or self.asked or not self.looking or bool(self.steered.all()):
+            return None
+        self.asked = True
+        return self._judge(output, self._ask(model, args, kwargs))
+
+    def _ask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The denoiser's answer with the adapter; notes the shapes that its layers see."""
+        rows = len(_first_input(args, kwargs))
+
+        def watch(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.dimensions[layer] = inputs[0].ndim
+            self.by_row &= inputs[0].shape[0] == rows
+
+        watches = [layer.register_forward_pre_hook(watch) for layer in self.layers[model]]
+        self.asking = True
+        try:
+            self._apply(model, torch.ones(1, dtype=torch.bool))
+            return model(*args, **kwargs)
+        finally:
+            self.asking = False
+            for handle in watches:
+                handle.remove()
+
+    def _judge(self, output: Any, with_adapter: Any) -> Any:
+        """The output, with the rows taken from `with_adapter` whose pictures turn out to need it."""
+        before, after = _prediction(output), _prediction(with_adapter)
+        rows, images = len(before), len(self.steered)
+        already = self._rows(rows)
+        # In a batch for guidance the prompts' own rows come last.
+        own = slice(rows - images, rows) if rows % images == 0 else slice(0, rows)
+        found = self.settings.evidence(_stacked(before[own]), _stacked(after[own])).detach().float().cpu()
+        found = found if len(found) == images else found.max().expand(images)
+        self.evidence = torch.where(self.steered, self.evidence, torch.fmax(self.evidence, found))
+        # What gives no number is not taken for safe.
+        self.steered |= ~(found < self.settings.threshold)
+        return _with_prediction(output, _picked(before, after, self._rows(rows) & ~already))
+
+    def _rows(self, rows: int) -> Tensor:
+        """Which rows of a denoiser's batch belong to pictures that are drawn with the adapter, `[rows]`."""
+        images = len(self.steered)
+        if self.by_row and rows % images == 0:
+            return self.steered.repeat(rows // images)
+        return self.steered.any().expand(rows)
+
+    def _apply(self, model: nn.Module, rows: Tensor) -> None:
+        """Scale the adapter's layers in `model` by row; all or none is a number, or off."""
+        some, every = bool(rows.any()), bool(rows.all())
+        for layer in self.layers[model]:
+            others = [other for other in layer.active_adapters if other != self.name]
+            wanted = [*others, self.name] if some else others
+            if wanted != list(layer.active_adapters):
+                layer.set_adapter(wanted)
+            scale = self.scales[layer]
+            if some and not every:
+                weight = layer.lora_A[self.name].weight
+                factors = rows.to(weight) * scale
+                scale = factors.view(-1, *[1] * (self.dimensions[layer] - 1))
+            layer.scaling[self.name] = scale
+
+
+def _first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the denoiser is to denoise, `[rows, ...]` or a list of rows: its first argument, however it is called."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (Tensor, list)):
+            return value
+    raise PipelineError("the closed loop cannot see what the denoiser is given: no tensor among its arguments")
+
+
+def _prediction(output: Any) -> Any:
+    return output[0]
+
+
+def _with_prediction(output: Any, prediction: Any) -> Any:
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return type(output)(**{**output, next(iter(output)): prediction})
+
+
+def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack(list(rows))
+
+
+def _picked(before: Any, after: Any, rows: Tensor) -> Any:
+    """Row by row from `after` where `rows` says so, otherwise from `before`."""
+    if isinstance(before, Tensor):
+        return torch.where(rows.to(before.device).view(-1, *[1] * (before.ndim - 1)), after, before)
+    return [new if chosen else old for old, new, chosen in zip(before, after, rows.tolist(), strict=True)]

@@ -22,7 +22,7 @@ from tiny import SIZE, ColourCost, base_picture, colour_policy, draw, fresh, pic
 from t2i_spo_plugin.errors import AdapterError, ConfigError, DomainError, NotScoredError, PipelineError
 from t2i_spo_plugin.guard import Guard
 from t2i_spo_plugin.mixin import SPOLoraLoaderMixin, enable_spo, spo_pipeline_class
-from t2i_spo_plugin.steering import first_progress, in_window
+from t2i_spo_plugin.trajectory import first_progress, in_window
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..cost.vision import VisionCostModel
     from ..policy import Policy
     from ..quality.normalise import QualityModel
+    from ..trajectory import ClosedLoop
     from .referee import StickerReferee
 
 FOLDER = Path(__file__).parent
@@ -94,6 +95,21 @@ def adapter_path(name: str) -> Path:
     if name not in ADAPTERS:
         raise SPOError(f"no bundled adapter is called {name!r}; there are {', '.join(ADAPTERS)}")
     return _part(f"adapters/{name}.safetensors")
+
+
+def closed_loop_path(evidence: Literal["reader", "size"] = "reader") -> Path:
+    """The file of a closed loop for the bundled safety adapter ``spo`` at strength 1."""
+    return _part(f"closed_loop/{evidence}.safetensors")
+
+
+def load_closed_loop(evidence: Literal["reader", "size"] = "reader") -> ClosedLoop:
+    """A closed loop for the bundled safety adapter: benign prompts are drawn by the base model itself.
+
+    ``reader`` reads what the adapter would change, ``size`` only how much; the first finds more.
+    """
+    from ..change_reader import load_closed_loop as load
+
+    return load(closed_loop_path(evidence))
 
 
 def prompt_rows(

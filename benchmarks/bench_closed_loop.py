@@ -1,0 +1,64 @@
+"""What a closed loop costs: benign and harmful prompts with it, against plain drawing, interleaved in one process.
+
+A benign picture costs the base model's steps and the second look; a harmful one costs what the adapter costs at
+constant strength, and the look. Uses the bundled sticker models.
+
+    python benchmarks/bench_closed_loop.py [--rounds 7] [--steps 25] [--batch 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from t2i_spo_plugin import enable_spo, sticker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=4)
+    options = parser.parse_args()
+    loop = sticker.load_closed_loop()
+    plain = enable_spo(sticker.load_pipeline())
+    constant, looped = enable_spo(sticker.load_pipeline()), enable_spo(sticker.load_pipeline())
+    constant.load_spo_lora(sticker.adapter_path("spo"))
+    looped.load_spo_lora(sticker.adapter_path("spo"), steering=loop)
+
+    def draw(pipe: Any, kind: str) -> Any:
+        rows = sticker.prompt_rows(kind, options.batch)  # type: ignore[arg-type]
+        seeds = [torch.Generator().manual_seed(row.seed) for row in rows]
+        return pipe([row.prompt for row in rows], generator=seeds, num_inference_steps=options.steps)
+
+    ways = {
+        "benign, plain": (plain, "benign"),
+        "benign, closed loop": (looped, "benign"),
+        "harmful, constant strength": (constant, "harmful"),
+        "harmful, closed loop": (looped, "harmful"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    used: dict[str, Sequence[bool]] = {}
+    for number in range(options.rounds + 1):
+        for name, (pipe, kind) in ways.items():
+            start = time.perf_counter()
+            out = draw(pipe, kind)
+            if number:
+                times[name].append(time.perf_counter() - start)
+            if out.loop_report is not None:
+                used[name] = out.loop_report.steered
+    print(f"{options.batch} pictures, {options.steps} steps, median of {options.rounds} rounds")
+    names = list(ways)
+    for name, other in zip(names, (names[0], names[0], names[2], names[2]), strict=True):
+        ratio = statistics.median(own / ref for own, ref in zip(times[name], times[other], strict=True))
+        told = f"   adapter used for {sum(used[name])} of {options.batch}" if name in used else ""
+        print(f"{name:<28}{statistics.median(times[name]):8.3f} s   {ratio:6.3f} x {other}{told}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Evidence for the closed loop: a small network that reads what an adapter would change in the denoiser's prediction.
+
+The size of the change alone misses harmful prompts whose safe picture looks much alike (a knife that becomes a spoon);
+what is changed into what tells more. The network sees predictions only, never the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from .adapter import refuse_pickle, write_atomically
+from .errors import AdapterError, ConfigError
+from .header import read_header, shown
+from .trajectory import ClosedLoop
+
+
+_FORMAT = "spo-closed-loop/1"
+_SIZES = ("channels", "width")
+
+
+class ChangeReader(nn.Module):
+    """A logit that a picture is going to be unsafe, from predictions without and with the adapter.
+
+    Args:
+        channels: of a prediction: its second dimension `[B, C, H, W]`, or its last `[B, L, C]` where a picture is a
+            sequence of tokens.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, channels: int, width: int = 48) -> None:
+        super().__init__()
+        self.channels, self.width = channels, width
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(2 * channels))
+        self.register_buffer("std", torch.ones(2 * channels))
+        self.near = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.far = nn.Conv2d(width, width, 3, padding=1, stride=2)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[B]` logits of `features [B, 2 C, H, W]`, see `change_features`."""
+        x = (features - self.mean[:, None, None]) / self.std[:, None, None]
+        x = nn.functional.silu(self.far(nn.functional.silu(self.near(x))))
+        return self.head(x.mean((2, 3)))[:, 0]
+
+    @torch.no_grad()
+    def evidence(self, without: Tensor, with_adapter: Tensor) -> Tensor:
+        """`[B]` logits from predictions `[B, ...]` without and with the adapter, on the CPU in float32.
+
+        Raises:
+            ConfigError: the predictions have another number of channels.
+        """
+        features = change_features(without, with_adapter).cpu()
+        if features.shape[1] != 2 * self.channels:
+            raise ConfigError(
+                f"the closed loop was made for predictions with {self.channels} channels, these have "
+                f"{features.shape[1] // 2}: it belongs to another base model"
+            )
+        return self(features)
+
+
+def change_features(without: Tensor, with_adapter: Tensor) -> Tensor:
+    """The change and the prediction without the adapter as `[B, 2 C, H, W]` in float32.
+
+    Tokens `[B, L, C]` become `[B, C, L, 1]`; frames `[B, C, T, H, W]` are put below one another.
+
+    Raises:
+        ConfigError: the predictions have fewer than three dimensions.
+    """
+    if without.ndim < 3:
+        raise ConfigError(f"the closed loop cannot read predictions of shape {tuple(without.shape)}")
+
+    def as_map(prediction: Tensor) -> Tensor:
+        if prediction.ndim == 3:
+            return prediction.float().transpose(1, 2)[..., None]
+        return prediction.float().flatten(2, -2)
+
+    return torch.cat([as_map(with_adapter) - as_map(without), as_map(without)], 1)
+
+
+def save_closed_loop(loop: ClosedLoop, path: str | Path, facts: Mapping[str, str] | None = None) -> Path:
+    """Write `loop` as one safetensors file, the reader in float16; equal input, equal bytes.
+
+    Args:
+        facts: texts for the header, such as the adapter's name and what was measured.
+    """
+    path = Path(path)
+    header = {"threshold": loop.threshold, "until": loop.until}
+    tensors: dict[str, Tensor] = {}
+    if loop.reader is not None:
+        header |= {name: getattr(loop.reader, name) for name in _SIZES}
+        tensors = {name: tensor.half().contiguous() for name, tensor in loop.reader.state_dict().items()}
+    told = {"format": _FORMAT, "closed_loop": json.dumps(header, sort_keys=True), **dict(facts or {})}
+    # One key only: safetensors writes several in an order of its own.
+    write_atomically(path, [save(tensors, {"spo": json.dumps(told, sort_keys=True)})])
+    return path
+
+
+def load_closed_loop(path: str | Path) -> ClosedLoop:
+    """Read what `save_closed_loop` wrote. No pickle is opened.
+
+    Raises:
+        AdapterError: there is no such file, or it is none of a closed loop.
+    """
+    path = Path(path)
+    refuse_pickle(path.name)
+    problem = f"{path.name} is no file of a closed loop"
+    try:
+        told = json.loads(read_header(path).metadata["spo"])
+        if told["format"] != _FORMAT:
+            raise AdapterError(f"{problem} that this version reads: its format is {shown(str(told['format']))}")
+        header = json.loads(told["closed_loop"])
+        tensors = load_file(path)
+        reader = None
+        if tensors:
+            reader = ChangeReader(*(int(header[name]) for name in _SIZES)).eval().requires_grad_(False)
+            reader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return ClosedLoop(float(header["threshold"]), float(header["until"]), reader)
+    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        raise AdapterError(f"{problem}: {type(error).__name__} {shown(str(error))}") from error

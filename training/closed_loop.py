@@ -1,0 +1,267 @@
+"""Make a closed loop for an adapter: learn from prompts what its change looks like before an unsafe picture.
+
+No picture is drawn: for each prompt the first denoising steps are taken with the base model, and the predictions
+without and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts
+that it has not seen decide the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from t2i_spo_plugin.change_reader import ChangeReader, change_features, save_closed_loop
+from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.generate import quiet
+from t2i_spo_plugin.intervals import Interval, percent, wilson
+from t2i_spo_plugin.loading import load_spo_lora, unload_spo_lora
+from t2i_spo_plugin.mixin import enable_spo
+from t2i_spo_plugin.prompts import PromptRow, drop_minors, read_prompts
+from t2i_spo_plugin.trajectory import ClosedLoop, change_size
+
+from .annotators import STICKER, load_prompts
+
+
+@dataclass(frozen=True)
+class ClosedLoopConfig:
+    """What a closed loop is made from.
+
+    Attributes:
+        adapter: `spo` (bundled), a file, a folder or a Hub id. It may change denoisers only.
+        out: the .safetensors file to write.
+        pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
+        prompts: `sticker` or a file with harmful and benign prompts (csv, jsonl, parquet).
+        harmful: harmful prompts of the sticker world.
+        benign: benign prompts of the sticker world.
+        lookalike: benign prompts of the sticker world that look harmful.
+        evidence: `reader` learns from the predictions; `size` takes how much they change, and learns nothing.
+        max_benign: share of benign prompts that may be drawn with the adapter; the threshold follows from it.
+        until: progress before which the closed loop looks; 0.04 is the first of 25 steps.
+        strength: of the adapter, as it will be used.
+        denoising_steps: of a whole picture, as it will be drawn.
+        guidance_scale: classifier-free guidance, as it will be used.
+        batch_size: prompts at once.
+        held_out: share of the prompts that decide the threshold and are not learned from.
+        train_steps: of the reader.
+        seed: of the prompt choice, the split and the training.
+        device: where the pipeline runs.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    adapter: str = "spo"
+    out: Path = Path("closed_loop.safetensors")
+    pipeline: str = "sticker"
+    prompts: str = "sticker"
+    harmful: int = 3000
+    benign: int = 2500
+    lookalike: int = 1000
+    evidence: Literal["reader", "size"] = "reader"
+    max_benign: float = 0.06
+    until: float = 0.04
+    strength: float = 1.0
+    denoising_steps: int = 25
+    guidance_scale: float = 3.0
+    batch_size: int = 16
+    held_out: float = 0.2
+    train_steps: int = 1500
+    seed: int = 0
+    device: str = "cpu"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("harmful", "benign", "denoising_steps", "batch_size", "train_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_benign", "held_out"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.lookalike < 0:
+            raise ConfigError(f"lookalike must be at least 0, got {self.lookalike}")
+
+
+@dataclass(frozen=True)
+class ClosedLoopReport:
+    """A closed loop and what it did on prompts that were held out; `str()` prints it.
+
+    Attributes:
+        loop: for `load_spo_lora(..., steering=loop)`.
+        path: where it was written.
+        harmful: share of harmful prompts that are drawn with the adapter, with its 95 % interval.
+        benign: share of benign prompts that are drawn with the adapter, with its 95 % interval.
+        counts: held-out harmful and benign prompts.
+    """
+
+    loop: ClosedLoop
+    path: Path
+    harmful: tuple[float, Interval]
+    benign: tuple[float, Interval]
+    counts: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: threshold {self.loop.threshold:.3f}; on held-out prompts the adapter is used for "
+            f"{percent(*self.harmful)} of {self.counts[0]} harmful and {percent(*self.benign)} of {self.counts[1]} "
+            "benign ones"
+        )
+
+
+@dataclass
+class _Recorder:
+    """Stands where a reader stands, keeps what it is shown, and finds nothing."""
+
+    features: list[Tensor] = field(default_factory=list)
+    sizes: list[Tensor] = field(default_factory=list)
+
+    def evidence(self, without: Tensor, with_adapter: Tensor) -> Tensor:
+        self.features.append(change_features(without, with_adapter).cpu())
+        self.sizes.append(change_size(without, with_adapter).cpu())
+        return torch.zeros(len(without))
+
+
+def make_closed_loop(
+    config: ClosedLoopConfig, pipe: Any = None, rows: Sequence[PromptRow] | None = None
+) -> ClosedLoopReport:
+    """Record, learn, choose the threshold, and write `config.out`.
+
+    Args:
+        config: see `ClosedLoopConfig`.
+        pipe, rows: loaded ones instead of those that `config` names.
+
+    Raises:
+        ConfigError: harmful or benign prompts are missing.
+        AdapterError: the adapter does not fit, or changes a text encoder.
+    """
+    if rows is None:
+        rows = _load_rows(config)
+    rows = drop_minors(rows)[0]
+    if pipe is None:
+        from .trainer import load_pipeline
+
+        pipe = load_pipeline(config.pipeline).to(config.device)
+    features, sizes = _record(config, enable_spo(pipe), rows)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(rows), generator=generator)
+    n_held = max(1, round(config.held_out * len(rows)))
+    held, learned = order[:n_held], order[n_held:]
+    unsafe = torch.tensor([row.kind == "harmful" for row in rows])
+    for part, name in ((held, "held-out"), (learned, "remaining")):
+        if bool(unsafe[part].all()) or not bool(unsafe[part].any()):
+            raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
+    reader = None
+    if config.evidence == "reader":
+        reader = train_reader(features[learned], unsafe[learned], config.train_steps, config.seed, config.progress)
+        # As it will be read from its file.
+        reader.load_state_dict({name: tensor.half().float() for name, tensor in reader.state_dict().items()})
+    shown = features[held]
+    found = sizes[held].amax(1) if reader is None else _most(reader, shown)
+    threshold = float(found[~unsafe[held]].quantile(1.0 - config.max_benign))
+    loop = ClosedLoop(threshold, config.until, reader)
+    facts = {"adapter": Path(config.adapter).name, "evidence": config.evidence, "strength": f"{config.strength:g}"}
+    used = found >= threshold
+    rates = [_rate(used[unsafe[held]]), _rate(used[~unsafe[held]])]
+    n_harmful = int(unsafe[held].sum())
+    path = save_closed_loop(loop, config.out, facts)
+    return ClosedLoopReport(loop, path, rates[0], rates[1], (n_harmful, n_held - n_harmful))
+
+
+def train_reader(
+    features: Tensor, unsafe: Tensor, steps: int = 1500, seed: int = 0, progress: bool = False
+) -> ChangeReader:
+    """Fit a `ChangeReader` by cross-entropy.
+
+    Args:
+        features: `[N, K, 2 C, H, W]` of N prompts at K denoising steps.
+        unsafe: `[N]`, bool.
+        steps: of AdamW, 256 examples each.
+        seed: of the weights and the examples.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flat, target = features.flatten(0, 1), unsafe.float().repeat_interleave(features.shape[1])
+        reader = ChangeReader(flat.shape[1] // 2)
+        reader.mean.copy_(flat.mean((0, 2, 3)))
+        reader.std.copy_(flat.std((0, 2, 3)).clamp(min=1e-4))
+        optimizer = torch.optim.AdamW(reader.parameters(), lr=6e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="reader", unit="step", disable=not progress):
+            batch = torch.randint(len(flat), (min(256, len(flat)),))
+            loss = nn.functional.binary_cross_entropy_with_logits(reader(flat[batch]), target[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return reader.eval().requires_grad_(False)
+
+
+def _load_rows(config: ClosedLoopConfig) -> list[PromptRow]:
+    if config.prompts != STICKER:
+        return list(read_prompts(config.prompts, seed=config.seed))
+    counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
+    return load_prompts(config.prompts, counts, "train", config.seed)
+
+
+def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
+    """Features `[N, K, 2 C, H, W]` and sizes of the change `[N, K]` at the K steps in which the loop looks."""
+    recorder = _Recorder()
+    looking = ClosedLoop(1.0, config.until, recorder)  # type: ignore[arg-type]
+    features, sizes = [], []
+    source: Any = config.adapter
+    if config.adapter == "spo":
+        from t2i_spo_plugin import sticker
+
+        source = sticker.adapter_path("spo")
+    load_spo_lora(pipe, source, config.strength, adapter_name="recorded", steering=looking)
+    try:
+        for first in tqdm(
+            range(0, len(rows), config.batch_size), desc="recording", unit="batch", disable=not config.progress
+        ):
+            batch = rows[first : first + config.batch_size]
+            recorder.features.clear()
+            recorder.sizes.clear()
+            with quiet(pipe):
+                pipe(
+                    prompt=[row.prompt for row in batch],
+                    generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
+                    num_inference_steps=config.denoising_steps,
+                    guidance_scale=config.guidance_scale,
+                    output_type="latent",
+                    callback_on_step_end=_stop_after(config.until),
+                )
+            if not recorder.features:
+                raise SPOError("the denoiser was never asked with the adapter; raise `until`")
+            features.append(torch.stack(recorder.features, 1))
+            sizes.append(torch.stack(recorder.sizes, 1))
+    finally:
+        unload_spo_lora(pipe, "recorded")
+    return torch.cat(features), torch.cat(sizes)
+
+
+def _stop_after(until: float) -> Callable[..., dict[str, Any]]:
+    """Most pipelines skip what is left once they are interrupted; others draw to the end, which costs time only."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if (step + 1) / len(pipe.scheduler.timesteps) >= until:
+            pipe._interrupt = True
+        return tensors
+
+    return on_step_end
+
+
+@torch.no_grad()
+def _most(reader: ChangeReader, features: Tensor) -> Tensor:
+    """`[N]` the largest logit over the K steps of `features [N, K, ...]`."""
+    return reader(features.flatten(0, 1)).view(features.shape[:2]).amax(1)
+
+
+def _rate(used: Tensor) -> tuple[float, Interval]:
+    hits, total = int(used.sum()), len(used)
+    return hits / total, wilson(hits, total)
