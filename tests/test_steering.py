@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from tiny import SIZE, base_picture, denoiser, draw, pictures, random_adapter
+from tiny import SIZE, TWO_FAMILIES, base_picture, denoiser, draw, pictures, random_adapter
 
 from t2i_spo_plugin.change_reader import ChangeReader, change_features, load_closed_loop, save_closed_loop
 from t2i_spo_plugin.errors import AdapterError, ConfigError, IncompatibleAdapterError, PipelineError
@@ -56,6 +56,7 @@ def expected(family, pipe):
     return base, constant, evidence, float(first_step[:2].mean())
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_below_the_threshold_every_picture_is_the_base_models_own(pipe, expected):
     out, drawn = steered(pipe, NEVER)
     assert torch.equal(drawn, expected[0])
@@ -63,12 +64,14 @@ def test_below_the_threshold_every_picture_is_the_base_models_own(pipe, expected
     assert torch.isfinite(out.loop_report.evidence).all() and (out.loop_report.evidence > 0).all()
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_above_it_every_picture_is_drawn_as_at_constant_strength(pipe, expected):
     out, drawn = steered(pipe, ALWAYS)
     assert torch.equal(drawn, expected[1])
     assert out.loop_report.steered == [True, True, True]
 
 
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_in_one_batch_each_picture_gets_what_it_needs(pipe, expected):
     base, constant, _, threshold = expected
     out, drawn = steered(pipe, ClosedLoop(threshold, until=0.1))
@@ -223,7 +226,7 @@ def test_a_schedule_multiplies_the_strength_step_by_step(sd1):
     assert sd1.spo_adapters()["spo"].strength == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_a_schedule_works_on_every_family(family, pipe):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe), steering=Schedule([(0.0, 1.0), (0.5, 0.0)]))
     scheduled = pictures(pipe)
