@@ -74,7 +74,7 @@ sticker: $(STAMP)
 	done
 	mkdir -p $(STICKER)/closed_loop
 	$(BIN)/spo closed-loop --out $(STICKER)/closed_loop/reader.safetensors
-	$(BIN)/spo closed-loop --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 0.9 \
+	$(BIN)/spo closed-loop --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
 	  --out $(STICKER)/closed_loop/size.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json

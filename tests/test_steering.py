@@ -329,7 +329,7 @@ def test_a_closed_loop_is_made_from_prompts(evidence, sd1, tmp_path):
     rows = [PromptRow(f"{n}", f"prompt {n}", kinds[n % 2], seed=n) for n in range(40)]
     config = ClosedLoopConfig(
         adapter=str(adapter), out=tmp_path / "loop.safetensors", evidence=evidence, denoising_steps=4, train_steps=5,
-        until=0.3, held_out=0.5, progress=False,
+        until=0.3, held_out=1.0, progress=False,
     )  # fmt: skip
     made = make_closed_loop(config, sd1, rows)
     assert sum(made.counts) == 20 and made.benign[0] <= 0.2

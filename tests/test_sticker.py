@@ -110,3 +110,24 @@ def test_uascore_says_what_it_promises(conformance):
     # The upper end of each quality scale is the base's own mean: good pictures that vary around it lose a little.
     for name, promised in PROMISED.items():
         assert conformance[name] == pytest.approx(promised, abs=7), conformance
+
+
+def test_the_closed_loop_tells_harmful_prompts_from_benign_ones():
+    rows = [*sticker.prompt_rows("harmful", 8), *sticker.prompt_rows("benign", 8)]
+    pipe = enable_spo(sticker.load_pipeline())
+
+    def draw():
+        seeds = [torch.Generator().manual_seed(row.seed) for row in rows]
+        # The first step decides, and is the same whatever the number of steps.
+        return pipe([row.prompt for row in rows], generator=seeds, num_inference_steps=2, output_type="pt")
+
+    base = draw().images
+    pipe.load_spo_lora(sticker.adapter_path("spo"))
+    constant = draw().images
+    pipe.unload_spo_lora()
+    pipe.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_closed_loop())
+    out = draw()
+    assert sum(out.loop_report.steered[:8]) == 8
+    assert sum(out.loop_report.steered[8:]) <= 1
+    for number, steered in enumerate(out.loop_report.steered):
+        assert torch.equal(out.images[number], (constant if steered else base)[number])

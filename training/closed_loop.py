@@ -47,7 +47,8 @@ class ClosedLoopConfig:
         denoising_steps: of a whole picture, as it will be drawn.
         guidance_scale: classifier-free guidance, as it will be used.
         batch_size: prompts at once.
-        held_out: share of the prompts that decide the threshold and are not learned from.
+        held_out: prompts that decide the threshold and are not learned from, as a share of those that are: of the
+            sticker world those of the validation split, of a file any.
         train_steps: of the reader.
         seed: of the prompt choice, the split and the training.
         device: where the pipeline runs.
@@ -81,9 +82,10 @@ class ClosedLoopConfig:
         for name in ("harmful", "benign", "denoising_steps", "batch_size", "train_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_benign", "held_out"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if not 0.0 < self.max_benign < 1.0:
+            raise ConfigError(f"max_benign must lie between 0 and 1, got {self.max_benign}")
+        if not self.held_out > 0.0:
+            raise ConfigError(f"held_out must be above 0, got {self.held_out}")
         if self.lookalike < 0:
             raise ConfigError(f"lookalike must be at least 0, got {self.lookalike}")
 
@@ -140,37 +142,34 @@ def make_closed_loop(
         ConfigError: harmful or benign prompts are missing.
         AdapterError: the adapter does not fit, or changes a text encoder.
     """
-    if rows is None:
-        rows = _load_rows(config)
-    rows = drop_minors(rows)[0]
+    learned, held = _parted(config, rows)
+    for part, name in ((held, "held-out"), (learned, "remaining")):
+        if len({row.kind == "harmful" for row in part}) < 2:
+            raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
     if pipe is None:
         from .trainer import load_pipeline
 
         pipe = load_pipeline(config.pipeline).to(config.device)
-    features, sizes = _record(config, enable_spo(pipe), rows)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(rows), generator=generator)
-    n_held = max(1, round(config.held_out * len(rows)))
-    held, learned = order[:n_held], order[n_held:]
-    unsafe = torch.tensor([row.kind == "harmful" for row in rows])
-    for part, name in ((held, "held-out"), (learned, "remaining")):
-        if bool(unsafe[part].all()) or not bool(unsafe[part].any()):
-            raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
+    features, sizes = _record(config, enable_spo(pipe), [*learned, *held])
+    unsafe = torch.tensor([row.kind == "harmful" for row in (*learned, *held)])
+    n_learned = len(learned)
     reader = None
     if config.evidence == "reader":
-        reader = train_reader(features[learned], unsafe[learned], config.train_steps, config.seed, config.progress)
+        reader = train_reader(
+            features[:n_learned], unsafe[:n_learned], config.train_steps, config.seed, config.progress
+        )
         # As it will be read from its file.
         reader.load_state_dict({name: tensor.half().float() for name, tensor in reader.state_dict().items()})
-    shown = features[held]
-    found = sizes[held].amax(1) if reader is None else _most(reader, shown)
-    threshold = float(found[~unsafe[held]].quantile(1.0 - config.max_benign))
+    found = sizes[n_learned:].amax(1) if reader is None else _most(reader, features[n_learned:])
+    unsafe = unsafe[n_learned:]
+    threshold = float(found[~unsafe].quantile(1.0 - config.max_benign))
     loop = ClosedLoop(threshold, config.until, reader)
     facts = {"adapter": Path(config.adapter).name, "evidence": config.evidence, "strength": f"{config.strength:g}"}
     used = found >= threshold
-    rates = [_rate(used[unsafe[held]]), _rate(used[~unsafe[held]])]
-    n_harmful = int(unsafe[held].sum())
+    n_harmful = int(unsafe.sum())
     path = save_closed_loop(loop, config.out, facts)
-    return ClosedLoopReport(loop, path, rates[0], rates[1], (n_harmful, n_held - n_harmful))
+    counts = n_harmful, len(unsafe) - n_harmful
+    return ClosedLoopReport(loop, path, _rate(used[unsafe]), _rate(used[~unsafe]), counts)
 
 
 def train_reader(
@@ -202,11 +201,19 @@ def train_reader(
     return reader.eval().requires_grad_(False)
 
 
-def _load_rows(config: ClosedLoopConfig) -> list[PromptRow]:
-    if config.prompts != STICKER:
-        return list(read_prompts(config.prompts, seed=config.seed))
-    counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
-    return load_prompts(config.prompts, counts, "train", config.seed)
+def _parted(
+    config: ClosedLoopConfig, rows: Sequence[PromptRow] | None
+) -> tuple[Sequence[PromptRow], Sequence[PromptRow]]:
+    """The prompts to learn from, and those that decide the threshold."""
+    if rows is None and config.prompts == STICKER:
+        counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
+        held = {kind: round(config.held_out * count) for kind, count in counts.items()}
+        return load_prompts(STICKER, counts, "train", config.seed), load_prompts(STICKER, held, "val", config.seed)
+    rows = drop_minors(rows if rows is not None else read_prompts(config.prompts, seed=config.seed))[0]
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    n_held = max(1, round(config.held_out / (1.0 + config.held_out) * len(rows)))
+    return [rows[number] for number in order[n_held:]], [rows[number] for number in order[:n_held]]
 
 
 def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
