@@ -358,7 +358,7 @@ def facts_from_header(metadata: Mapping[str, str]) -> AdapterFacts:
         spec = metadata.get("modelspec.prediction_type", "")
         prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
     if not prediction:
-        said_v = version.removesuffix(_VERSION_OF_V) != version
+        said_v = version in {f"{known}{_VERSION_OF_V}" for known in _KOHYA_VERSIONS.values()}
         prediction = "v_prediction" if said_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
     extra = {key.removeprefix("spo."): value for key, value in metadata.items() if _is_own_fact(key)}
     for key, value in metadata.items():
