@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .adapter import read_adapter as read_adapter
     from .adapter import write_adapter as write_adapter
     from .architecture import architecture_of as architecture_of
+    from .composition import AdapterLoad as AdapterLoad
+    from .composition import Composition as Composition
+    from .composition import adapter_load as adapter_load
+    from .composition import compose as compose
     from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
@@ -60,7 +64,9 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterError": "errors",
     "AdapterFacts": "adapter",
+    "AdapterLoad": "composition",
     "Category": "policy",
+    "Composition": "composition",
     "ConfigError": "errors",
     "CostBatch": "cost.base",
     "CostModel": "cost.base",
@@ -84,8 +90,10 @@ _HOMES = {
     "UnreadableAdapterError": "errors",
     "UnsupportedAdapterError": "errors",
     "adapter_facts": "loading",
+    "adapter_load": "composition",
     "adapter_of": "loading",
     "architecture_of": "architecture",
+    "compose": "composition",
     "convert_adapter": "convert",
     "enable_spo": "mixin",
     "extract_adapter": "extract",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,18 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
             if name in getattr(layer, "scaling", {}) and strength > 0.0:
                 layer.set_scale(name, strength)
             if wanted != list(layer.active_adapters):
+                layer.set_adapter(wanted)
+        _restore_requires_grad(model, flags)
+
+
+def reorder(models: Iterable[nn.Module], names: Sequence[str]) -> None:
+    """Sum the active adapters among `names` in that order, after all others; activity and strengths stay."""
+    for model in models:
+        flags = _requires_grad(model)
+        for _, layer in tuner_layers(model):
+            active = list(layer.active_adapters)
+            wanted = [name for name in active if name not in names] + [name for name in names if name in active]
+            if wanted != active:
                 layer.set_adapter(wanted)
         _restore_requires_grad(model, flags)
 
