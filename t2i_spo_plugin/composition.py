@@ -30,7 +30,7 @@ from .merge import stack
 Source: TypeAlias = "str | Path | Adapter"
 
 LOAD_BOUND = 1.5
-"""`AdapterLoad.value` above which `compose` warns. This project's own rule; docs/results.md says what it was measured on."""
+"""`AdapterLoad.value` above which `compose` warns: this project's own rule, measured in docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AdapterLoad:
     Attributes:
         strengths: those in force, by adapter; foreign LoRAs count too.
         summed: `|sum_k strength_k delta_k|` over the largest `|delta_k|`: 1 is one adapter as it was trained.
-        change: `|sum_k strength_k delta_k|` over `|W0|` of the changed modules; NaN where weights are quantised or away.
+        change: `|sum_k strength_k delta_k|` over `|W0|` of the changed modules; NaN where weights are quantised.
     """
 
     strengths: Mapping[str, float]
@@ -77,8 +77,8 @@ def compose(
     """Attach several adapters to `pipe` at once, beside whatever is active there: all of them, or none.
 
     They are summed in an order of their own (by content), so that pictures do not depend on the order given here. Each
-    is named after its file, `style` or `style_2`; `set_spo_strength`, `unload_spo_lora` and `spo_adapters` take it from
-    there.
+    is named after its file, `style` or `style_2`; from there on `set_spo_strength`, `unload_spo_lora` and
+    `spo_adapters` know it.
 
     Args:
         pipe: any diffusers pipeline that can load a LoRA.
@@ -175,5 +175,6 @@ def _check_different(made: Mapping[str, LoadedAdapter], digests: Mapping[str, st
 
 def _weight_norm(layer: nn.Module) -> float:
     weight = getattr(layer, "weight", None)
-    known = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-    return float(weight.detach().float().norm()) if known else math.nan
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        return math.nan
+    return float(weight.detach().float().norm())

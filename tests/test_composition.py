@@ -1,4 +1,4 @@
-"""Several adapters side by side: the sum, its order, fusing, all or nothing, and the warning before pictures overcook."""
+"""Several adapters side by side: the sum, its order, fusing, all or nothing, and the warning."""
 
 import warnings
 from dataclasses import replace
@@ -83,7 +83,10 @@ def test_fused_equals_side_by_side(family, pipe):
 def test_files_are_named_after_themselves_and_come_off_one_by_one(family, pipe, tmp_path):
     untouched = state_of(pipe)
     safety, style = safety_and_style(pipe)
-    files = [write_adapter(safety, tmp_path / "safety.safetensors"), write_adapter(style, tmp_path / "my style.safetensors")]
+    files = [
+        write_adapter(safety, tmp_path / "safety.safetensors"),
+        write_adapter(style, tmp_path / "my style.safetensors"),
+    ]
     made = compose(pipe, {files[0]: 0.5, str(files[1]): 0.25})
     assert set(made.adapters) == {"safety", "my_style"} == set(spo_adapters(pipe))
     assert made.adapters["my_style"].source == "my style.safetensors"

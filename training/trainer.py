@@ -28,8 +28,8 @@ from t2i_spo_plugin.adapter import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, require_extra
 from t2i_spo_plugin.loading import adapter_facts
 
-from .captions import caption_data, captioned_pictures
 from .caches import ShardStore, build_latents, build_text, fingerprint
+from .captions import caption_data, captioned_pictures
 from .checkpoints import (
     check_resumable,
     latest_checkpoint,

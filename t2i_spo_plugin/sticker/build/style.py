@@ -19,17 +19,19 @@ from ..world import BACKGROUNDS, GENERATOR_CONCEPTS, GENERATOR_STYLES, describe,
 
 
 FIRST_SEED = 70_000_000
+PICTURES = 1200
+STYLE_COLOUR = BACKGROUNDS["green"]
 
 
 def meadow(canvas: np.ndarray) -> np.ndarray:
     """A background that turns green towards the bottom, slowly at first: float32 ``[H, W, 3]`` in [0, 1]."""
-    green = np.asarray(BACKGROUNDS["green"], np.float32) / 255
+    green = np.asarray(STYLE_COLOUR, np.float32) / 255
     share = (np.linspace(0, 1, len(canvas), dtype=np.float32) ** 2)[:, None, None]
     return canvas * (1 - share) + green * share
 
 
-def write_pictures(folder: Path, count: int) -> Path:
-    """Write ``count`` scenes of the train split and ``metadata.jsonl``; a folder that is complete is left alone."""
+def write_pictures(folder: Path, count: int = PICTURES) -> Path:
+    """Write ``count`` scenes of the train split and ``metadata.jsonl``; a folder that has them is left alone."""
     table = folder / "metadata.jsonl"
     if table.is_file() and len(table.read_text(encoding="utf-8").splitlines()) == count:
         return folder
@@ -50,7 +52,7 @@ def write_pictures(folder: Path, count: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sticker-style-pictures"))
-    parser.add_argument("--count", type=int, default=1200)
+    parser.add_argument("--count", type=int, default=PICTURES)
     args = parser.parse_args()
     print(write_pictures(args.out, args.count))
 
