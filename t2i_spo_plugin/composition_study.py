@@ -57,13 +57,13 @@ class StudyConfig:
 
     out: Path = Path("runs/composition")
     n_harmful: int = 500
-    n_benign: int = 100
-    n_strength: int = 50
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.25, 1.5, 2.0)
+    n_benign: int = 50
+    n_strength: int = 40
+    strengths: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
     fine_tune_steps: int | None = None
     steps: int = 25
     guidance_scale: float = 3.0
-    batch_size: int = 8
+    batch_size: int = 16
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -1,20 +1,26 @@
 """Several adapters side by side: the sum, its order, fusing, all or nothing, and the warning."""
 
+import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_loading import assert_same_state, state_of
 from tiny import base_picture, denoiser, fresh, pictures, random_adapter
 
-from t2i_spo_plugin import AdapterLoad, adapter_load, compose, load_spo_lora, set_spo_strength, spo_adapters
+from t2i_spo_plugin import AdapterLoad, adapter_load, compose, load_spo_lora, set_spo_strength, spo_adapters, sticker
 from t2i_spo_plugin.adapter import Adapter, write_adapter
 from t2i_spo_plugin.composition import LOAD_BOUND
+from t2i_spo_plugin.composition_study import StudyConfig, in_style, report, run_study
 from t2i_spo_plugin.errors import AdapterError, ConfigError
 from t2i_spo_plugin.layouts import LoraPair
 from t2i_spo_plugin.loading import unload_spo_lora
 from t2i_spo_plugin.merge import merge_adapters
+from t2i_spo_plugin.sticker.build.style import meadow, write_pictures
+from t2i_spo_plugin.sticker.world import CONCEPTS, GENERATOR_CONCEPTS, GENERATOR_STYLES, describe, render
+from t2i_spo_plugin.training.captions import read_captions
 
 
 def safety_and_style(pipe) -> tuple[Adapter, Adapter]:
@@ -54,19 +60,14 @@ def test_one_after_the_other_rounds_differently_at_most(family, pipe):
         assert largest_difference(pictures(other), pictures(pipe)) < 1e-5
 
 
-def test_the_sum_is_that_of_the_merged_adapter(pipe):
+def test_the_sum_is_that_of_the_merged_adapter(family, pipe):
     safety, style = safety_and_style(pipe)
     made = compose(pipe, [(safety, 0.8), (style, 0.5)])
     both = pictures(pipe)
-    other = fresh_like(pipe)
+    other = fresh(family)
     load_spo_lora(other, merge_adapters([safety, style], [0.8, 0.5]).adapter)
     assert largest_difference(pictures(other), both) < 1e-4
     assert made.load.strengths == pytest.approx({"safety": 0.8, "style": 0.5})
-
-
-def fresh_like(pipe):
-    family = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
-    return fresh(family.get(type(pipe).__name__, "sd3"))
 
 
 def test_fused_equals_side_by_side(family, pipe):
@@ -158,7 +159,7 @@ def test_change_is_relative_to_the_base_weights(sd1):
     load = compose(sd1, [safety]).load
     weights = dict(fresh("sd1").unet.named_parameters())
     names = [f"{name.removeprefix('unet.')}.weight" for name in safety.modules]
-    base = torch.cat([weights[name].flatten() for name in names]).norm()
+    base = torch.cat([weights[name].detach().flatten() for name in names]).norm()
     moved = torch.cat([pair.delta().flatten() for pair in safety.modules.values()]).norm()
     assert load.change == pytest.approx(float(moved / base), rel=1e-5)
 
@@ -172,3 +173,33 @@ def test_too_much_warns_and_enough_does_not(sd1):
         warnings.simplefilter("error")
         assert not compose(fresh("sd1"), [(safety, 0.8), (almost, 0.6)]).load.overcooks
     assert 1.4 < LOAD_BOUND < 1.7
+
+
+def test_the_study_sees_the_style_where_it_is():
+    scenes = [describe(n, "train", "benign", GENERATOR_CONCEPTS, GENERATOR_STYLES) for n in range(20)]
+    scenes = [scene for scene in scenes if scene.background != "green"]
+    assert all(in_style(render(scene, scene.seed, aligned=True, backdrop=meadow)[0]) for scene in scenes)
+    assert not any(in_style(render(scene, scene.seed, aligned=True)[0]) for scene in scenes)
+
+
+def test_style_pictures_hold_no_unsafe_concept(tmp_path):
+    captions = [caption for _, caption in read_captions(write_pictures(tmp_path / "p", 30))]
+    unsafe = [word for concept in CONCEPTS.values() if concept.category for word in concept.words]
+    assert len(captions) == 30 and not [text for text in captions if any(f" {word} " in text for word in unsafe)]
+
+
+def test_the_documented_numbers_are_the_bundled_ones():
+    content = json.loads((sticker.FOLDER / "composition.json").read_text(encoding="utf-8"))
+    assert report(content) in (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_study_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = StudyConfig(tmp_path / "s", 8, 4, 2, strengths=(1.0,), fine_tune_steps=2, steps=2, progress=False)
+    first = run_study(config)
+    assert [one["ip"]["n"] for one in first["systems"].values()] == [8] * 5
+    assert (tmp_path / "s" / "sheet.png").is_file()
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "images").rglob("*.png")}
+    assert json.dumps(run_study(config)) == json.dumps(first)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "images").rglob("*.png")} == drawn

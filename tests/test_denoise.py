@@ -70,10 +70,11 @@ def test_a_folder_of_pictures_trains_an_adapter_that_loads(config, name):
 
 
 def test_the_pictures_are_learnt(config):
-    # A timestep at which the target is decided by the picture, not by chance.
-    train(replace(config, steps=30, batch_size=4, t_min=100, t_max=101, caption_dropout=0.0), tiny_pipeline("sd1"))
+    # Near pure noise the velocity is the picture itself, with its sign changed.
+    options = {"steps": 12, "batch_size": 4, "t_min": 990, "caption_dropout": 0.0, "checkpoint_every": 0}
+    train(replace(config, **options), tiny_pipeline("sd1", prediction_type="v_prediction"))
     curve = [entry["loss"] for entry in report_of(config)["curve"]]
-    assert np.mean(curve[-5:]) < 0.8 * np.mean(curve[:5])
+    assert np.mean(curve[-3:]) < 0.7 * np.mean(curve[:3])
 
 
 def test_stopped_and_resumed_equals_never_stopped(config):
