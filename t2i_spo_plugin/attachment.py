@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,7 +148,9 @@ def strength_in_force(model: nn.Module, name: str) -> float:
         if name in getattr(layer, "scaling", {}):
             if name not in layer.active_adapters or layer.disable_adapters:
                 return 0.0
-            return float(layer.scaling[name] * layer.r[name] / layer.lora_alpha[name])
+            rank = layer.r[name]
+            divisor = math.sqrt(rank) if layer.use_rslora.get(name, False) else rank
+            return float(layer.scaling[name] * divisor / layer.lora_alpha[name])
     return 0.0
 
 

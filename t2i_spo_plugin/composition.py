@@ -106,12 +106,13 @@ def compose(
             made[name] = load_spo_lora(pipe, source, strength, adapter_name=name, strict=strict)
             digests[name] = _digest(adapter_of(pipe, name))
         _check_different(made, digests)
-        reorder(models, sorted(made, key=lambda name: digests[name]))
+        made = {name: made[name] for name in sorted(made, key=lambda name: digests[name])}
+        reorder(models, list(made))
+        load = adapter_load(pipe)
     except BaseException:
         for name in made:
             unload_spo_lora(pipe, name)
         raise
-    load = adapter_load(pipe)
     if load.overcooks:
         listed = ", ".join(f"{name} at {strength:g}" for name, strength in load.strengths.items())
         warnings.warn(
@@ -123,7 +124,11 @@ def compose(
 
 
 def adapter_load(pipe: Any) -> AdapterLoad:
-    """How far the adapters that are active in `pipe` move its weights together."""
+    """How far the adapters that are active in `pipe` move its weights together.
+
+    Raises:
+        AdapterError: an active adapter's numbers are not valid (NaN, or all zero).
+    """
     strengths: dict[str, float] = {}
     weights = [0.0]
     for model in lora_components(pipe).values():
