@@ -67,8 +67,10 @@ sticker: $(STAMP)
 	$(BIN)/spo pairs --config sticker-pairs
 	$(BIN)/spo train --config sticker-spo
 	$(BIN)/spo train --config sticker-dpo
+	$(BUILD).style
+	$(BIN)/spo train --config sticker-style
 	mkdir -p $(ADAPTERS)
-	for name in spo dpo; do \
+	for name in spo dpo style; do \
 	  cp runs/sticker-$$name/adapter.safetensors $(ADAPTERS)/$$name.safetensors; \
 	  cp runs/sticker-$$name/report.json $(ADAPTERS)/$$name.json; \
 	done
@@ -78,6 +80,8 @@ sticker: $(STAMP)
 	  --out $(STICKER)/closed_loop/size.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json
+	$(BIN)/python -m t2i_spo_plugin.composition_study --out runs/composition
+	cp runs/composition/composition.json $(STICKER)/composition.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..generate import folder_hash
+from ..options import split_strength
 
 
 BASE = "base"
-BUNDLED = ("spo", "dpo")
+BUNDLED = ("spo", "dpo", "style")
 
 Prepare = Callable[[Any], AbstractContextManager[Any]]
 
@@ -66,7 +67,7 @@ def adapter_system(name: str, source: str | Path, strength: float = 1.0) -> Syst
 def parse_adapters(specs: Sequence[str], strength: float = 1.0) -> list[System]:
     """Systems from `NAME` or `NAME=SOURCE`, each with an optional `@STRENGTH`, such as `spo` or `half=spo@0.5`.
 
-    A source is a bundled name (`spo`, `dpo`), a file, a folder or a Hub id.
+    A source is a bundled name (`spo`, `dpo`, `style`), a file, a folder or a Hub id.
 
     Raises:
         ConfigError: a malformed text, a strength below 0, or two systems with one name.
@@ -79,12 +80,7 @@ def parse_adapters(specs: Sequence[str], strength: float = 1.0) -> list[System]:
 
 
 def _parse(spec: str, default_strength: float) -> System:
-    rest, at, number = spec.rpartition("@")
-    strength = default_strength
-    if at and _is_number(number):
-        strength = float(number)
-    else:
-        rest = spec
+    rest, strength = split_strength(spec, default_strength)
     name, equals, source = rest.partition("=")
     if not equals:
         name, source = (spec, rest) if rest in BUNDLED else (Path(rest).stem, rest)
@@ -97,11 +93,3 @@ def _parse(spec: str, default_strength: float) -> System:
 
         return adapter_system(name, adapter_path(source), strength)
     return adapter_system(name, source, strength)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .architecture import architecture_of as architecture_of
     from .change_reader import load_closed_loop as load_closed_loop
     from .change_reader import save_closed_loop as save_closed_loop
+    from .composition import AdapterLoad as AdapterLoad
+    from .composition import Composition as Composition
+    from .composition import adapter_load as adapter_load
+    from .composition import compose as compose
     from .convert import convert_adapter as convert_adapter
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
@@ -73,9 +77,11 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterError": "errors",
     "AdapterFacts": "adapter",
+    "AdapterLoad": "composition",
     "Category": "policy",
     "ClipCostModel": "cost.clip_head",
     "ClosedLoop": "trajectory",
+    "Composition": "composition",
     "ConfigError": "errors",
     "CostBatch": "cost.base",
     "CostModel": "cost.base",
@@ -104,10 +110,12 @@ _HOMES = {
     "UnreadableAdapterError": "errors",
     "UnsupportedAdapterError": "errors",
     "adapter_facts": "loading",
+    "adapter_load": "composition",
     "adapter_of": "loading",
     "architecture_of": "architecture",
     "clip_cost_model": "cost.clip_head",
     "clip_tower": "cost.clip_head",
+    "compose": "composition",
     "convert_adapter": "convert",
     "enable_spo": "mixin",
     "extract_adapter": "extract",

@@ -6,7 +6,7 @@ import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,18 @@ def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
             if name in getattr(layer, "scaling", {}) and here > 0.0:
                 _set_scale(layer, name, here, stabilised)
             if wanted != list(layer.active_adapters):
+                layer.set_adapter(wanted)
+        restore_requires_grad(model, flags)
+
+
+def reorder(models: Iterable[nn.Module], names: Sequence[str]) -> None:
+    """Sum the active adapters among `names` in that order, after all others; activity and strengths stay."""
+    for model in models:
+        flags = requires_grad(model)
+        for _, layer in tuner_layers(model):
+            active = list(layer.active_adapters)
+            wanted = [name for name in active if name not in names] + [name for name in names if name in active]
+            if wanted != active:
                 layer.set_adapter(wanted)
         restore_requires_grad(model, flags)
 

@@ -15,7 +15,7 @@ import tyro
 
 from . import __version__
 from .errors import ConfigError, NotScoredError, SPOError
-from .options import read_options
+from .options import read_options, split_strength
 
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _overview() -> str:
 def _generate(
     prompts: tuple[str, ...],
     pipeline: str = "sticker",
-    adapter: str | None = None,
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     strength: float = 1.0,
     out: Path = Path("outputs"),
     seed: int = 0,
@@ -178,23 +178,25 @@ def _generate(
     Args:
         prompts: one or more prompts, or a single .csv, .jsonl or .parquet file of them.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
-        adapter: `spo` or `dpo` (bundled, for the sticker pipeline), a file, a folder, or a Hub id.
-        strength: 0 is the base model exactly, 1 as trained.
+        adapter: `spo`, `dpo` or `style` (bundled, for the sticker pipeline), a file, a folder, or a Hub id, each with
+            an optional `@STRENGTH`; name it several times to have several side by side.
+        strength: of adapters that do not say their own; 0 is the base model exactly, 1 as trained.
         out: the folder that receives the pictures.
         seed: of the first prompt; the following ones count up.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         batch_size: pictures drawn at a time.
     """
+    from .composition import compose
     from .generate import generate as draw
     from .guard import pipeline_domain
-    from .loading import load_spo_lora
 
     rows = _prompt_rows(prompts, seed)
     pipe = _pipeline(pipeline)
-    if adapter is not None:
-        load_spo_lora(pipe, _adapter_source(adapter), strength=strength)
-    facts = {"pipeline": pipeline, "adapter": adapter or "", "strength": strength if adapter else 0.0}
+    wanted = [split_strength(text, strength) for text in adapter]
+    if wanted:
+        compose(pipe, [(_adapter_source(source), own) for source, own in wanted])
+    facts = {"pipeline": pipeline, "adapters": wanted}
     drawn = draw(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, facts=facts)
     if drawn.n_dropped_minors:
         print(f"{drawn.n_dropped_minors} prompts speak of minors and were not drawn")

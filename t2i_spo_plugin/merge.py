@@ -119,7 +119,7 @@ def merge_adapters(
     if method == "svd" and rank is None:
         rank = max(pair.rank for adapter in adapters for pair in adapter.modules.values())
     facts = _facts(adapters, weights, names, method)
-    stacked = _stack(adapters, weights)
+    stacked = stack(adapters, weights)
     cuts = {name: _rounded(METHODS[method](down, up, rank), dtype, name) for name, (down, up) in stacked.items()}
     errors = {name: relative_error(cut.lost, cut.total) for name, cut in cuts.items()}
     error = relative_error(sum(cut.lost for cut in cuts.values()), sum(cut.total for cut in cuts.values()))
@@ -132,7 +132,7 @@ def _rounded(cut: Cut, dtype: torch.dtype, name: str) -> Cut:
     return Cut(pair, cut.lost + lost, cut.total)
 
 
-def _stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
+def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
     """Both halves of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
     parts: dict[str, list[tuple[LoraPair, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):

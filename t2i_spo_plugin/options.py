@@ -42,6 +42,15 @@ def read_options(cls: type[Config], args: Sequence[str], prog: str) -> Config:
     return cls(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
+def split_strength(text: str, default: float = 1.0) -> tuple[str, float]:
+    """`SOURCE` or `SOURCE@STRENGTH` as source and strength, the latter `default` where the text says none."""
+    source, at, number = text.rpartition("@")
+    try:
+        return (source, float(number)) if at else (text, default)
+    except ValueError:
+        return text, default
+
+
 def yaml_options(cls: type, file: str | Path) -> dict[str, Any]:
     """The options in a YAML file, by field name.
 

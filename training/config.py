@@ -14,6 +14,7 @@ from .reward import MODES, RewardMode
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_FOR_PAIRS = ("benign_share", "eta", "preservation", "benign_preservation", "anchor", "sdpo_mu", "fixed_draws")
 _NOT_IN_THE_TRAJECTORY = {
     "output_dir",
     "cache_dir",
@@ -34,9 +35,10 @@ class TrainConfig:
     """How one adapter is trained.
 
     Data
-        pairs: the pair table, a parquet file or a folder of them.
-        pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
+        pairs: the pair table, a parquet file or a folder of them; for every objective but `denoise`.
+        pictures: for `denoise`: a folder of pictures, captions in metadata.jsonl, metadata.csv or a .txt beside each.
+        pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         resolution: edge in pixels the pictures are encoded at; None takes the pipeline's own.
         benign_share: share of benign pairs among those trained on, in [0, 1]; None leaves the table's own.
         caption_dropout: probability of training a pair under the empty prompt; 1 is DUO's way.
@@ -60,7 +62,9 @@ class TrainConfig:
         gradient_accumulation: forward passes per step.
 
     Objective
-        objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing.
+        objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing; `denoise` is the
+            ordinary loss on captioned pictures, for a style or a subject, and uses nothing of what follows but the
+            timesteps.
         beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small nets want less).
         labels: for `dpo`: `safety` puts safe over unsafe, `table` takes the table's own labels.
         safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
@@ -102,8 +106,9 @@ class TrainConfig:
         title: of the adapter, in its header.
     """
 
-    pairs: str
     output_dir: str
+    pairs: str = ""
+    pictures: str = ""
     pipeline: str = "sticker"
     resolution: int | None = None
     benign_share: float | None = None
@@ -127,7 +132,7 @@ class TrainConfig:
     batch_size: int = 8
     gradient_accumulation: int = 1
 
-    objective: Literal["dpo", "spo"] = "spo"
+    objective: Literal["dpo", "spo", "denoise"] = "spo"
     beta: float = 5000.0
     labels: Literal["safety", "table"] = "safety"
     safe_pairs: Literal["drop", "cost", "quality"] = "drop"
@@ -210,7 +215,7 @@ class TrainConfig:
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
-            "objective": ("dpo", "spo"),
+            "objective": ("dpo", "spo", "denoise"),
             "labels": ("safety", "table"),
             "safe_pairs": ("drop", "cost", "quality"),
             "mode": MODES,
@@ -230,6 +235,15 @@ class TrainConfig:
             raise ConfigError("targets must name at least one module")
 
     def _check_combinations(self) -> None:
+        needed, other = ("pictures", "pairs") if self.objective == "denoise" else ("pairs", "pictures")
+        if not getattr(self, needed):
+            raise ConfigError(f"{needed} must be given: {self.objective} is trained on them")
+        if getattr(self, other):
+            raise ConfigError(f"{self.objective} is trained on {needed}, not on {other}: leave {other} out")
+        if self.objective == "denoise":
+            set_ = [name for name in _FOR_PAIRS if getattr(self, name)]
+            if set_:
+                raise ConfigError(f"denoise knows no pairs and no reference: leave out {', '.join(set_)}")
         if self.objective == "dpo" and self.eta > 0:
             raise ConfigError("plain dpo has no focusing: set eta to 0 or objective to spo")
         if self.fixed_draws and (self.benign_preservation or self.preservation):

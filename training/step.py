@@ -127,6 +127,8 @@ class PreferenceStep:
             through the bare module, the reference with its adapter switched off.
     """
 
+    logged: tuple[str, ...] = LOGGED
+
     def __init__(
         self,
         config: TrainConfig,
@@ -147,7 +149,7 @@ class PreferenceStep:
             self.kept = torch.full((len(batches.data), config.fixed_draws, 2), float("nan"))
 
     def __call__(self, step: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Loss (a scalar, mean over the pairs at `positions`) and the means of `LOGGED` as one tensor, no gradient."""
+        """Loss (a scalar, mean over the pairs at `positions`) and the means of `logged` as one tensor, no gradient."""
         batch = self.batches.at(step, positions)
         pure, empty = self._pure_noise(step, positions)
         noisy, index, text = self._inputs(batch, pure, empty)

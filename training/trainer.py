@@ -1,4 +1,4 @@
-"""One trainer: a pair table and a pipeline in, a LoRA adapter out.
+"""One trainer: a pair table (or captioned pictures) and a pipeline in, a LoRA adapter out.
 
 Latents and text are cached, winners and losers go through the denoiser together, the reference is the same denoiser
 with its adapter switched off. Every random number is a function of seed, step and position (`sampling.py`), so a run
@@ -29,6 +29,7 @@ from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, require_
 from t2i_spo_plugin.loading import adapter_facts
 
 from .caches import ShardStore, build_latents, build_text, fingerprint
+from .captions import caption_data, captioned_pictures
 from .checkpoints import (
     check_resumable,
     latest_checkpoint,
@@ -39,10 +40,11 @@ from .checkpoints import (
 )
 from .config import TrainConfig
 from .data import pictures, read_pairs
+from .denoise import DenoiseStep
 from .denoisers import Denoiser, denoiser_of, encode_prompts, text_encoders
 from .lora import fresh_adapter, frozen, placed
 from .sampling import learning_rate_factor
-from .step import LOGGED, Batches, PreferenceStep
+from .step import Batches, PreferenceStep
 
 
 __all__ = ["ADAPTER_FILE", "REPORT_FILE", "TrainConfig", "Validation", "load_pipeline", "train"]
@@ -116,7 +118,8 @@ class _Run:
         self.output = Path(config.output_dir)
         self.started = time.monotonic()
         self.resolution = config.resolution or _native_resolution(pipe, denoiser)
-        self.data = read_pairs(config)
+        self.plain = config.objective == "denoise"
+        self.data = caption_data(config.pictures) if self.plain else read_pairs(config)
         named = [(name, value) for name, value in denoiser.module.named_parameters() if value.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [value for _, value in named]
@@ -141,7 +144,7 @@ class _Run:
         with placed(device, vae):
             build_latents(
                 latents,
-                pictures(config.pairs),
+                captioned_pictures(config.pictures) if self.plain else pictures(config.pairs),
                 vae,
                 self.resolution,
                 config.cache_batch_size,
@@ -173,7 +176,8 @@ class _Run:
         )
         # Modes are left alone: a denoiser in eval mode draws no dropout, for the reference as for the model.
         self.model = accelerator.prepare_model(self.denoiser.module) if accelerator.num_processes > 1 else None
-        self.objective = PreferenceStep(
+        kind = DenoiseStep if self.plain else PreferenceStep
+        self.objective = kind(
             config, self.denoiser, self.model or self.denoiser.module, batches, self.resolution, accelerator.autocast
         )
         if config.tensorboard:
@@ -235,7 +239,7 @@ class _Run:
             group["lr"] = rate
         micro, ranks = config.batch_size, accelerator.num_processes
         first = self.step * micro * config.gradient_accumulation * ranks
-        total = torch.zeros(len(LOGGED), device=accelerator.device)
+        total = torch.zeros(len(self.objective.logged), device=accelerator.device)
         for number in range(config.gradient_accumulation):
             start = first + (number * ranks + accelerator.process_index) * micro
             closing = number == config.gradient_accumulation - 1
@@ -256,13 +260,13 @@ class _Run:
         return self.config.budget is not None and passes >= self.config.budget
 
     def _log(self, stats: Tensor, rate: float, bar: Any) -> None:
-        means = dict(zip(LOGGED, self.accelerator.reduce(stats, "mean").tolist(), strict=True))
+        means = dict(zip(self.objective.logged, self.accelerator.reduce(stats, "mean").tolist(), strict=True))
         if not means["loss"] - means["loss"] == 0.0:
             raise SPOError(f"the loss is {means['loss']} at step {self.step}; lower learning_rate or beta")
         entry = {"step": self.step, "learning_rate": rate, **means, "focusing_mean": self.objective.focusing.mean}
         self.state["curve"].append(entry)
         self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=self.step)
-        bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2f}")
+        bar.set_postfix({key: f"{means[key]:.4f}" for key in ("loss", "accuracy") if key in means})
 
     def _validate(self) -> None:
         score = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
@@ -322,12 +326,12 @@ class _Run:
                 modules[f"{self.denoiser.component}.{name}"] = LoraPair(down, weights[f"{name}.lora_B.weight"], alpha)
         extra = {
             "objective": config.objective,
-            "beta": repr(config.beta),
-            "beta_convention": "one half, mean over dims",
             "data": self.data.digest(),
             "package_version": __version__,
             "step": str((self.state["best"] or {"step": self.step})["step"]),
         }
+        if not self.plain:
+            extra |= {"beta": repr(config.beta), "beta_convention": "one half, mean over dims"}
         if config.objective == "spo":
             extra |= {"lambda": repr(config.lambda_), "reward_mode": config.mode, "eta": repr(config.eta)}
         return Adapter(modules, adapter_facts(self.pipe, config.title, **extra))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 STEPS = 25
 GUIDANCE = 3.0
-ADAPTERS = ("spo", "dpo")
+ADAPTERS = ("spo", "dpo", "style")
 
 
 def _part(name: str) -> Path:
@@ -91,7 +91,7 @@ def load_policy() -> Policy:
 
 
 def adapter_path(name: str) -> Path:
-    """The file of a bundled adapter: ``spo``, or ``dpo`` that it is compared with."""
+    """The file of a bundled adapter: ``spo``, ``dpo`` that it is compared with, or the ``style`` of a meadow."""
     if name not in ADAPTERS:
         raise SPOError(f"no bundled adapter is called {name!r}; there are {', '.join(ADAPTERS)}")
     return _part(f"adapters/{name}.safetensors")

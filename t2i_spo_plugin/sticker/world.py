@@ -252,17 +252,21 @@ def render(
     size: int = SIZE,
     aligned: bool = False,
     restyle: Callable[[np.ndarray, random.Random], np.ndarray] | None = None,
+    backdrop: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, tuple[PlacedObject, ...]]:
     """Draw a description: uint8 ``[size, size, 3]`` and the objects with their boxes.
 
     One object is 3/4 of the side high (small: 1/2), two stand side by side at 1/2 each, in the order of the caption.
     ``aligned`` keeps objects at those sizes, on a grid of 1/8 of the side; otherwise sizes and places vary freely.
     ``restyle`` may change each sticker (premultiplied RGBA, float32 ``[s, s, 4]`` in [0, 1]) before it is placed.
+    ``backdrop`` may change the empty background (float32 ``[size, size, 3]`` in [0, 1]) before anything stands on it.
     """
     rng = random.Random(f"{seed}|{description.concepts}|render")
     unit = size // 8
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = np.asarray(BACKGROUNDS[description.background], np.float32) / 255
+    if backdrop is not None:
+        canvas = backdrop(canvas)
     objects = []
     for n, name in enumerate(description.concepts):
         single = len(description.concepts) == 1
