@@ -20,6 +20,7 @@ from .options import read_options, split_strength
 
 if TYPE_CHECKING:
     from .guard import Guard, SafetyReport
+    from .trajectory import ClosedLoop
 
 Command = Callable[[Sequence[str]], None]
 
@@ -167,6 +168,7 @@ def _generate(
     pipeline: str = "sticker",
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     strength: float = 1.0,
+    closed_loop: str | None = None,
     out: Path = Path("outputs"),
     seed: int = 0,
     steps: int = 25,
@@ -181,6 +183,8 @@ def _generate(
         adapter: `spo`, `dpo` or `style` (bundled, for the sticker pipeline), a file, a folder, or a Hub id, each with
             an optional `@STRENGTH`; name it several times to have several side by side.
         strength: of adapters that do not say their own; 0 is the base model exactly, 1 as trained.
+        closed_loop: `sticker` (bundled, for the adapter `spo`) or a file that `spo closed-loop` made: the one adapter
+            that is named is then given only to pictures that need it.
         out: the folder that receives the pictures.
         seed: of the first prompt; the following ones count up.
         steps: denoising steps.
@@ -190,13 +194,18 @@ def _generate(
     from .composition import compose
     from .generate import generate as draw
     from .guard import pipeline_domain
+    from .mixin import enable_spo
 
     rows = _prompt_rows(prompts, seed)
     pipe = _pipeline(pipeline)
     wanted = [split_strength(text, strength) for text in adapter]
-    if wanted:
+    if closed_loop is not None:
+        if len(wanted) != 1:
+            raise ConfigError(f"--closed-loop steers one adapter, {len(wanted)} are named")
+        enable_spo(pipe).load_spo_lora(_adapter_source(wanted[0][0]), wanted[0][1], steering=_closed_loop(closed_loop))
+    elif wanted:
         compose(pipe, [(_adapter_source(source), own) for source, own in wanted])
-    facts = {"pipeline": pipeline, "adapters": wanted}
+    facts = {"pipeline": pipeline, "adapters": wanted, "closed loop": closed_loop or ""}
     drawn = draw(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, facts=facts)
     if drawn.n_dropped_minors:
         print(f"{drawn.n_dropped_minors} prompts speak of minors and were not drawn")
@@ -292,6 +301,13 @@ def _adapter_source(adapter: str) -> str | Path:
     from . import sticker
 
     return sticker.adapter_path(adapter) if adapter in sticker.ADAPTERS else adapter
+
+
+def _closed_loop(name: str) -> ClosedLoop:
+    from . import sticker
+    from .change_reader import load_closed_loop
+
+    return sticker.load_closed_loop() if name == "sticker" else load_closed_loop(name)
 
 
 def _guard(cost_model: str, policy: str | None, override_domain: bool) -> Guard:

@@ -13,12 +13,14 @@ from transformers import ResNetConfig
 
 from t2i_spo_plugin import cli
 from t2i_spo_plugin.adapter import Adapter, AdapterFacts, LoraPair, write_adapter
+from t2i_spo_plugin.change_reader import save_closed_loop
 from t2i_spo_plugin.cost.backbone import MapClassifier
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.options import find_config, read_options
 from t2i_spo_plugin.policy import load_policy
 from t2i_spo_plugin.training.config import TrainConfig
+from t2i_spo_plugin.trajectory import ClosedLoop
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_
     pipe.save_pretrained(tmp_path / "pipe")
     adapter = write_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
     drawn = {}
-    for name, more in {"base": [], "zero": ["--strength", "0"], "full": []}.items():
+    never = save_closed_loop(ClosedLoop(1e9), tmp_path / "never.safetensors")
+    ways = {"base": [], "zero": ["--strength", "0"], "full": [], "never": ["--closed-loop", str(never)]}
+    for name, more in ways.items():
         options = ["--pipeline", str(tmp_path / "pipe"), "--steps", "2", "--out", str(tmp_path / name), *more]
         options += ["--adapter", str(adapter)] if name != "base" else []
         assert cli.main(["generate", "--prompts", "a sunny street", *options]) == 0
@@ -184,4 +188,6 @@ def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_
         (path,) = (tmp_path / name).rglob("*.png")
         assert str(path) in shown
         drawn[name] = path.read_bytes()
-    assert drawn["zero"] == drawn["base"] != drawn["full"]
+    assert drawn["zero"] == drawn["never"] == drawn["base"] != drawn["full"]
+    assert cli.main(["generate", "--prompts", "a street", "--closed-loop", str(never), *options[:2]]) == 2
+    assert "--closed-loop steers one adapter, 0 are named" in capsys.readouterr().err
