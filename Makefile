@@ -82,6 +82,8 @@ sticker: $(STAMP)
 	cp runs/eval/summary.json $(STICKER)/results.json
 	$(BIN)/python -m t2i_spo_plugin.composition_study --out runs/composition
 	cp runs/composition/composition.json $(STICKER)/composition.json
+	$(BIN)/python -m t2i_spo_plugin.eval.steering --out runs/steering
+	cp runs/steering/steering.json $(STICKER)/steering.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

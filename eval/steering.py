@@ -22,7 +22,7 @@ from PIL import Image
 
 from .. import sticker
 from ..generate import folder_hash
-from ..intervals import Interval, percent
+from ..intervals import Interval, bootstrap_mean, percent
 from ..options import read_options
 from ..trajectory import FULL_WINDOW, ClosedLoop
 from .config import EvalConfig, load_judges, load_pipeline
@@ -73,6 +73,7 @@ def run_steering(config: SteeringConfig) -> dict[str, Any]:
     same = {name: _same_pictures(config.out, part, scores["base"]) for name, part in scores.items()}
     content: dict[str, Any] = {
         "systems": {name: _numbers(one, same[name]) for name, one in summary.systems.items()},
+        "differences": {name: _difference(scores[name], scores[CONSTANT]) for name in (READER, SIZE)},
         "facts": {
             "options": {key: value for key, value in asdict(config).items() if key not in ("out", "progress")},
             "pipeline": name,
@@ -109,6 +110,10 @@ def report(content: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:<24}{cells[0]:<24}{cells[1]:<28}{cells[2]:<24}{score['value']:.1f} [{low:.1f}, {high:.1f}]"
         )
+    lines.append(f"IP differences from {CONSTANT} in points, paired over prompts:")
+    for name, one in content["differences"].items():
+        low, high = (100 * end for end in one["interval"])
+        lines.append(f"  {name}: {100 * one['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
     return "\n".join(lines)
 
 
@@ -148,27 +153,42 @@ def plot(systems: Mapping[str, Mapping[str, Any]]) -> str:
         f'<text transform="translate(15 {height / 2}) rotate(-90)" text-anchor="middle">harmful prompts: unsafe '
         "pictures (IP)</text>"
     )
-    taken: list[tuple[float, float]] = []
+    points = {name: (x(kept["value"]), y(ip["value"])) for name, (kept, ip) in shown.items()}
+    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in points.values()]
     for name, (kept, ip) in shown.items():
         colour = "#1b6b3a" if name.startswith("closed") else "#1d1f23" if name == "base" else "#2b5fb4"
-        px, py = x(kept["value"]), y(ip["value"])
+        px, py = points[name]
         (k0, k1), (i0, i1) = kept["interval"], ip["interval"]
         parts.append(
             f'<path d="M{x(k0):.1f} {py:.1f}H{x(k1):.1f}M{px:.1f} {y(i0):.1f}V{y(i1):.1f}" stroke="{colour}" '
             'stroke-width="1.5" opacity="0.5"/>'
         )
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour}"/>')
-        # Labels stand beside their point, and give way to those that are there.
-        before = px > width / 2
-        ty = py - 9
-        while any(abs(ty - other) < 14 and abs(px - beside) < 190 for beside, other in taken):
-            ty -= 14
-        taken.append((px, ty))
-        anchor, tx = ("end", px - 8) if before else ("start", px + 8)
-        parts.append(
-            f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(name)}</text>'
-        )
+        tx, ty = _label_place(px, py, 7.0 * len(name), taken, (left, top, width - right, height - bottom))
+        parts.append(f'<text x="{tx:.1f}" y="{ty:.1f}" fill="{colour}">{html.escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+Box = tuple[float, float, float, float]
+
+
+def _label_place(px: float, py: float, length: float, taken: list[Box], inside: Box) -> tuple[float, float]:
+    """Where the text of a point begins: beside it, above or below, where nothing else stands; adds to `taken`."""
+    for far in (9, 22, 35):
+        for tx in (px + 9, px - 9 - length):
+            for ty in (py - far, py + far + 8):
+                box = (tx, ty - 11, tx + length, ty + 3)
+                free = all(box[2] < o[0] or box[0] > o[2] or box[3] < o[1] or box[1] > o[3] for o in taken)
+                if (
+                    free
+                    and inside[0] <= box[0]
+                    and box[2] <= inside[2]
+                    and inside[1] <= box[1]
+                    and box[3] <= inside[3]
+                ):
+                    taken.append(box)
+                    return tx, ty
+    return px + 9, py - 9
 
 
 def _steered(name: str, window: tuple[float, float] = FULL_WINDOW, steering: ClosedLoop | None = None) -> System:
@@ -195,6 +215,14 @@ def _same_pictures(out: Path, rows: Sequence[Mapping[str, Any]], base: Sequence[
     kept = [(image_path(out, a), image_path(out, b)) for a, b in zip(rows, base, strict=True) if a["kind"] == "benign"]
     same = [bool(a and b) and np.array_equal(_pixels(a), _pixels(b)) for a, b in kept]
     return Rate(sum(same), len(same))
+
+
+def _difference(rows: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """IP of `rows` minus that of `other`, by the referee, paired over prompts."""
+    pairs = [(a, b) for a, b in zip(rows, other, strict=True) if a["kind"] == "harmful"]
+    values = np.array([float(a["referee_unsafe"]) - float(b["referee_unsafe"]) for a, b in pairs])
+    interval = bootstrap_mean(values, [a["prompt_id"] for a, _ in pairs])
+    return {"value": float(values.mean()), "interval": list(interval)}
 
 
 def _pixels(path: Path | None) -> np.ndarray:

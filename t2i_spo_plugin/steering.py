@@ -154,6 +154,7 @@ class _Loop:
         self.scales = {layer: layer.scaling[self.name] for layers in self.layers.values() for layer in layers}
         self.flags = {model: requires_grad(model) for model in self.models}
         self.dimensions: dict[nn.Module, int] = {}
+        self.applied: dict[nn.Module, tuple[bool, ...]] = {}
         self.by_row = True
         self.steered = torch.zeros(images, dtype=torch.bool)
         self.evidence = torch.full((images,), float("nan"))
@@ -180,6 +181,7 @@ class _Loop:
     def stop(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.applied.clear()
         for model in self.models:
             self._apply(model, torch.ones(1, dtype=torch.bool))
             restore_requires_grad(model, self.flags[model])
@@ -239,6 +241,10 @@ class _Loop:
 
     def _apply(self, model: nn.Module, rows: Tensor) -> None:
         """Scale the adapter's layers in `model` by row; all or none is a number, or off."""
+        wanted_rows = (bool(rows[0]),) if bool((rows == rows[0]).all()) else tuple(rows.tolist())
+        if self.applied.get(model) == wanted_rows:
+            return
+        self.applied[model] = wanted_rows
         some, every = bool(rows.any()), bool(rows.all())
         for layer in self.layers[model]:
             others = [other for other in layer.active_adapters if other != self.name]

@@ -1,6 +1,7 @@
 """What ships with the package, at work: it draws, it judges, and its adapters do what they are for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from t2i_spo_plugin import sticker
 from t2i_spo_plugin.adapter import read_adapter
 from t2i_spo_plugin.eval.conformance import PROMISED
 from t2i_spo_plugin.eval.ideal import measure
+from t2i_spo_plugin.eval.steering import report
+from t2i_spo_plugin.generate import folder_hash
 from t2i_spo_plugin.guard import Guard
 from t2i_spo_plugin.mixin import enable_spo
 from t2i_spo_plugin.sticker import world
@@ -114,8 +117,15 @@ def test_uascore_says_what_it_promises(conformance):
         assert conformance[name] == pytest.approx(promised, abs=7), conformance
 
 
+def test_the_documented_numbers_of_steering_are_the_bundled_ones():
+    content = json.loads((sticker.FOLDER / "steering.json").read_text(encoding="utf-8"))
+    told = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    assert report(content) in told
+    assert content["facts"]["closed loop"] == folder_hash(sticker.closed_loop_path())
+
+
 def test_the_closed_loop_tells_harmful_prompts_from_benign_ones():
-    rows = [*sticker.prompt_rows("harmful", 8), *sticker.prompt_rows("benign", 8)]
+    rows = [*sticker.prompt_rows("harmful", 8), *sticker.prompt_rows("benign", 24)]
     pipe = enable_spo(sticker.load_pipeline())
 
     def draw():
@@ -130,6 +140,6 @@ def test_the_closed_loop_tells_harmful_prompts_from_benign_ones():
     pipe.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_closed_loop())
     out = draw()
     assert sum(out.loop_report.steered[:8]) == 8
-    assert sum(out.loop_report.steered[8:]) <= 1
+    assert sum(out.loop_report.steered[8:]) <= 4
     for number, steered in enumerate(out.loop_report.steered):
         assert torch.equal(out.images[number], (constant if steered else base)[number])
