@@ -1,8 +1,8 @@
 """An adapter for a ComfyUI model: where each of its modules belongs there, by ComfyUI's own key maps.
 
-A key map is a plain mapping from the names that LoRA files use to the weight that a name stands for: the weight's name,
-or a tuple of it, the part `(dimension, start, length)` of the weight that is meant (None is all), and maybe a function
-to apply to the change first. Nothing of ComfyUI is imported here.
+A key map is a plain mapping from the names that LoRA files use to the weight that a name stands for: the weight's
+name, or a tuple of it, the part `(dimension, start, length)` of the weight that is meant (None is all), and maybe a
+function to apply to the change first. Nothing of ComfyUI is imported here.
 """
 
 from __future__ import annotations
