@@ -234,18 +234,17 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _halves(pair: LoraPair, strength: float, place: PatchKey, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    part, function = _part(place)
+    if part is not None and part[0] != 0:
+        raise UnsupportedAdapterError(
+            f"{_weight(place)} is changed in a range of its columns, which cannot be steered; use a fixed strength"
+        )
     down = pair.down.detach().float().reshape(pair.rank, *shape[1:])
     up = pair.up.detach().float().flatten(1) * (pair.scale * strength)
-    part, function = _part(place)
     if function is not None:
         up = function(up)
     if part is None:
         return down, up
-    dimension, start, length = part
-    if dimension != 0:
-        raise UnsupportedAdapterError(
-            f"{_weight(place)} is changed in a range of its columns, which cannot be steered; use a fixed strength"
-        )
     whole = up.new_zeros(shape[0], up.shape[1])
-    whole[start : start + length] = up
+    whole[part[1] : part[1] + part[2]] = up
     return down, whole
