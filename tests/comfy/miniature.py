@@ -132,7 +132,7 @@ def _text_config(activation: str) -> CLIPTextConfig:
         hidden_size=32,
         intermediate_size=64,
         projection_dim=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=77,
         hidden_act=activation,

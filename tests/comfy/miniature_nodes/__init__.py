@@ -13,7 +13,7 @@ import comfy.supported_models_base
 import comfy.utils
 
 
-TEXT_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+TEXT_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
 SIZES = {"clip_l_model_config": TEXT_ENCODER, "clip_g_model_config": {**TEXT_ENCODER, "projection_dim": 32}}
 RECORDED: dict[str, list[object]] = {}
 """What the nodes TestRecord have been given, by the name in their inputs."""
