@@ -89,7 +89,9 @@ def _tree(version: str) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != checksum:
         archive.unlink()
-        raise BuildError(f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used")
+        raise BuildError(
+            f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used"
+        )
     part = target.with_name("ComfyUI.part")
     shutil.rmtree(part, ignore_errors=True)
     with tarfile.open(archive) as opened:
@@ -153,7 +155,9 @@ def _pip(python: str, *arguments: str) -> None:
     # A folder on the path of this process would count as installed.
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, check=False)
     if ran.returncode:
-        raise BuildError("pip failed, see above. This needs the network (PyPI) once; the same command goes on from here")
+        raise BuildError(
+            "pip failed, see above. This needs the network (PyPI) once; the same command goes on from here"
+        )
 
 
 def main(versions: Sequence[str]) -> int:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import miniature
 import pytest
 import torch
+from tiny import random_adapter, tiny_pipeline
 
-
-pytestmark = pytest.mark.comfy
-
-pytest.importorskip("comfy.cli_args", reason="needs ComfyUI's folder on sys.path").args.cpu = True
-
-import comfy.lora  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import folder_paths  # noqa: E402
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel  # noqa: E402
-from tiny import random_adapter, tiny_pipeline  # noqa: E402
-
-import t2i_spo_plugin.sticker as sticker  # noqa: E402
-from t2i_spo_plugin import (  # noqa: E402
+import t2i_spo_plugin.sticker as sticker
+from t2i_spo_plugin import (
     AdapterError,
     ConfigError,
     SPOError,
@@ -34,14 +27,16 @@ from t2i_spo_plugin import (  # noqa: E402
     unload_spo_lora,
     write_adapter,
 )
-from t2i_spo_plugin.adapter import Adapter  # noqa: E402
-from t2i_spo_plugin.comfy_keys import bypass_pairs  # noqa: E402
-from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters  # noqa: E402
-from t2i_spo_plugin.comfy_nodes.patching import patched, weight_shapes  # noqa: E402
-from t2i_spo_plugin.comfy_nodes.steering import Steering, steer  # noqa: E402
-from t2i_spo_plugin.comfy_nodes.sticker_demo import StickerDemoLoader  # noqa: E402
-from t2i_spo_plugin.trajectory import ClosedLoop  # noqa: E402
+from t2i_spo_plugin.adapter import Adapter
+from t2i_spo_plugin.comfy_keys import bypass_pairs
+from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters
+from t2i_spo_plugin.comfy_nodes.patching import patched, weight_shapes
+from t2i_spo_plugin.comfy_nodes.steering import Steering, steer
+from t2i_spo_plugin.comfy_nodes.sticker_demo import StickerDemoLoader
+from t2i_spo_plugin.trajectory import ClosedLoop
 
+
+pytestmark = pytest.mark.comfy
 
 SPO = "sticker demo: spo (bundled)"
 HARMFUL = next(row for row in sticker.prompt_rows("harmful", 1)).prompt
@@ -464,41 +459,9 @@ def test_steering_refuses_what_it_cannot_steer(world, pipe):
 # --- SD3 and Flux: ComfyUI fuses what diffusers keeps apart
 
 
-def recognisable(family):
-    """A small pipeline of the proportions by which ComfyUI knows the family."""
-    pipe = tiny_pipeline(family)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if family == "sd3":
-            pipe.transformer = SD3Transformer2DModel(
-                sample_size=8,
-                num_layers=2,
-                attention_head_dim=64,
-                num_attention_heads=2,
-                caption_projection_dim=128,
-                joint_attention_dim=64,
-                pooled_projection_dim=64,
-                pos_embed_max_size=8,
-                in_channels=16,
-                out_channels=16,
-            )
-        else:
-            pipe.transformer = FluxTransformer2DModel(
-                in_channels=64,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=128,
-                num_attention_heads=1,
-                joint_attention_dim=64,
-                pooled_projection_dim=64,
-                guidance_embeds=True,
-            )
-    return pipe
-
-
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_transformers_get_every_module_and_steering_changes_what_patching_does(family):
-    source = recognisable(family)
+    source = miniature.pipeline(family)
     model = comfy.sd.load_diffusion_model_state_dict(dict(source.transformer.state_dict()))
     layers = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "proj_mlp", "net.2", "norm_out.linear")
     adapter = random_adapter(source, layers=layers)
@@ -512,14 +475,15 @@ def test_transformers_get_every_module_and_steering_changes_what_patching_does(f
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_transformers_are_steered_as_they_are_patched(family):
-    source = recognisable(family)
+    source = miniature.pipeline(family)
     model = comfy.sd.load_diffusion_model_state_dict(dict(source.transformer.state_dict()))
     adapter = random_adapter(source, layers=("to_q", "to_k", "to_v", "norm_out.linear"))
     noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    prompt = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+    prompt = torch.randn(2, 5, 4096, generator=torch.Generator().manual_seed(2))
+    pooled = prompt[:, 0, : source.transformer.config.pooled_projection_dim]
 
     def draw(model):
-        condition = [[prompt, {"pooled_output": prompt[:, 0]}]]
+        condition = [[prompt, {"pooled_output": pooled}]]
         sampler = comfy.samplers.sampler_object("euler")
         sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
         latent = torch.zeros_like(noise)
@@ -538,66 +502,73 @@ def test_transformers_are_steered_as_they_are_patched(family):
 # --- as ComfyUI runs it
 
 
-@pytest.mark.parametrize("adapter", [None, SPO])
-def test_a_workflow_runs_in_the_executor(adapter, tmp_path):
-    import execution
-    import nodes
-
-    class Server:
-        client_id = last_node_id = None
-        sockets_metadata: dict = {}
-
-        def send_sync(self, *message):
-            pass
-
-    async def register():
-        if "SPO_LoadAdapter" not in nodes.NODE_CLASS_MAPPINGS:
-            await nodes.init_public_apis()
-            pack = Path(sticker.__file__).parents[2] / "comfy_nodes"
-            assert await nodes.load_custom_node(str(pack)), "the pack does not import"
-
-    graph = {
-        "1": {"class_type": "SPO_StickerDemoLoader", "inputs": {}},
-        "2": {
-            "class_type": "SPO_LoadAdapter",
-            "inputs": {
-                "model": ["1", 0],
-                "clip": ["1", 1],
-                "adapter": adapter or SPO,
-                "strength": float(adapter is not None),
-            },
-        },
-        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["2", 1], "text": HARMFUL}},
-        "4": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["2", 1], "text": ""}},
-        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
-        "6": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["2", 0],
-                "positive": ["3", 0],
-                "negative": ["4", 0],
-                "latent_image": ["5", 0],
-                "seed": 1,
-            }
-            | {"steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0},
-        },
-        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
-        "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+def text_to_image(model, clip, vae, size=64):
+    """The stock nodes behind a loader, four steps; node 14 gives the pictures."""
+    settings = {"seed": 1, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0}
+    links = {"model": model, "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0]}
+    return {
+        "10": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": HARMFUL}},
+        "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": ""}},
+        "12": {"class_type": "EmptyLatentImage", "inputs": {"width": size, "height": size, "batch_size": 2}},
+        "13": {"class_type": "KSampler", "inputs": links | settings},
+        "14": {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": vae}},
     }
 
-    async def run():
-        await register()
-        valid, error, outputs, problems = await execution.validate_prompt("some", graph, None)
-        assert valid, (error, problems)
-        executor = execution.PromptExecutor(
-            Server(),
-            cache_type=execution.CacheType.CLASSIC,
-            cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0},
-        )
-        await executor.execute_async(graph, "some", {}, outputs)
-        return executor
 
-    folder_paths.set_temp_directory(str(tmp_path))
-    executor = asyncio.run(run())
-    assert executor.success, executor.status_messages
-    assert len(executor.history_result["outputs"]["8"]["images"]) == 2
+def node(kind, **inputs):
+    return {"class_type": f"SPO_{kind}", "inputs": inputs}
+
+
+def test_the_demo_runs_in_a_workflow_without_and_with_its_adapter(run_graph):
+    shown = []
+    for strength in (0.0, 1.0):
+        graph = text_to_image(["2", 0], ["2", 1], ["1", 2]) | {
+            "1": node("StickerDemoLoader"),
+            "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
+        }
+        run = run_graph(graph, picture=["14", 0], info=["2", 3])
+        assert "48 of 48 modules applied" in run["info"] and run["picture"].shape == (2, 64, 64, 3)
+        shown.append(run["picture"])
+    assert (shown[0] - shown[1]).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("family", miniature.UNET_FAMILIES)
+def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_is_patched(executor, run_graph, family):
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    adapter = random_adapter(miniature.pipeline(family), components=parts, alpha=0.5)
+    assert {name.split(".")[0] for name in adapter.modules} == set(parts[: 2 + (family == "sdxl")])
+    write_adapter(adapter, executor.base / "models" / "loras" / f"nodes-{family}.safetensors")
+    chosen = {"adapter": f"nodes-{family}.safetensors", "strength": 1.0}
+    loader = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
+        "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
+        "3": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.0, end=1.0),
+        "4": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.98, end=0.99),
+    }
+
+    def draw(model, clip):
+        return run_graph(text_to_image(model, clip, ["1", 2]) | loader, picture=["14", 0], info=["2", 3])
+
+    base, patched_picture = draw(["1", 0], ["1", 1])["picture"], draw(["2", 0], ["2", 1])
+    assert f"{len(adapter.modules)} of {len(adapter.modules)} modules applied" in patched_picture["info"]
+    effect = (patched_picture["picture"] - base).abs().max()
+    steered = draw(["3", 0], ["2", 1])["picture"]
+    assert effect > 0.02 and (steered - patched_picture["picture"]).abs().max() < 0.1 * effect
+    assert torch.equal(draw(["4", 0], ["1", 1])["picture"], base)
+
+
+def test_the_second_question_of_a_closed_loop_has_the_control_nets_answers_too(world):
+    """A model takes them out of their lists."""
+    model, clip, _ = world
+
+    def controlled(apply, arguments):
+        states = {"middle": [torch.full((len(arguments["input"]), 160, 1, 1), 0.5)], "output": [], "input": []}
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"], control=states)
+
+    base = model.clone()
+    base.set_model_unet_function_wrapper(controlled)
+    always = steer(base, spo_stack(), (0.0, 1.0), None)[0]
+    looped = steer(base, spo_stack(), (0.0, 1.0), ClosedLoop(0.0))[0]
+    expected = sample(always, clip, [HARMFUL])[0]
+    assert not torch.equal(expected, sample(steer(model, spo_stack(), (0.0, 1.0), None)[0], clip, [HARMFUL])[0])
+    assert torch.equal(sample(looped, clip, [HARMFUL])[0], expected)
