@@ -1,0 +1,131 @@
+"""What the adapter nodes share: the files to choose from, what a ComfyUI model is, and patches on clones of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import folder_paths
+
+from t2i_spo_plugin.adapter import Adapter, read_adapter
+from t2i_spo_plugin.comfy_keys import ComfyBase, Fit, check_strength, fit_adapter, lora_tensors
+from t2i_spo_plugin.errors import UnreadableAdapterError
+from t2i_spo_plugin.sticker import ADAPTERS, adapter_path
+
+
+Stack = list[tuple[Adapter, float]]
+"""What an SPO_ADAPTER socket carries: adapters, each with its strength."""
+
+NONE = "none"
+_BUNDLED = {f"sticker demo: {name} (bundled)": name for name in ADAPTERS}
+_ARCHITECTURES = {
+    "SDXL": "stable-diffusion-xl-v1-base",
+    "SDXL_instructpix2pix": "stable-diffusion-xl-v1-base",
+    "SDXLRefiner": "stable-diffusion-xl-v1-refiner",
+    "SD3": "stable-diffusion-3",
+    "Flux": "flux-1-dev",
+    "Flux2": "flux-2",
+}
+_WIDTH_OF_SD2 = 1024
+
+
+def adapter_files() -> list[str]:
+    """The safetensors files in the loras folders, and the adapters that come with the package."""
+    return [*(name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")), *_BUNDLED]
+
+
+def adapter_file(name: str) -> Path:
+    """The file of one of `adapter_files`.
+
+    Raises:
+        UnreadableAdapterError: there is none.
+    """
+    if name in _BUNDLED:
+        return adapter_path(_BUNDLED[name])
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise UnreadableAdapterError(
+            f"there is no adapter {name!r}; put its .safetensors file into ComfyUI/models/loras and choose it there"
+        )
+    return Path(path)
+
+
+def fingerprint(*names: str) -> str:
+    """A text that changes when one of these files does, so that ComfyUI runs the node again."""
+    stats = [adapter_file(name).stat() for name in names if name != NONE]
+    return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+
+def read_stack(names: Sequence[tuple[str, float]], strict: bool) -> Stack:
+    """The chosen adapters with their strengths.
+
+    Raises:
+        AdapterError: a file is none, or holds no adapter that can be meant.
+        ConfigError: a negative strength.
+    """
+    return [(read_adapter(adapter_file(name), strict), check_strength(strength)) for name, strength in names]
+
+
+def base_of(model: Any, clip: Any | None) -> ComfyBase:
+    """What `fit_adapter` has to know of a MODEL, and of a CLIP when one is connected."""
+    keys: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
+    shapes = weight_shapes(model.model)
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+        shapes |= weight_shapes(clip.cond_stage_model)
+    return ComfyBase(_architecture(model.model), _prediction_type(model), keys, shapes, clip is not None)
+
+
+def weight_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights by name; of quantised ones, that of the weight they stand for."""
+    return {name: tuple(weight.shape) for name, weight in module.named_parameters() if name.endswith(".weight")}
+
+
+def patched(model: Any, clip: Any, stack: Stack, strict: bool) -> tuple[Any, Any, list[Fit]]:
+    """Clones of `model` and `clip` (None when not connected) with the adapters as patches, and where each went.
+
+    What is not changed at all, such as everything at strength 0, comes back as the very object that went in.
+
+    Raises:
+        AdapterError: as `fit_adapter`; nothing has been changed then.
+    """
+    base = base_of(model, clip)
+    fits = [fit_adapter(adapter, base, strict) for adapter, _ in stack]
+    on_model, on_clip = model, clip
+    for fit, (_, strength) in zip(fits, stack, strict=True):
+        if strength == 0.0:
+            continue
+        patches = comfy.lora.load_lora(*lora_tensors(fit), log_missing=False)
+        on_model = model.clone() if on_model is model else on_model
+        done = set(on_model.add_patches(patches, strength))
+        rest = {place: patch for place, patch in patches.items() if place not in done}
+        if rest and clip is not None:
+            on_clip = clip.clone() if on_clip is clip else on_clip
+            on_clip.add_patches(rest, strength)
+    return on_model, on_clip, fits
+
+
+def _architecture(model: Any) -> str:
+    kind = type(model).__name__
+    if kind in _ARCHITECTURES:
+        return _ARCHITECTURES[kind]
+    config = model.model_config.unet_config
+    if "model_channels" not in config or kind not in ("BaseModel", "SD21UNCLIP", "SD15_instructpix2pix"):
+        return ""
+    return "stable-diffusion-v2" if config.get("context_dim") == _WIDTH_OF_SD2 else "stable-diffusion-v1"
+
+
+def _prediction_type(model: Any) -> str:
+    """By what the model's sampling is made of, which nodes may have replaced on this clone."""
+    parts = {part.__name__ for part in type(model.get_model_object("model_sampling")).__mro__}
+    for names, prediction in (
+        ({"X0", "EDM", "COSMOS_RFLOW"}, ""),
+        ({"V_PREDICTION", "V_PREDICTION_DDPM"}, "v_prediction"),
+        ({"CONST"}, "flow"),
+        ({"EPS"}, "epsilon"),
+    ):
+        if parts & names:
+            return prediction
+    return ""

@@ -1,0 +1,54 @@
+"""Tests against a real ComfyUI, whose tree the environment variable COMFYUI names; `make comfy-test` sets it.
+
+Without it nothing in this folder is collected, so that the default suite needs no ComfyUI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+TREE = os.environ.get("COMFYUI")
+collect_ignore_glob = [] if TREE else ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if TREE is None:
+        return
+    # ComfyUI reads its command line, and where its folders are, when it is imported.
+    sys.path.insert(0, TREE)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = tempfile.mkdtemp(prefix="comfy-base-")
+    config.add_cleanup(lambda: shutil.rmtree(args.base_directory, ignore_errors=True))
+
+
+@pytest.fixture(scope="session")
+def executor():
+    """ComfyUI's executor in this process, with its base directory; one for all tests."""
+    from comfy.cli_args import args
+    from running import Executor, make_base
+
+    return Executor(make_base(Path(args.base_directory)))
+
+
+@pytest.fixture
+def run_graph(executor):
+    """`run_graph(prompt, name=[node id, output], …) -> GraphRun` in this process."""
+    return executor.run
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running ComfyUI server with the pack; one for all tests."""
+    from running import make_base, start_server
+
+    with start_server(Path(TREE), make_base(tmp_path_factory.mktemp("server"))) as server:
+        yield server

@@ -1,0 +1,224 @@
+"""ComfyUI in this process (`Executor`) and as a server beside it (`Server`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miniature import UNET_FAMILIES, write_model
+
+
+PACK = "t2i-spo-nodes"
+REPOSITORY = Path(__file__).resolve().parents[2]
+_MINIATURE = Path(__file__).with_name("miniature_nodes")
+_FOLDERS = ("custom_nodes", "models/loras", "models/safety_cost", "input", "output", "temp", "user")
+
+Link = Sequence[Any]
+"""An output of a node: its id, and the number of the output."""
+
+
+class GraphError(Exception):
+    """A graph was refused, or a node of it raised; the message is what the user is shown."""
+
+
+@dataclass
+class GraphRun:
+    """What came of a graph.
+
+    Attributes:
+        values: by name, the recorded outputs; a list of one value unless the output is a list.
+        ui: by node id, what the node showed.
+        messages: what the executor sent to the browser, `(event, data)`.
+    """
+
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    ui: dict[str, Any] = field(default_factory=dict)
+    messages: list[tuple[str, Any]] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        """The one value recorded as `name`."""
+        (value,) = self.values[name]
+        return value
+
+
+def make_base(path: Path) -> Path:
+    """A base directory for ComfyUI, with this repository's pack, the test nodes, and the miniature checkpoints."""
+    for folder in _FOLDERS:
+        (path / folder).mkdir(parents=True, exist_ok=True)
+    for name, folder in ((PACK, REPOSITORY / "comfy_nodes"), ("miniature_nodes", _MINIATURE)):
+        (path / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
+    for family in UNET_FAMILIES:
+        write_model(family, path / "models")
+    return path
+
+
+class _Browser:
+    """What the executor takes for its server: keeps the messages."""
+
+    client_id: str | None = "test"
+    last_node_id: str | None = None
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Any]] = []
+        self.sockets_metadata: dict[str, Any] = {}
+
+    def send_sync(self, event: str, data: Any, sid: str | None = None) -> None:
+        self.messages.append((event, data))
+
+
+class Executor:
+    """ComfyUI's own executor in this process, with all core nodes, the pack and the test nodes."""
+
+    def __init__(self, base: Path) -> None:
+        import execution
+        import nodes
+
+        self.base = base
+        asyncio.run(self._load(nodes))
+        self._execution = execution
+        self._browser = _Browser()
+        arguments = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+        kind = execution.CacheType.CLASSIC
+        self._executor = execution.PromptExecutor(self._browser, cache_type=kind, cache_args=arguments)
+
+    async def _load(self, nodes: Any) -> None:
+        await nodes.init_public_apis()
+        await nodes.init_builtin_extra_nodes()
+        for folder in sorted((self.base / "custom_nodes").iterdir()):
+            await nodes.load_custom_node(str(folder))
+
+    def run(self, prompt: dict[str, Any], **wanted: Link) -> GraphRun:
+        """Run a graph in the format of `POST /prompt`, and keep the outputs `wanted`, by name.
+
+        Raises:
+            GraphError: the graph is not valid, or a node raised.
+        """
+        import nodes
+
+        recorded = sys.modules[nodes.NODE_CLASS_MAPPINGS["TestRecord"].__module__].RECORDED
+        recorded.clear()
+        self._browser.messages.clear()
+        prompt = prompt | {
+            f"record {name}": {"class_type": "TestRecord", "inputs": {"value": list(link), "name": name}}
+            for name, link in wanted.items()
+        }
+        valid, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt("test", prompt, None))
+        if not valid:
+            raise GraphError(json.dumps([error, node_errors], default=str))
+        self._executor.execute(prompt, "test", {"client_id": "test"}, outputs)
+        messages = list(self._browser.messages)
+        for event, data in messages:
+            if event == "execution_error":
+                raise GraphError(f"{data['node_type']}: {data['exception_type']}: {data['exception_message'].strip()}")
+        return GraphRun(dict(recorded), dict(self._executor.history_result["outputs"]), messages)
+
+
+class Server:
+    """A ComfyUI server on a port of its own."""
+
+    def __init__(self, url: str, base: Path, log: Path) -> None:
+        self.url = url
+        self.base = base
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        """All that the server has said so far."""
+        return self._log.read_text(errors="replace")
+
+    def get(self, path: str) -> Any:
+        """The JSON object that `path` answers with."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def run(self, prompt: dict[str, Any], timeout: float = 120.0) -> GraphRun:
+        """Send a graph as the browser does, and wait for its end; there are no recorded values.
+
+        Raises:
+            GraphError: the graph is not valid, or a node raised.
+        """
+        return asyncio.run(asyncio.wait_for(self._run(prompt), timeout))
+
+    async def _run(self, prompt: dict[str, Any]) -> GraphRun:
+        import aiohttp
+
+        client, run = uuid.uuid4().hex, GraphRun()
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={client}") as socket_,
+        ):
+            async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client}) as answer:
+                if answer.status != 200:
+                    raise GraphError(await answer.text())
+            async for message in socket_:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                run.messages.append((event["type"], event["data"]))
+                match event["type"]:
+                    case "executed":
+                        run.ui[event["data"]["node"]] = event["data"]["output"]
+                    case "execution_error":
+                        raise GraphError(event["data"]["exception_message"].strip())
+                    case "execution_success":
+                        return run
+        raise GraphError("the server closed the connection")
+
+
+@contextmanager
+def start_server(tree: Path, base: Path) -> Iterator[Server]:
+    """Start `tree`'s server with the base directory `base` and stop it at the end.
+
+    Raises:
+        RuntimeError: it did not start, or one of the packs in `base` failed to import.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(tree / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(base)]
+    command += ["--database-url", "sqlite:///:memory:"]
+    log = base / "server.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_import_path())}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=base)
+    server = Server(f"http://127.0.0.1:{port}", base, log)
+    try:
+        _wait(server, process)
+        if "IMPORT FAILED" in server.log:
+            raise RuntimeError(f"a pack did not import:\n{server.log[-4000:]}")
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _import_path() -> list[str]:
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [str(REPOSITORY), *(path for path in inherited if path)]
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            server.get("/system_stats")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"ComfyUI did not start:\n{server.log[-4000:]}")
