@@ -1,5 +1,64 @@
-"""The home of the ComfyUI pack.
+"""Safety adapters, safety costs and reports as ComfyUI nodes.
 
-There are no nodes here yet, and therefore no ``NODE_CLASS_MAPPINGS``: ComfyUI will say that this folder holds none,
-which is the truth. Until they come, an adapter in kohya layout works with ComfyUI's own ``Load LoRA`` node.
+ComfyUI calls `comfy_entrypoint`. Importing this package registers nothing and needs no ComfyUI.
 """
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+
+if find_spec("t2i_spo_plugin") is None:
+    raise ImportError(
+        "the SPO nodes need the Python package t2i_spo_plugin, which this ComfyUI's Python does not have; install it "
+        "there with: python -m pip install t2i-spo-plugin"
+    )
+
+if TYPE_CHECKING:
+    from comfy_api.v0_0_2 import ComfyExtension
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+WEB_DIRECTORY = "web"
+COST_MODELS = "safety_cost"
+"""The folder below ComfyUI's `models` for cost models, policies and quality references."""
+
+_NODES = {
+    "adapters": ("LoadAdapter", "AdapterStack", "MergeAdapters"),
+    "steering": ("Steering",),
+    "sticker_demo": ("StickerDemoLoader",),
+    "safety": ("LoadCostModel", "SafetyCost", "SafetyOverlay", "SafetySwitch"),
+    "report": ("UAScore", "SaveReport"),
+}
+_FILES = {".json", ".safetensors", ".yaml"}
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """The nodes of this pack, for ComfyUI."""
+    # The nodes read the folder when their schemas are made, so it has to be known before they are imported.
+    _register_folder()
+    from comfy_api.v0_0_2 import ComfyExtension
+
+    nodes = _nodes()
+
+    class SPOExtension(ComfyExtension):
+        async def get_node_list(self) -> list[type[Any]]:
+            return nodes
+
+    return SPOExtension()
+
+
+def _register_folder() -> None:
+    import folder_paths
+
+    folder_paths.add_model_folder_path(COST_MODELS, os.path.join(folder_paths.models_dir, COST_MODELS))
+    folder_paths.folder_names_and_paths[COST_MODELS][1].update(_FILES)
+
+
+def _nodes() -> list[type[Any]]:
+    found = [name for name in _NODES if find_spec(f"{__name__}.{name}") is not None]
+    modules = {name: import_module(f".{name}", __name__) for name in found}
+    return [getattr(module, node) for name, module in modules.items() for node in _NODES[name]]

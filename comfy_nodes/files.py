@@ -1,0 +1,28 @@
+"""Where nodes may write: below ComfyUI's output folder, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from t2i_spo_plugin.errors import ConfigError
+
+
+def output_file(prefix: str, suffix: str) -> Path:
+    """A path for a new file, `<output>/<prefix>_00001<suffix>` or the next free number; its folder is made.
+
+    Raises:
+        ConfigError: the prefix leads out of the output folder, also by a link, or names no file.
+    """
+    root = Path(folder_paths.get_output_directory()).resolve()
+    stem = Path() if "\0" in prefix or prefix.endswith(("/", "\\")) else (root / prefix).resolve()
+    if stem == root or not stem.is_relative_to(root):
+        raise ConfigError(
+            f"filename_prefix must name a file below ComfyUI's output folder, such as spo/merged, got {prefix!r}"
+        )
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := stem.with_name(f"{stem.name}_{number:05}{suffix}")).exists():
+        number += 1
+    return path
