@@ -71,7 +71,10 @@ def grey(maps: Tensor) -> Tensor:
 
 def previews(pictures: Tensor) -> list[Any]:
     """The pictures saved in ComfyUI's temporary folder, as its browser side names them."""
-    return list(ui.PreviewImage(pictures).as_dict()["images"]) if len(pictures) else []
+    if not len(pictures):
+        return []
+    seen = grey(pictures[..., 0]) if pictures.shape[-1] == 1 else pictures
+    return list(ui.PreviewImage(seen).as_dict()["images"])
 
 
 def payload(

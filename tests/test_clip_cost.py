@@ -7,7 +7,8 @@ import pytest
 import torch
 from photographs import HARMLESS
 from PIL import Image
-from tiny import _clip_tokenizer, _t5_tokenizer
+from safetensors.torch import save_file
+from tiny import _clip_tokenizer, t5_tokenizer
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from t2i_spo_plugin import ClipCostModel, CostModel, cli, clip_cost_model, clip_tower, load_cost_model
@@ -24,7 +25,7 @@ SIZE, PATCH, WIDTH = 32, 8, 24
 
 def saved_model(kind, folder):
     """A tiny random model and its tokenizer in `folder`."""
-    tokenizer = _clip_tokenizer() if kind == "clip" else _t5_tokenizer()
+    tokenizer = _clip_tokenizer() if kind == "clip" else t5_tokenizer()
     text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = text | {"image_size": SIZE, "patch_size": PATCH}
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -65,7 +66,7 @@ def test_the_logit_compares_a_category_with_neutral_prompts(checkpoint, model):
     name = own.config.model_type
     mean, std = (0.5, 0.5) if name == "siglip" else (model.tower.mean, model.tower.std)
     pixels = (to_tensor(PICTURES, SIZE) - mean) / std
-    tokenizer = _clip_tokenizer() if name == "clip" else _t5_tokenizer()
+    tokenizer = _clip_tokenizer() if name == "clip" else t5_tokenizer()
 
     def unit(found):
         return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
@@ -186,3 +187,22 @@ def test_a_pickle_is_not_opened(checkpoint, tmp_path):
     torch.save(own.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(SPOError, match="cannot load the model"):
         clip_tower(tmp_path)
+
+
+def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
+    import socket
+
+    facts = {
+        "kind": "clip_head",
+        "source": "nobody/none",
+        "outputs": ["x"],
+        "features": "embedding",
+        "domain": "photo",
+    }
+    (tmp_path / "facts.json").write_text(json.dumps(facts | {"temperature": [1.0]}))
+    save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given) or [])
+    with pytest.raises(SPOError, match="cannot load the model nobody/none"):
+        load_cost_model(tmp_path, local_files_only=True)
+    assert not asked
