@@ -18,6 +18,7 @@ from t2i_spo_plugin.images import channels_first
 
 
 BATCH = 8
+NOT_SCORED = "not scored"
 
 
 def steps(total: int, size: int = 1) -> Iterator[slice]:
@@ -99,6 +100,3 @@ def payload(
 def category_of(safety: SafetyReport, number: int, category: str | None = None) -> str:
     """The category asked for, or the one that decided; `not scored` where neither is known."""
     return NOT_SCORED if safety.reasons[number] is not None else category or safety.deciding(number) or NOT_SCORED
-
-
-NOT_SCORED = "not scored"

@@ -224,15 +224,11 @@ def test_a_cost_model_has_to_be_chosen(pack):
     assert "there is no cost model '../x'" in loader.validate_inputs("../x")
     assert loader.validate_inputs(STICKER) is True
     with pytest.raises(DomainError, match="override_domain"):
-        _with_policy(loader, "photo-sexual", False)
+        loader.execute(STICKER, "photo-sexual", False)
     assert "sticker pictures" in loader.execute(STICKER, "as the model", False).args[1]
 
 
-def _with_policy(loader, policy, override):
-    return loader.execute(STICKER, policy, override)
-
-
-def test_own_models_and_policies_come_from_the_models_folder(pack, base, monkeypatch):
+def test_own_models_and_policies_come_from_the_models_folder(pack, base):
     loader, folder = pack["SPO_LoadCostModel"], base / "models" / "safety_cost"
     shutil.copytree(sticker.FOLDER / "cost_model", folder / "mine")
     (folder / "strict.yaml").write_text(
@@ -436,7 +432,7 @@ def test_a_model_that_was_not_chosen_is_said_before_anything_runs(pack):
 
 
 def test_two_prompts_do_not_mix(pack, guard):
-    """Queued one after another in one executor, and side by side in two."""
+    """Queued one after another in one executor, and side by side in one graph with one cost model."""
     pictures = {"a": unsafe_scene(guard), "b": scenes("benign")}
     GivenPictures.GIVEN.update(pictures)
     shared, expected = new_executor(), {k: cost(pack, guard, image).args[1] for k, image in pictures.items()}
