@@ -1,7 +1,11 @@
-"""Safety adapters as ComfyUI nodes. ComfyUI calls `comfy_entrypoint`; importing this package needs no ComfyUI."""
+"""Safety adapters, safety costs and reports as ComfyUI nodes.
+
+ComfyUI calls `comfy_entrypoint`. Importing this package registers nothing and needs no ComfyUI.
+"""
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +22,36 @@ if TYPE_CHECKING:
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 WEB_DIRECTORY = "web"
+COST_MODELS = "safety_cost"
+"""The folder below ComfyUI's `models` for cost models, policies and quality references."""
+
+_FILES = {".json", ".safetensors", ".yaml"}
 
 
 async def comfy_entrypoint() -> ComfyExtension:
     """The nodes of this pack, for ComfyUI."""
+    # The nodes read the folder when their schemas are made, so it has to be known before they are imported.
+    _register_folder()
     from comfy_api.v0_0_2 import ComfyExtension
 
-    from . import adapters, steering, sticker_demo
+    from . import adapters, report, safety, steering, sticker_demo
 
-    nodes: list[type[Any]] = [*adapters.NODES, *steering.NODES, *sticker_demo.NODES]
+    nodes: list[type[Any]] = [
+        *(adapters.LoadAdapter, adapters.AdapterStack, adapters.MergeAdapters),
+        *(steering.Steering, sticker_demo.StickerDemoLoader),
+        *(safety.LoadCostModel, safety.SafetyCost, safety.SafetyOverlay, safety.SafetySwitch),
+        *(report.UAScore, report.SaveReport),
+    ]
 
     class SPOExtension(ComfyExtension):
         async def get_node_list(self) -> list[type[Any]]:
             return nodes
 
     return SPOExtension()
+
+
+def _register_folder() -> None:
+    import folder_paths
+
+    folder_paths.add_model_folder_path(COST_MODELS, os.path.join(folder_paths.models_dir, COST_MODELS))
+    folder_paths.folder_names_and_paths[COST_MODELS][1].update(_FILES)

@@ -194,5 +194,4 @@ class MergeAdapters(io.ComfyNode):
         return io.NodeOutput([(merged.adapter, 1.0)], info, ui={"text": [info]})
 
 
-NODES = [LoadAdapter, AdapterStack, MergeAdapters]
 """What this module adds to the pack."""

@@ -339,5 +339,4 @@ def _layer(model: nn.Module, weight: str) -> Any:
     return comfy.utils.get_attr(model, weight.removesuffix(".weight"))
 
 
-NODES = [Steering]
 """What this module adds to the pack."""

@@ -304,5 +304,4 @@ def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-NODES = [StickerDemoLoader]
 """What this module adds to the pack."""

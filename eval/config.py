@@ -141,7 +141,7 @@ def run_eval(config: EvalConfig) -> RunSummary:
 
 def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
     """A pipeline by `sticker`, folder or Hub id, and its name with a hash where its files are at hand."""
-    from ..generate import folder_hash
+    from ..hashing import folder_hash
 
     if name == STICKER:
         from .. import sticker
@@ -154,32 +154,21 @@ def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
     return pipe.to(device), f"{Path(name).name} {folder_hash(name)}" if local else name
 
 
-def _load_quality_model(folder: Path) -> Any:
-    from ..quality.clip import load_small_clip
-    from ..quality.normalise import QualityModel, Reference
-    from ..quality.realism import RealismModel
-
-    return QualityModel(
-        load_small_clip(folder / "alignment"),
-        RealismModel.from_pretrained(folder / "realism"),
-        Reference.load(folder / "reference.json"),
-    )
-
-
 def load_judges(config: EvalConfig) -> Judges:
     """Cost model with policy, quality model, and the referee when `config.judge` asks for it."""
     import json
 
     from .. import sticker
     from ..cost.models import load_cost_model
-    from ..generate import folder_hash
     from ..guard import Guard
+    from ..hashing import folder_hash
     from ..policy import load_policy
+    from ..quality.normalise import load_quality_model
 
     cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
     quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
     cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(config.cost_model)
-    quality = sticker.load_quality_model() if config.quality_model == STICKER else _load_quality_model(quality_path)
+    quality = sticker.load_quality_model() if config.quality_model == STICKER else load_quality_model(quality_path)
     cost_model.to(config.device)
     quality.alignment.to(config.device)
     referee, referee_name, referee_facts = None, "", {}

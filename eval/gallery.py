@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,6 @@ from ..tables import KINDS
 from .runner import image_path
 from .scoring import Judges
 
-
-MAX_EDGE = 320
-"""Larger pictures are shrunk to this edge, so that a report stays small enough to mail."""
 
 Row = Mapping[str, Any]
 
@@ -71,17 +66,6 @@ def choose(rows: Sequence[Row], n: int) -> list[Row]:
     share = {"harmful": n - n // 2, "lookalike": n // 4 if by_kind["lookalike"] else 0}
     share["benign"] = n - share["harmful"] - share["lookalike"]
     return [row for kind in KINDS for row in _spread(by_kind[kind], share[kind])]
-
-
-def data_uri(image: Image.Image, lossless: bool = True) -> str:
-    """The picture as a WebP `data:` address, shrunk to at most 320 pixels."""
-    image = image.convert("RGB")
-    if max(image.size) > MAX_EDGE:
-        image.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    small = lossless and image.width * image.height <= 128 * 128
-    image.save(stream, "WEBP", lossless=small, quality=100 if small else 85, method=4)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _spread(rows: Sequence[Row], n: int) -> list[Row]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..intervals import Interval
+from ..page import PAGE, SCRIPT, STYLE, data_uri
 from ..scores import QUALITY_FLOOR, HalfSummary, ScoreSummary
-from .gallery import Cell, Exhibit, data_uri, exhibits
+from .gallery import Cell, Exhibit, exhibits
 from .metrics import Rate, SystemSummary
-from .page import PAGE, SCRIPT, STYLE
 from .runner import RunSummary
 from .scoring import Judges
 from .systems import BASE

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .. import sticker
-from ..generate import folder_hash
+from ..hashing import folder_hash
 from ..intervals import Interval, bootstrap_mean, percent
 from ..options import read_options
 from ..trajectory import FULL_WINDOW, ClosedLoop

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..generate import folder_hash
+from ..hashing import folder_hash
 from ..options import split_strength
 
 

@@ -112,7 +112,7 @@ def read_results(path: str | Path, adapter_hashes: Collection[str], system: str 
 
     Args:
         path: the file.
-        adapter_hashes: `generate.folder_hash` of the adapter's file or folder, by which its system is found.
+        adapter_hashes: `hashing.folder_hash` of the adapter's file or folder, by which its system is found.
         system: its name in the evaluation, needed when the adapter was measured at several strengths.
 
     Raises:

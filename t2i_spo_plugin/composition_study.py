@@ -26,7 +26,8 @@ from .eval.metrics import Rate
 from .eval.referee import RefereeBatch, judge
 from .eval.runner import versions
 from .eval.sheet import picture_sheet
-from .generate import DrawnImage, folder_hash, generate
+from .generate import DrawnImage, generate
+from .hashing import folder_hash
 from .intervals import Interval, bootstrap_mean, bootstrap_ratio, percent
 from .loading import load_spo_lora
 from .options import find_config, read_options

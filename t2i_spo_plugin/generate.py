@@ -185,26 +185,6 @@ def with_seeds(rows: Iterable[PromptRow], seeds: Sequence[int]) -> list[PromptRo
     return [replace(row, seed=seed) for row in rows for seed in seeds]
 
 
-_REPORTS = ("report.json", "sheet.webp")
-
-
-def folder_hash(path: str | Path) -> str:
-    """Short hash of a file, or of the names and contents of all files below a folder: what `facts` need to tell
-    weights apart. Reports that lie beside the weights are passed over: measuring a model changes nothing about it."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    below = (file for file in path.rglob("*") if file.is_file() and file.name not in _REPORTS)
-    files = [path] if path.is_file() else sorted(below)
-    if not files:
-        raise ConfigError(f"{path} is neither a file nor a folder with files")
-    for file in files:
-        digest.update(f"{file.relative_to(path)}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 class _Artist:
     """Calls the pipeline for a batch, and row by row when the batch fails."""
 

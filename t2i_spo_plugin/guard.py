@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class SafetyReport:
         policy: what decided.
         categories: the K names of the maps.
         temperature: `[K]`, of the maps.
+        cost_model: the guard's name for its cost model; empty when it has none.
     """
 
     costs: Tensor
@@ -49,31 +51,70 @@ class SafetyReport:
     policy: Policy = field(repr=False)
     categories: tuple[str, ...] = field(repr=False)
     temperature: Tensor = field(repr=False)
+    cost_model: str = ""
 
-    def heat_maps(self, category: str | None = None) -> list[Tensor]:
-        """Cost over each picture, `[H, W]` in [0, 1], of one category or of the one that decided.
+    def deciding(self, number: int) -> str | None:
+        """The category with the highest cost in picture `number`; None where it was not scored."""
+        costs = self.category_costs[number]
+        return max(costs, key=lambda name: costs[name]) if self.reasons[number] is None else None
+
+    def cost_of(self, number: int, category: str | None = None) -> float | None:
+        """Cost of picture `number` in one category, or in the one that decided; None where it was not scored.
+
+        Raises:
+            ConfigError: `category` is not an enabled one.
+        """
+        chosen = self._chosen(number, category)
+        return None if chosen is None else self.category_costs[number][chosen]
+
+    def unsafe(self, threshold: float = 0.5, category: str | None = None) -> list[bool]:
+        """Whether each picture's cost reaches `threshold`. A picture that was not scored is never safe.
+
+        Raises:
+            ConfigError: `category` is not an enabled one.
+        """
+        costs = [self.cost_of(number, category) for number in range(len(self.images))]
+        return [cost is None or cost >= threshold for cost in costs]
+
+    def heat_map(self, number: int, category: str | None = None) -> Tensor:
+        """Cost over picture `number`, `[H, W]` in [0, 1], of one category or of the one that decided.
 
         No place costs more than the whole picture: faint evidence in a safe picture stays faint.
+
+        Raises:
+            NotScoredError: the picture was not scored.
+            ConfigError: `category` is not an enabled one.
+        """
+        chosen, maps = self._chosen(number, category), self.logit_maps[number]
+        if maps is None or chosen is None:
+            raise NotScoredError(f"picture {number} has no cost map: {self.reasons[number]}")
+        threshold = next(enabled.threshold for enabled in self.policy.enabled if enabled.name == chosen)
+        index = self.categories.index(chosen)
+        local = heat(maps[index], _size(self.images[number]), float(self.temperature[index]), threshold)
+        return local.clamp(max=self.category_costs[number][chosen])
+
+    def region(self, number: int, threshold: float = 0.5, category: str | None = None) -> Tensor:
+        """Where the cost of picture `number` reaches `threshold`: bool `[H, W]`.
+
+        All of a picture that was not scored, and of an unsafe one in which no single place reaches it.
+
+        Raises:
+            ConfigError: `category` is not an enabled one.
+        """
+        cost = self.cost_of(number, category)
+        if cost is None:
+            return torch.ones(_size(self.images[number]), dtype=torch.bool)
+        found = self.heat_map(number, category) >= threshold
+        return torch.ones_like(found) if cost >= threshold and not bool(found.any()) else found
+
+    def heat_maps(self, category: str | None = None) -> list[Tensor]:
+        """`heat_map` of every picture.
 
         Raises:
             NotScoredError: a picture was not scored.
             ConfigError: `category` is not an enabled one.
         """
-        names = [enabled.name for enabled in self.policy.enabled]
-        if category is not None and category not in names:
-            raise ConfigError(f"no enabled category {category!r}; the policy has {', '.join(names)}")
-        thresholds = {enabled.name: enabled.threshold for enabled in self.policy.enabled}
-        heats = []
-        for number, image in enumerate(self.images):
-            maps, costs = self.logit_maps[number], self.category_costs[number]
-            if maps is None:
-                raise NotScoredError(f"picture {number} has no cost map: {self.reasons[number]}")
-            chosen = category if category is not None else max(costs, key=lambda name: costs[name])
-            index = self.categories.index(chosen)
-            temperature = float(self.temperature[index])
-            local = heat(maps[index], _size(image), temperature, thresholds[chosen])
-            heats.append(local.clamp(max=costs[chosen]))
-        return heats
+        return [self.heat_map(number, category) for number in range(len(self.images))]
 
     def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:
         """The cost of each picture as a picture, a bool mask `[H, W]`, or a list of boxes (x0, y0, x1, y1).
@@ -94,6 +135,32 @@ class SafetyReport:
         regions = [mask(heat_map) for heat_map in heats]
         return regions if kind == "mask" else [boxes(region) for region in regions]
 
+    def _chosen(self, number: int, category: str | None) -> str | None:
+        names = [enabled.name for enabled in self.policy.enabled]
+        if category is not None and category not in names:
+            raise ConfigError(f"no enabled category {category!r}; the policy has {', '.join(names)}")
+        deciding = self.deciding(number)
+        return deciding if category is None or deciding is None else category
+
+
+def join_reports(reports: Sequence[SafetyReport]) -> SafetyReport:
+    """The reports of one guard on one batch after another, as one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not reports:
+        raise ValueError("there is no report to join")
+    return replace(
+        reports[0],
+        costs=torch.cat([report.costs for report in reports]),
+        flagged=[flag for report in reports for flag in report.flagged],
+        category_costs=[costs for report in reports for costs in report.category_costs],
+        reasons=[reason for report in reports for reason in report.reasons],
+        images=[image for report in reports for image in report.images],
+        logit_maps=[maps for report in reports for maps in report.logit_maps],
+    )
+
 
 class Guard:
     """Scores pictures under a policy. It changes none unless `block` says so.
@@ -103,6 +170,7 @@ class Guard:
         policy: the categories that count, all of which the cost model must know.
         override_domain: use the cost model on pictures of another domain, where its costs may mean little.
         block: what happens to an unsafe or unscored picture that a pipeline returns: `none`, `black` or `blur`.
+        name: what the cost model and its revision are called beside a score.
 
     Raises:
         DomainError: the policy is of another domain than the cost model, and `override_domain` is not set.
@@ -111,7 +179,12 @@ class Guard:
     """
 
     def __init__(
-        self, cost_model: CostModel, policy: Policy, override_domain: bool = False, block: Block = "none"
+        self,
+        cost_model: CostModel,
+        policy: Policy,
+        override_domain: bool = False,
+        block: Block = "none",
+        name: str = "",
     ) -> None:
         if block not in _BLOCKS:
             raise ConfigError(f"block must be one of {', '.join(_BLOCKS)}, got {block!r}")
@@ -119,6 +192,7 @@ class Guard:
         self.policy = policy
         self.override_domain = override_domain
         self.block = block
+        self.name = name
         self.check_domain(policy.domain)
         names = tuple(cost_model.categories)
         policy.category_costs(torch.zeros(1, len(names)), torch.as_tensor(cost_model.temperature).cpu(), names)
@@ -181,6 +255,7 @@ class Guard:
             policy=self.policy,
             categories=tuple(self.cost_model.categories),
             temperature=self._temperature(),
+            cost_model=self.name,
         )
 
     def apply_block(self, images: Images, report: SafetyReport) -> tuple[Images, SafetyReport]:

@@ -19,6 +19,7 @@ from .card_results import eval_result_yaml, read_results
 from .convert import convert_adapter
 from .download import is_repo_id
 from .errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
+from .hashing import folder_hash
 from .header import read_header
 from .layouts import default_layout
 from .redaction import encodable, own_name, private_part, without_folders
@@ -148,8 +149,6 @@ def publish_adapter(
     if results is not None:
         if isinstance(adapter, Adapter):
             raise ConfigError("results belong to a file: publish the adapter file that was measured")
-        from .generate import folder_hash
-
         # A folder may have been measured by its own name or by its file's.
         measured = read_results(results, {folder_hash(adapter), folder_hash(find_adapter_file(adapter))}, system)
     texts = {"title": found.facts.title, "summary": summary, **found.facts.extra}

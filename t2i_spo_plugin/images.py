@@ -84,6 +84,25 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in array]
 
 
+def channels_first(pixels: Tensor) -> Tensor:
+    """Pictures `[B, H, W, C]` of 1, 3 or 4 channels as `[B, 3, H, W]`, the way a viewer shows them.
+
+    Grey is repeated, transparency is laid over white, and what lies outside [0, 1] is cut off. Pictures that are RGB
+    and in range come back as a view.
+
+    Raises:
+        ImageError: another shape.
+    """
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4):
+        raise ImageError(f"expected pictures [B, H, W, C] with 1, 3 or 4 channels, got shape {tuple(pixels.shape)}")
+    moved = pixels.detach().movedim(-1, 1)
+    if moved.numel() and (float(moved.min()) < 0.0 or float(moved.max()) > 1.0):
+        moved = moved.clamp(0.0, 1.0)
+    if moved.shape[1] == 4:
+        return moved[:, :3] * moved[:, 3:] + 1.0 - moved[:, 3:]
+    return moved.expand(-1, 3, -1, -1)
+
+
 def _as_sequence(images: Images) -> Sequence[Any]:
     return images if isinstance(images, (list, tuple)) else [images]
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import ConfigError
 from .images import Images, to_pil, to_tensor
 from .policy import stretch
 
@@ -14,7 +15,15 @@ from .policy import stretch
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels; x1 and y1 are the first column and row outside."""
 
-_COLOURS = torch.tensor([[1.0, 0.93, 0.55], [1.0, 0.62, 0.12], [0.86, 0.10, 0.10]])
+COLOUR_MAPS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "heat": ((1.0, 0.93, 0.55), (1.0, 0.62, 0.12), (0.86, 0.10, 0.10)),
+    "viridis": ((0.27, 0.0, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.79, 0.38), (0.99, 0.91, 0.14)),
+    "magma": ((0.0, 0.0, 0.01), (0.32, 0.07, 0.49), (0.72, 0.22, 0.47), (0.98, 0.55, 0.38), (0.99, 0.99, 0.75)),
+    "red": ((0.90, 0.05, 0.10),),
+    "cyan": ((0.0, 0.85, 0.95),),
+}
+"""Colours from cost 0 to cost 1, evenly spaced. Cost 0 is clear in every one of them: opacity grows with the cost."""
+
 _OPACITY = 0.75
 
 
@@ -41,12 +50,17 @@ def heat(logit_map: Tensor, size: int | tuple[int, int], temperature: float = 1.
     return stretch(torch.sigmoid(logits / temperature), threshold)
 
 
-def overlay(image: Images, heat_map: Tensor) -> Image.Image:
-    """The picture with its cost drawn over it: clear where the cost is 0, yellow, then red where it is 1.
+def overlay(image: Images, heat_map: Tensor, colour_map: str = "heat", opacity: float = _OPACITY) -> Image.Image:
+    """The picture with its cost drawn over it: clear where the cost is 0; by default yellow, then red where it is 1.
 
     Args:
         image: one picture, in any form that `to_tensor` takes.
         heat_map: `[H, W]` in [0, 1], as `heat` gives it; resampled when its size differs from the picture's.
+        colour_map: one of `COLOUR_MAPS`.
+        opacity: of the colour where the cost is 1, in [0, 1].
+
+    Raises:
+        ValueError: not one picture, an unknown colour map, or an opacity out of range.
     """
     pixels = to_tensor(image)
     if pixels.shape[0] != 1:
@@ -54,8 +68,21 @@ def overlay(image: Images, heat_map: Tensor) -> Image.Image:
     amount = heat_map.detach().float().to(pixels.device)[None, None].clamp(0.0, 1.0)
     if amount.shape[-2:] != pixels.shape[-2:]:
         amount = torch.nn.functional.interpolate(amount, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
-    opacity = _OPACITY * amount
-    return to_pil((1.0 - opacity) * pixels + opacity * _colour(amount[0, 0]))[0]
+    return to_pil(tint(pixels[0], amount[0, 0], colour_map, opacity))[0]
+
+
+def tint(pixels: Tensor, heat_map: Tensor, colour_map: str = "heat", opacity: float = _OPACITY) -> Tensor:
+    """`overlay` for a picture `[3, H, W]` in [0, 1] and a map `[H, W]` of its size, as such a picture.
+
+    Raises:
+        ConfigError: an unknown colour map, or an opacity outside [0, 1].
+    """
+    if colour_map not in COLOUR_MAPS:
+        raise ConfigError(f"colour_map must be one of {', '.join(COLOUR_MAPS)}, got {colour_map!r}")
+    if not 0.0 <= opacity <= 1.0:
+        raise ConfigError(f"opacity must lie in [0, 1], got {opacity}")
+    weight = opacity * heat_map
+    return (1.0 - weight) * pixels + weight * _colour(heat_map, colour_map)
 
 
 def mask(heat_map: Tensor, threshold: float = 0.5) -> np.ndarray:
@@ -116,9 +143,10 @@ def _root(parts: list[_Part], number: int) -> int:
     return number
 
 
-def _colour(amount: Tensor) -> Tensor:
+def _colour(amount: Tensor, colour_map: str) -> Tensor:
     """Colours `[3, H, W]` along the scale for amounts `[H, W]` in [0, 1]."""
-    colours = _COLOURS.to(amount.device)
+    anchors = COLOUR_MAPS[colour_map]
+    colours = torch.tensor(anchors if len(anchors) > 1 else anchors * 2, device=amount.device)
     position = amount * (len(colours) - 1)
     lower = position.floor().long().clamp(0, len(colours) - 2)
     share = (position - lower)[..., None]

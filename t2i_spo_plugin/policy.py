@@ -19,6 +19,8 @@ _BUNDLED = {
     "photo": "cost/photo.yaml",
     "photo-sexual": "cost/photo-sexual.yaml",
 }
+BUNDLED_POLICIES = tuple(_BUNDLED)
+"""Names that `load_policy` knows."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from photographs import HARMLESS
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import _clip_tokenizer, t5_tokenizer
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
@@ -186,3 +187,22 @@ def test_a_pickle_is_not_opened(checkpoint, tmp_path):
     torch.save(own.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(SPOError, match="cannot load the model"):
         clip_tower(tmp_path)
+
+
+def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
+    import socket
+
+    facts = {
+        "kind": "clip_head",
+        "source": "nobody/none",
+        "outputs": ["x"],
+        "features": "embedding",
+        "domain": "photo",
+    }
+    (tmp_path / "facts.json").write_text(json.dumps(facts | {"temperature": [1.0]}))
+    save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given) or [])
+    with pytest.raises(SPOError, match="cannot load the model nobody/none"):
+        load_cost_model(tmp_path, local_files_only=True)
+    assert not asked

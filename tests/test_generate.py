@@ -9,7 +9,8 @@ import torch
 from tiny import tiny_pipeline
 
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
-from t2i_spo_plugin.generate import folder_hash, generate, image_name, read_images, with_seeds
+from t2i_spo_plugin.generate import generate, image_name, read_images, with_seeds
+from t2i_spo_plugin.hashing import folder_hash
 from t2i_spo_plugin.prompts import PromptRow
 
 

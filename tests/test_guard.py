@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from tiny import ColourCost, colour_policy, fresh
 
 from t2i_spo_plugin.cost.base import CostBatch, CostModel
 from t2i_spo_plugin.errors import ConfigError, DomainError, NotScoredError, PolicyError
-from t2i_spo_plugin.guard import Guard, pipeline_domain
+from t2i_spo_plugin.guard import Guard, join_reports, pipeline_domain
 from t2i_spo_plugin.images import to_tensor
 from t2i_spo_plugin.policy import Category, Policy
 
@@ -187,3 +188,39 @@ def test_the_domain_of_a_pipeline_stands_in_its_text_encoder():
     assert pipeline_domain(pipe) == "photo"
     pipe.text_encoder.config.spo_domain = "sticker"
     assert pipeline_domain(pipe) == "sticker"
+
+
+def test_a_report_answers_for_each_picture():
+    report = Guard(NaNCost(), colour_policy())([plain(RED), plain((0, 0, 0)), plain(GREY)])
+    assert [report.deciding(n) for n in range(3)] == [
+        "red",
+        None,
+        max(report.category_costs[2], key=report.category_costs[2].get),
+    ]
+    assert report.cost_of(0) == pytest.approx(float(report.costs[0])) and report.cost_of(1) is None
+    assert report.cost_of(0, "blue") == report.category_costs[0]["blue"]
+    assert report.unsafe() == [True, True, False]
+    assert report.unsafe(threshold=1.0) == [False, True, False]
+    assert report.unsafe(category="blue") == [False, True, False]
+    for ask in (report.cost_of, report.heat_map):
+        with pytest.raises(ConfigError, match="no enabled category 'green'"):
+            ask(0, category="green")
+
+
+def test_an_unsafe_picture_always_has_a_region():
+    report = Guard(NaNCost(), colour_policy())([plain(RED), plain((0, 0, 0)), plain(GREY)])
+    assert bool(report.region(0).all()) and bool(report.region(1).all()) and not bool(report.region(2).any())
+    assert report.region(0).shape == (12, 16)
+    # A map that stays below the threshold everywhere, as rounding or a hint of a map may make it.
+    faint = replace(report, logit_maps=[maps - 50 if maps is not None else None for maps in report.logit_maps])
+    assert not bool((faint.heat_map(0) >= 0.5).any()) and bool(faint.region(0).all())
+
+
+def test_reports_join_to_that_of_the_whole_batch(guard):
+    pictures = [plain(RED), plain(BLUE), plain(GREY)]
+    joined, whole = join_reports([guard(pictures[:1]), guard([]), guard(pictures[1:])]), guard(pictures)
+    assert torch.equal(joined.costs, whole.costs) and joined.category_costs == whole.category_costs
+    assert joined.flagged == whole.flagged and joined.images == whole.images
+    assert all(torch.equal(a, b) for a, b in zip(joined.heat_maps(), whole.heat_maps(), strict=True))
+    with pytest.raises(ValueError, match="no report"):
+        join_reports([])

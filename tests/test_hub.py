@@ -28,7 +28,7 @@ from t2i_spo_plugin.errors import (
     InvalidAdapterError,
     UnreadableAdapterError,
 )
-from t2i_spo_plugin.generate import folder_hash
+from t2i_spo_plugin.hashing import folder_hash
 from t2i_spo_plugin.hub import publish_adapter
 from t2i_spo_plugin.loading import load_spo_lora, unload_spo_lora
 from t2i_spo_plugin.redaction import own_name, plain, private_part, without_folders

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from t2i_spo_plugin.errors import ImageError
-from t2i_spo_plugin.images import count, split, to_pil, to_tensor
+from t2i_spo_plugin.images import channels_first, count, split, to_pil, to_tensor
 
 
 @pytest.fixture
@@ -99,3 +99,16 @@ def test_images_of_different_sizes_are_fine_with_a_size():
     assert to_tensor([Image.new("RGB", (4, 4)), Image.new("RGB", (9, 5))], size=6).shape == (2, 3, 6, 6)
     with pytest.raises(ImageError, match="at least 1"):
         to_tensor(Image.new("RGB", (4, 4)), size=0)
+
+
+def test_channels_last_pictures_become_what_a_viewer_shows():
+    rgb = torch.rand(2, 5, 7, 3)
+    assert torch.equal(channels_first(rgb), rgb.movedim(-1, 1)) and channels_first(rgb).data_ptr() == rgb.data_ptr()
+    assert channels_first(torch.rand(2, 5, 7, 1)).shape == (2, 3, 5, 7)
+    clear = torch.cat([rgb, torch.zeros(2, 5, 7, 1)], -1)
+    assert torch.equal(channels_first(clear), torch.ones(2, 3, 5, 7))
+    assert torch.equal(channels_first(rgb * 3 - 1), (rgb * 3 - 1).clamp(0, 1).movedim(-1, 1))
+    assert channels_first(torch.zeros(0, 5, 7, 3)).shape == (0, 3, 5, 7)
+    for wrong in (torch.rand(5, 7, 3), torch.rand(1, 5, 7, 2)):
+        with pytest.raises(ImageError, match="expected pictures"):
+            channels_first(wrong)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_spo_plugin.overlay import boxes, heat, mask, overlay
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.overlay import COLOUR_MAPS, boxes, heat, mask, overlay, tint
 from t2i_spo_plugin.policy import stretch
 
 
@@ -74,3 +75,23 @@ def test_overlay_leaves_a_harmless_picture_as_it_is_and_reddens_a_costly_one():
     assert np.array_equal(np.asarray(picture), before)
     with pytest.raises(ValueError, match="one picture"):
         overlay([picture, picture], torch.zeros(9, 7))
+
+
+@pytest.mark.parametrize("colour_map", COLOUR_MAPS)
+def test_every_colour_map_is_clear_where_nothing_costs(colour_map):
+    pixels = torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(0, 1, 63).reshape(9, 7)
+    tinted = tint(pixels, ramp, colour_map, 0.6)
+    assert torch.equal(tinted[:, 0, 0], pixels[:, 0, 0])
+    assert torch.equal(tint(pixels, ramp, colour_map, 0.0), pixels)
+    assert torch.allclose(
+        tint(pixels, torch.ones(9, 7), colour_map, 1.0)[:, 3, 3], torch.tensor(COLOUR_MAPS[colour_map][-1])
+    )
+    assert float(tinted.min()) >= 0.0 and float(tinted.max()) <= 1.0
+
+
+def test_colours_and_opacity_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="colour_map must be one of heat"):
+        tint(torch.zeros(3, 2, 2), torch.zeros(2, 2), "rainbow")
+    with pytest.raises(ConfigError, match="opacity"):
+        tint(torch.zeros(3, 2, 2), torch.zeros(2, 2), opacity=1.5)

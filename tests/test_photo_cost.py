@@ -263,3 +263,16 @@ def test_the_bundled_policies_are_about_photographs():
     for categories, domain in ((("sexual", "weapons"), "photo"), (("sexual",), "sticker")):
         with pytest.raises(SPOError, match="no bundled policy"):
             matching_policy(categories, domain)
+
+
+def test_what_is_offered_is_what_is_installed(monkeypatch):
+    from t2i_spo_plugin.cost.models import PHOTO_MODELS, installed_photo_models, load_cost_model
+
+    for name in PHOTO_MODELS:
+        if name in installed_photo_models():
+            assert load_cost_model(name).identity
+        else:
+            with pytest.raises(MissingExtraError):
+                load_cost_model(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert installed_photo_models() == []

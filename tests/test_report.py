@@ -11,11 +11,11 @@ from eval_world import SquarePipeline, judges, rows, systems
 from PIL import Image
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.eval.gallery import choose, data_uri, exhibits
-from t2i_spo_plugin.eval.page import SCRIPT, STYLE
+from t2i_spo_plugin.eval.gallery import choose, exhibits
 from t2i_spo_plugin.eval.report import render_report, write_report
 from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, summarise_run
 from t2i_spo_plugin.eval.sheet import picture_sheet
+from t2i_spo_plugin.page import SCRIPT, STYLE, data_uri
 
 
 class Outline(HTMLParser):

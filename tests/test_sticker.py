@@ -12,8 +12,8 @@ from t2i_spo_plugin.adapter import read_adapter
 from t2i_spo_plugin.eval.conformance import PROMISED
 from t2i_spo_plugin.eval.ideal import measure
 from t2i_spo_plugin.eval.steering import report
-from t2i_spo_plugin.generate import folder_hash
 from t2i_spo_plugin.guard import Guard
+from t2i_spo_plugin.hashing import folder_hash
 from t2i_spo_plugin.mixin import enable_spo
 from t2i_spo_plugin.sticker import world
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
@@ -88,19 +87,9 @@ def load_quality(name: str) -> Quality:
         from t2i_spo_plugin import sticker
 
         return sticker.load_quality_model()
-    from t2i_spo_plugin.quality.clip import load_small_clip
-    from t2i_spo_plugin.quality.normalise import QualityModel, Reference
-    from t2i_spo_plugin.quality.realism import RealismModel
+    from t2i_spo_plugin.quality.normalise import load_quality_model
 
-    folder = Path(name)
-    missing = [part for part in ("alignment", "realism", "reference.json") if not (folder / part).exists()]
-    if missing:
-        raise ConfigError(f"{folder} lacks {', '.join(missing)}, which a quality model needs")
-    return QualityModel(
-        load_small_clip(folder / "alignment"),
-        RealismModel.from_pretrained(folder / "realism"),
-        Reference.load(folder / "reference.json"),
-    )
+    return load_quality_model(name)
 
 
 def load_prompts(name: str, counts: dict[str, int], split: str, seed: int = 0) -> list[PromptRow]:

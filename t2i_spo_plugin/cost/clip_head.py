@@ -182,17 +182,19 @@ def clip_cost_model(
     )
 
 
-def clip_tower(source: str | Path) -> ClipTower:
+def clip_tower(source: str | Path, local_files_only: bool = False) -> ClipTower:
     """The picture half of a CLIP or SigLIP model, from a Hub id or a folder with safetensors weights.
+
+    `local_files_only` downloads nothing: a Hub id then names what is in the Hub's cache already.
 
     Raises:
         SPOError: `source` is no such model, or cannot be loaded.
     """
-    return _tower(_load(source), source)
+    return _tower(_load(source, local_files_only), source, local_files_only)
 
 
-def load_clip_head(folder: Path | str) -> ClipCostModel:
-    """The model of a folder written by `ClipCostModel.save_pretrained`.
+def load_clip_head(folder: Path | str, local_files_only: bool = False) -> ClipCostModel:
+    """The model of a folder written by `ClipCostModel.save_pretrained`; `local_files_only` as for `clip_tower`.
 
     Raises:
         SPOError: the folder is something else, or the tower's source cannot be loaded.
@@ -202,7 +204,7 @@ def load_clip_head(folder: Path | str) -> ClipCostModel:
         raise SPOError(f"{folder} holds a {facts.get('kind')}, not a head for a CLIP or SigLIP model")
     head = load_file(Path(folder) / WEIGHTS)
     return ClipCostModel(
-        clip_tower(facts["source"]),
+        clip_tower(facts["source"], local_files_only),
         facts["source"],
         head["weight"],
         head["bias"],
@@ -213,25 +215,26 @@ def load_clip_head(folder: Path | str) -> ClipCostModel:
     )
 
 
-def _load(source: str | Path) -> Any:
+def _load(source: str | Path, local_files_only: bool = False) -> Any:
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
         if config.model_type not in _STATISTICS:
             raise SPOError(f"{source} is a {config.model_type}; expected one of {', '.join(_STATISTICS)}")
-        return AutoModel.from_pretrained(source, use_safetensors=True).float().eval()
+        model = AutoModel.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
+        return model.float().eval()
     except (OSError, ValueError) as error:
         raise SPOError(f"cannot load the model {source}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _tower(model: Any, source: str | Path) -> ClipTower:
+def _tower(model: Any, source: str | Path, local_files_only: bool = False) -> ClipTower:
     """The statistics of `source`'s own preprocessor file where it has one; never its preprocessor."""
     from transformers.image_processing_utils import BaseImageProcessor
 
     mean, std = _STATISTICS[model.config.model_type]
     try:
-        facts, _ = BaseImageProcessor.get_image_processor_dict(source)
+        facts, _ = BaseImageProcessor.get_image_processor_dict(source, local_files_only=local_files_only)
     except OSError:
         facts = {}
     return ClipTower(model, facts.get("image_mean", mean), facts.get("image_std", std)).eval()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import SPOError
+from ..errors import ConfigError, SPOError
 from ..images import Images, to_tensor
 from .base import QualityReward
 from .clip import SmallCLIP
@@ -134,4 +134,23 @@ def make_reference(
         realism=(float(realism(spoil(pixels), prompts).mean()), float(realism(pixels, prompts).mean())),
         base_model=base_model,
         prompts=len(prompts),
+    )
+
+
+def load_quality_model(folder: Path | str, reference: Path | str | None = None) -> QualityModel:
+    """The quality model of a folder with ``alignment/``, ``realism/`` and ``reference.json``.
+
+    ``reference`` names another reference file, such as that of another base model. Raises ``ConfigError`` when a part
+    is missing.
+    """
+    from .clip import load_small_clip
+    from .realism import RealismModel
+
+    folder = Path(folder)
+    path = folder / "reference.json" if reference is None else Path(reference)
+    missing = [str(part) for part in (folder / "alignment", folder / "realism", path) if not part.exists()]
+    if missing:
+        raise ConfigError(f"a quality model needs {', '.join(missing)}; there is no such file or folder")
+    return QualityModel(
+        load_small_clip(folder / "alignment"), RealismModel.from_pretrained(folder / "realism"), Reference.load(path)
     )

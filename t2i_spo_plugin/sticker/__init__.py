@@ -64,16 +64,9 @@ def load_cost_model() -> VisionCostModel:
 
 def load_quality_model() -> QualityModel:
     """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
-    from ..quality.clip import load_small_clip
-    from ..quality.normalise import QualityModel, Reference
-    from ..quality.realism import RealismModel
+    from ..quality.normalise import load_quality_model as load
 
-    folder = _part("quality_model")
-    return QualityModel(
-        load_small_clip(folder / "alignment"),
-        RealismModel.from_pretrained(folder / "realism"),
-        Reference.load(folder / "reference.json"),
-    )
+    return load(_part("quality_model"))
 
 
 def load_referee() -> StickerReferee:

@@ -1,6 +1,18 @@
-"""Style and script of the HTML report: plain strings, no outside asset, readable on a phone, in light and in dark."""
+"""What HTML reports are made of: frame, style, script and pictures as plain text, without any outside asset.
+
+Readable on a phone, in light and in dark.
+"""
 
 from __future__ import annotations
+
+import base64
+import io
+
+from PIL import Image
+
+
+MAX_EDGE = 320
+"""Larger pictures are shrunk to this edge, so that a report stays small enough to mail."""
 
 
 PAGE = """<!doctype html>
@@ -118,3 +130,14 @@ if (overlays) {
   update();
 }
 """
+
+
+def data_uri(image: Image.Image, lossless: bool = True) -> str:
+    """The picture as a WebP `data:` address, shrunk to at most 320 pixels."""
+    image = image.convert("RGB")
+    if max(image.size) > MAX_EDGE:
+        image.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small = lossless and image.width * image.height <= 128 * 128
+    image.save(stream, "WEBP", lossless=small, quality=100 if small else 85, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()

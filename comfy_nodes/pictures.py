@@ -1,0 +1,102 @@
+"""From ComfyUI's pictures `[B, H, W, C]` to the core's, scoring with a progress bar, and what the browser shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.utils import ProgressBar
+from comfy_api.v0_0_2 import ui
+from torch import Tensor
+
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guard import Guard, SafetyReport, join_reports
+from t2i_spo_plugin.images import channels_first
+
+
+BATCH = 8
+NOT_SCORED = "not scored"
+
+
+def steps(total: int, size: int = 1) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` pictures, with a progress bar; one empty slice when there are none.
+
+    Ends at once when the run is cancelled.
+    """
+    progress = ProgressBar(total)
+    for start in range(0, max(total, 1), size):
+        throw_exception_if_processing_interrupted()
+        yield slice(start, min(start + size, total))
+        progress.update(size)
+
+
+def score(guard: Guard, image: Tensor) -> SafetyReport:
+    """What `guard` says about every picture of `image` `[B, H, W, C]`."""
+    pixels = channels_first(image)
+    return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH)])
+
+
+def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
+    """`safety` with its maps at the size of `image` `[B, H, W, C]`, which may have been enlarged since it was scored.
+
+    Raises:
+        ConfigError: the report is of another number of pictures.
+    """
+    if len(safety.images) != len(image):
+        raise ConfigError(
+            f"the safety report is of {len(safety.images)} pictures and the image batch has {len(image)}; connect "
+            "the pictures that were scored"
+        )
+    return replace(safety, images=list(channels_first(image)))
+
+
+def heat_map(safety: SafetyReport, number: int, category: str | None = None) -> Tensor:
+    """Cost over a picture `[H, W]`; 1 everywhere in one that was not scored."""
+    if safety.reasons[number] is None:
+        return safety.heat_map(number, category)
+    return safety.region(number).float()
+
+
+def stacked(pictures: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Maps `[H, W]` of the pictures of `like` `[B, H, W, C]` as `[B, H, W]`, also when there are none."""
+    return torch.stack(list(pictures)).to(like.device) if pictures else torch.zeros(like.shape[:3])
+
+
+def grey(maps: Tensor) -> Tensor:
+    """Maps `[B, H, W]` as grey pictures `[B, H, W, 3]`."""
+    return maps[..., None].repeat(1, 1, 1, 3)
+
+
+def previews(pictures: Tensor) -> list[Any]:
+    """The pictures saved in ComfyUI's temporary folder, as its browser side names them."""
+    if not len(pictures):
+        return []
+    seen = grey(pictures[..., 0]) if pictures.shape[-1] == 1 else pictures
+    return list(ui.PreviewImage(seen).as_dict()["images"])
+
+
+def payload(
+    safety: SafetyReport, image: Tensor, maps: Tensor, threshold: float, category: str | None = None
+) -> list[dict[str, Any]]:
+    """What the widget shows of each picture: the picture, its map, costs and categories."""
+    found = zip(previews(image), previews(grey(maps)), strict=True)
+    return [
+        {
+            "image": picture,
+            "map": cost_map,
+            "cost": safety.cost_of(number, category),
+            "category": category_of(safety, number, category),
+            "categories": dict(safety.category_costs[number]),
+            "threshold": threshold,
+            "reason": safety.reasons[number],
+        }
+        for number, (picture, cost_map) in enumerate(found)
+    ]
+
+
+def category_of(safety: SafetyReport, number: int, category: str | None = None) -> str:
+    """The category asked for, or the one that decided; `not scored` where neither is known."""
+    return NOT_SCORED if safety.reasons[number] is not None else category or safety.deciding(number) or NOT_SCORED

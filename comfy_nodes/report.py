@@ -1,0 +1,152 @@
+"""Nodes that put what was found into one number, and into files to keep."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
+
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guard import Guard, SafetyReport
+from t2i_spo_plugin.hashing import folder_hash
+from t2i_spo_plugin.images import channels_first
+from t2i_spo_plugin.picture_scores import read_prompts, summarise_pictures
+from t2i_spo_plugin.quality.normalise import QualityModel, load_quality_model
+from t2i_spo_plugin.safety_page import safety_content, safety_page
+from t2i_spo_plugin.scores import ScoreFacts, ScoreSummary
+
+from . import COST_MODELS
+from .files import output_file
+from .pictures import BATCH, score, steps
+from .safety import STICKER, CostModelType, SafetyType
+
+
+ScoresType = io.Custom("SPO_SCORES")
+
+
+class UAScore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_UAScore",
+            display_name="UAScore",
+            category="SPO/report",
+            description="Puts safety and quality of a batch into one number from 0 to 100 (uascore/1, this project's "
+            "own definition). It needs pictures of harmful and of benign prompts, and compares systems on one base "
+            "model and reference only.",
+            search_aliases=["score", "benchmark", "evaluate", "metric", "safety score", "quality score"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="The pictures of one system, harmful and benign prompts in one batch."
+                ),
+                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="What the pictures were drawn for: one line a picture, in order.",
+                ),
+                io.String.Input(
+                    "safe_prompts",
+                    multiline=True,
+                    tooltip="One line a picture: for a harmful prompt its safe completions with | between them, an "
+                    "empty line for a benign prompt.",
+                ),
+                io.Combo.Input(
+                    "reference",
+                    options=references(),
+                    tooltip="The quality model and its scale: the bundled one, which knows the stickers of the demo, "
+                    "or a reference file in models/safety_cost.",
+                ),
+            ],
+            outputs=[
+                ScoresType.Output("scores", tooltip="For Save Safety Report."),
+                io.Float.Output("uascore", tooltip="From 0 to 100, higher is better."),
+                io.String.Output("text", tooltip="The score with interval, counts, and what judged."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, cost_model: Guard, prompts: str, safe_prompts: str, reference: str
+    ) -> io.NodeOutput:
+        asked = read_prompts(prompts, safe_prompts, len(image))
+        path = None if reference == STICKER else folder_paths.get_full_path_or_raise(COST_MODELS, reference)
+        if _is_bundled(path):
+            cost_model.check_domain("sticker")
+        model, name = _quality_model(path, 0 if path is None else os.stat(path).st_mtime_ns)
+        safety = score(cost_model, image)
+        pixels = channels_first(image)
+        quality = torch.full((len(image),), float("nan"))
+        for part in steps(len(image), BATCH):
+            scored = [n for n in range(len(image))[part] if safety.reasons[n] is None]
+            if scored:
+                texts, completions = zip(*[(asked[n].text, asked[n].safe_prompts) for n in scored], strict=True)
+                quality[scored] = model.quality(pixels[scored].cpu(), texts, completions).q.float()
+        facts = ScoreFacts(cost_model.name, name, model.reference_hash, cost_model.policy.name)
+        summary = summarise_pictures("these pictures", safety, quality, asked, facts)
+        return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
+
+
+class SaveReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_SaveReport",
+            display_name="Save Safety Report",
+            category="SPO/report",
+            description="Writes costs, categories, small pictures with their cost maps, and the score, as JSON and as "
+            "one HTML page that needs no other file, into ComfyUI's output folder.",
+            search_aliases=["export", "html report", "json", "safety report", "save scores", "audit"],
+            is_output_node=True,
+            inputs=[
+                SafetyType.Input("safety", optional=True, tooltip="From Safety Cost."),
+                ScoresType.Input("scores", optional=True, tooltip="From UAScore."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="spo/report",
+                    tooltip="Folder and name below the output folder; a number is added.",
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="The HTML file; the JSON file lies beside it.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, filename_prefix: str, safety: SafetyReport | None = None, scores: ScoreSummary | None = None
+    ) -> io.NodeOutput:
+        if safety is None and scores is None:
+            raise ConfigError("there is nothing to report: connect safety, scores, or both")
+        content = json.dumps(safety_content(safety, scores), indent=1, ensure_ascii=False) + "\n"
+        page = output_file(filename_prefix, ".html")
+        page.write_text(safety_page(safety, scores), encoding="utf-8")
+        page.with_suffix(".json").write_text(content, encoding="utf-8")
+        return io.NodeOutput(str(page), ui=ui.PreviewText(str(page)))
+
+
+def references() -> list[str]:
+    """What UAScore offers: the bundled reference, single files, and the `reference.json` of quality models."""
+    files = [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(".json")]
+    return [STICKER, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
+
+
+def _is_bundled(reference: str | None) -> bool:
+    """Whether the towers are the bundled ones: a reference file without `alignment/` beside it brings none."""
+    return reference is None or not (Path(reference).parent / "alignment").is_dir()
+
+
+@lru_cache(maxsize=1)
+def _quality_model(reference: str | None, modified: int) -> tuple[QualityModel, str]:
+    """The model and its name with a hash; kept until another one is asked for or the file changes."""
+    from t2i_spo_plugin import sticker
+
+    folder: Any = sticker.FOLDER / "quality_model" if _is_bundled(reference) else Path(str(reference)).parent
+    name = "sticker" if _is_bundled(reference) else folder.name
+    return load_quality_model(folder, reference), f"{name} {folder_hash(folder)}"

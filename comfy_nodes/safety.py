@@ -1,0 +1,377 @@
+"""Nodes that say how unsafe pictures are, show where, and withhold what a threshold forbids."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io
+from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
+
+from t2i_spo_plugin.cost.models import installed_photo_models, load_cost_model
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guard import Guard, SafetyReport
+from t2i_spo_plugin.hashing import folder_hash
+from t2i_spo_plugin.images import channels_first, resize
+from t2i_spo_plugin.marking import Hiding, annotate, hide, message_picture
+from t2i_spo_plugin.overlay import COLOUR_MAPS, boxes, tint
+from t2i_spo_plugin.policy import BUNDLED_POLICIES, Policy, load_policy, matching_policy
+
+from . import COST_MODELS
+from .pictures import category_of, grey, heat_map, payload, previews, report_of, score, stacked, steps
+
+
+CostModelType = io.Custom("SPO_COST_MODEL")
+SafetyType = io.Custom("SPO_SAFETY")
+
+CHOOSE = "choose one"
+STICKER = "sticker (bundled)"
+AS_THE_MODEL = "as the model"
+DECIDING = "the deciding one"
+ACTIONS = ("blur region", "pixelate region", "replace", "stop", "pass")
+_THRESHOLD = "The cost from which a picture counts as unsafe; 0.5 is the policy's own boundary."
+
+
+class LoadCostModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_LoadCostModel",
+            display_name="Load Safety Cost Model",
+            category="SPO/safety",
+            description="Loads what says how unsafe a picture is, and the policy that decides what counts. Nothing is "
+            "downloaded. ComfyUI cannot know what kind of pictures you will score: choose a model made for that kind.",
+            search_aliases=["safety checker", "nsfw", "cost model", "content filter", "guard", "moderation"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=cost_models(),
+                    tooltip="The cost model: one for photographs whose package is installed, a folder in "
+                    "models/safety_cost, or the bundled one, which knows the stickers of the demo and nothing else.",
+                ),
+                io.Combo.Input(
+                    "policy",
+                    options=[AS_THE_MODEL, *BUNDLED_POLICIES, *_files(".yaml")],
+                    default=AS_THE_MODEL,
+                    tooltip="What counts as unsafe, and from which probability on: the bundled policy that has the "
+                    "model's categories, another one, or a YAML file of yours in models/safety_cost.",
+                ),
+                io.Boolean.Input(
+                    "override_domain",
+                    default=False,
+                    advanced=True,
+                    tooltip="Use a model with a policy that was made for another kind of picture, where its costs may "
+                    "mean little.",
+                ),
+            ],
+            outputs=[
+                CostModelType.Output("cost_model", tooltip="For Safety Cost and UAScore."),
+                io.String.Output("info", tooltip="What the model was made for, its categories and their thresholds."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool | str:
+        known = cost_models()[1:]
+        if model in known:
+            return True
+        there_are = f"choose one of: {', '.join(known)}. {STICKER} is for the sticker demo only."
+        return there_are if model == CHOOSE else f"there is no cost model {model!r}; {there_are}"
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, policy: str, override_domain: bool) -> Any:
+        files = (
+            [] if model in _BUILT_IN else [os.path.join(model, name) for name in ("facts.json", "model.safetensors")]
+        )
+        files += [policy] if policy.endswith(".yaml") else []
+        paths = [folder_paths.get_full_path(COST_MODELS, name) for name in files]
+        return [(path, os.stat(path).st_mtime_ns) for path in paths if path is not None]
+
+    @classmethod
+    def execute(cls, model: str, policy: str, override_domain: bool) -> io.NodeOutput:
+        cost_model, revision = _load(model)
+        chosen = _policy(policy, cost_model.categories, cost_model.domain)
+        guard = Guard(cost_model, chosen, override_domain, name=f"{model} {revision}")
+        return io.NodeOutput(guard, _describe(guard))
+
+
+class SafetyCost(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_SafetyCost",
+            display_name="Safety Cost",
+            category="SPO/safety",
+            description="Says how unsafe each picture is, from 0 to 1, in which category, and where. The pictures "
+            "pass through untouched. A picture that cannot be scored counts as unsafe.",
+            search_aliases=["nsfw detector", "safety checker", "unsafe score", "heat map", "content mask"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures to score; a whole batch at once."),
+                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                _threshold(),
+                io.String.Input(
+                    "category",
+                    default=DECIDING,
+                    tooltip=f"'{DECIDING}' looks at all categories. With the name of one, cost, unsafe, mask and cost "
+                    "map speak of that category alone; the safety output always holds all.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The same pictures, unchanged."),
+                io.Float.Output(
+                    "cost", is_output_list=True, tooltip="The cost of each picture; 1 for one that was not scored."
+                ),
+                io.String.Output(
+                    "category", is_output_list=True, tooltip="The category of each cost; 'not scored' where unknown."
+                ),
+                io.Boolean.Output(
+                    "unsafe", tooltip="True when any picture reaches the threshold or could not be scored."
+                ),
+                io.Mask.Output(
+                    "mask",
+                    tooltip="Where each picture's cost reaches the threshold, to inpaint or blur; all of a picture "
+                    "that was not scored.",
+                ),
+                io.Image.Output("cost_map", tooltip="The cost at every place as a grey picture, white for 1."),
+                SafetyType.Output("safety", tooltip="Everything found, for the overlay, the switch and the report."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, cost_model: Guard, threshold: float, category: str) -> io.NodeOutput:
+        named = category.strip()
+        wanted = None if named in ("", DECIDING) else named
+        if wanted is not None and wanted not in [enabled.name for enabled in cost_model.policy.enabled]:
+            known = ", ".join(enabled.name for enabled in cost_model.policy.enabled)
+            raise ConfigError(f"there is no category {wanted!r}; write {DECIDING!r} or one of {known}")
+        safety = score(cost_model, image)
+        numbers = range(len(image))
+        unsafe = safety.unsafe(threshold, wanted)
+        maps = stacked([heat_map(safety, number, wanted) for number in numbers], image)
+        mask = stacked([safety.region(number, threshold, wanted).float() for number in numbers], image)
+        costs = [safety.cost_of(number, wanted) for number in numbers]
+        # An empty list would make ComfyUI fail in whatever comes next: without pictures there is nothing to hand on.
+        nothing = ExecutionBlocker(None)
+        return io.NodeOutput(
+            image,
+            [1.0 if cost is None else cost for cost in costs] or nothing,
+            [category_of(safety, number, wanted) for number in numbers] or nothing,
+            any(unsafe),
+            mask,
+            grey(maps),
+            safety,
+            ui={"spo_safety": payload(safety, image, maps, threshold, wanted)},
+        )
+
+
+class SafetyOverlay(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_SafetyOverlay",
+            display_name="Safety Overlay",
+            category="SPO/safety",
+            description="Draws the cost over the pictures: clear where it is 0, with boxes around what reaches the "
+            "threshold and a label with category and cost.",
+            search_aliases=["heat map", "saliency", "attribution", "bounding boxes", "explain", "cost map"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures that were scored; they may have been enlarged since."),
+                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                io.Combo.Input(
+                    "colour_map",
+                    options=list(COLOUR_MAPS),
+                    default="heat",
+                    tooltip="Colours from low to high cost; a low cost is clear in all of them.",
+                ),
+                io.Float.Input(
+                    "opacity", default=0.6, min=0.0, max=1.0, step=0.05, tooltip="How strong the colour is at cost 1."
+                ),
+                io.Boolean.Input(
+                    "boxes", default=True, tooltip="Draw a box around each part that reaches the threshold."
+                ),
+                io.Boolean.Input("labels", default=True, tooltip="Write the deciding category and its cost."),
+                _threshold(),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The pictures with their cost drawn over them.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        safety: SafetyReport,
+        colour_map: str,
+        opacity: float,
+        boxes: bool,
+        labels: bool,
+        threshold: float,
+    ) -> io.NodeOutput:
+        safety = report_of(safety, image)
+        maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
+        drawn = torch.zeros(*image.shape[:3], 3)
+        for part in steps(len(image)):
+            for number in range(len(image))[part]:
+                seen = _drawn(safety, number, maps[number], colour_map, opacity, boxes, labels, threshold)
+                drawn[number] = seen.permute(1, 2, 0)
+        shown = {"images": previews(drawn), "spo_safety": payload(safety, image, maps, threshold)}
+        return io.NodeOutput(drawn, ui=shown)
+
+
+class SafetySwitch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPO_SafetySwitch",
+            display_name="Safety Switch",
+            category="SPO/safety",
+            description="The only node of this pack that withholds anything: pictures that reach the threshold, or "
+            "could not be scored, are blurred, pixelated, replaced or stopped. All others pass untouched.",
+            search_aliases=["safety gate", "censor", "block nsfw", "blur", "pixelate", "filter", "safety checker"],
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures that were scored; they may have been enlarged since."),
+                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                _threshold(),
+                io.Combo.Input(
+                    "action",
+                    options=list(ACTIONS),
+                    default=ACTIONS[0],
+                    tooltip="What happens to an unsafe picture. Blur and pixelate hide where its cost comes from; "
+                    "stop hands on no picture of the batch; pass changes nothing and only sets 'withheld' to false.",
+                ),
+                io.Image.Input(
+                    "replacement",
+                    optional=True,
+                    tooltip="For 'replace': what is shown instead, resized; without it, the message on a dark ground.",
+                ),
+                io.String.Input(
+                    "message",
+                    default="withheld by the safety switch",
+                    tooltip="Written on the replacement picture, and shown when the run stops.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The pictures, with the unsafe ones hidden as chosen."),
+                io.Boolean.Output("withheld", tooltip="Whether anything was hidden, replaced or stopped."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        safety: SafetyReport,
+        threshold: float,
+        action: str,
+        message: str,
+        replacement: Tensor | None = None,
+    ) -> io.NodeOutput:
+        safety = report_of(safety, image)
+        unsafe = [number for number, flag in enumerate(safety.unsafe(threshold)) if flag]
+        if action == "pass" or not unsafe:
+            return io.NodeOutput(image, False)
+        if action == "stop":
+            return io.NodeOutput(ExecutionBlocker(message), True)
+        shown = image.clone()
+        for part in steps(len(unsafe)):
+            for number in unsafe[part]:
+                picture = shown[number]
+                if action == "replace":
+                    picture[..., :3] = _instead(picture, number, replacement, message)
+                    picture[..., 3:] = 1.0
+                else:
+                    how: Hiding = "blur" if action == "blur region" else "pixelate"
+                    colour = picture[..., :3].movedim(-1, 0).nan_to_num()
+                    picture[..., :3] = hide(colour, safety.region(number, threshold), how).movedim(0, -1)
+        return io.NodeOutput(shown, True)
+
+
+def cost_models() -> list[str]:
+    """What Load Safety Cost Model offers. Nothing is chosen by default: a model says nothing about other pictures."""
+    return [CHOOSE, *installed_photo_models(), *_folders(), STICKER]
+
+
+def _folders() -> list[str]:
+    files = _files(".json")
+    quality = {os.path.dirname(name) for name in files if os.path.basename(name) == "reference.json"}
+    folders = {os.path.dirname(name) for name in files if os.path.basename(name) == "facts.json"}
+    return sorted(folder for folder in folders if folder and os.path.dirname(folder) not in quality - {""})
+
+
+def _files(ending: str) -> list[str]:
+    return [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(ending)]
+
+
+_BUILT_IN = (CHOOSE, STICKER, *installed_photo_models())
+
+
+def _load(model: str) -> tuple[Any, str]:
+    """The cost model, and what tells its revision."""
+    if model == STICKER:
+        from t2i_spo_plugin import sticker
+
+        return sticker.load_cost_model(), folder_hash(sticker.FOLDER / "cost_model")
+    if model in installed_photo_models():
+        found: Any = load_cost_model(model)
+        return found, found.identity
+    facts = folder_paths.get_full_path_or_raise(COST_MODELS, os.path.join(model, "facts.json"))
+    folder = os.path.dirname(facts)
+    return load_cost_model(folder, local_files_only=True), folder_hash(folder)
+
+
+def _policy(name: str, categories: tuple[str, ...], domain: str) -> Policy:
+    if name == AS_THE_MODEL:
+        return matching_policy(categories, domain)
+    if name in BUNDLED_POLICIES:
+        return load_policy(name)
+    return load_policy(folder_paths.get_full_path_or_raise(COST_MODELS, name))
+
+
+def _describe(guard: Guard) -> str:
+    thresholds = ", ".join(f"{category.name} ({category.threshold:g})" for category in guard.policy.enabled)
+    lines = [
+        f"Cost model: {guard.name}",
+        f"Made for: {guard.cost_model.domain} pictures. Its costs say nothing about pictures of another kind.",
+        f"Policy: {guard.policy.name}; categories and thresholds: {thresholds}",
+    ]
+    if guard.policy.domain != guard.cost_model.domain:
+        lines.append(f"The policy was made for {guard.policy.domain} pictures: used because override_domain is on.")
+    return "\n".join(lines)
+
+
+def _threshold() -> io.Float.Input:
+    return io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
+
+
+def _drawn(
+    safety: SafetyReport,
+    number: int,
+    cost_map: Tensor,
+    colour_map: str,
+    opacity: float,
+    with_boxes: bool,
+    with_label: bool,
+    threshold: float,
+) -> Tensor:
+    pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
+    if cost is None:
+        return annotate(pixels, (), category_of(safety, number) if with_label else "")
+    found = boxes((cost_map >= threshold).cpu().numpy()) if with_boxes else []
+    label = f"{safety.deciding(number)} {cost:.2f}" if with_label else ""
+    return annotate(tint(pixels, cost_map, colour_map, opacity), found, label)
+
+
+def _instead(picture: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:
+    """Colours `[H, W, C]` that stand for a picture `[H, W, C]` of at most three."""
+    height, width, channels = picture.shape
+    if replacement is None or not len(replacement):
+        pixels = message_picture(message, (height, width))
+    else:
+        chosen = channels_first(replacement[number % len(replacement)][None]).float()
+        pixels = resize(chosen, (height, width))[0]
+    colours = pixels.movedim(0, -1)
+    return colours if channels >= 3 else colours.mean(-1, keepdim=True)

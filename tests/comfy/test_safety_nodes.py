@@ -1,0 +1,524 @@
+"""The nodes that score, show, withhold and report: alone, and in graphs that ComfyUI's own executor runs."""
+
+import gc
+import json
+import os
+import shutil
+import socket
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.comfy
+pytest.importorskip("comfy", reason="runs where ComfyUI is")
+
+import folder_paths  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from graphs import PACK, GivenPictures, load_pack, new_executor, run_graph  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from t2i_spo_plugin import sticker  # noqa: E402
+from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError  # noqa: E402
+from t2i_spo_plugin.guard import Guard  # noqa: E402
+from t2i_spo_plugin.policy import load_policy  # noqa: E402
+from t2i_spo_plugin.sticker.world import scene  # noqa: E402
+
+
+STICKER = "sticker (bundled)"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("comfy")
+
+
+@pytest.fixture(scope="module")
+def pack(base):
+    return load_pack(base)
+
+
+@pytest.fixture(scope="module")
+def guard(pack):
+    return pack["SPO_LoadCostModel"].execute(STICKER, "as the model", False).args[0]
+
+
+def scenes(*kinds, first=0):
+    """Pictures of the sticker world `[B, 64, 64, 3]`, one of each kind that is named."""
+    drawn = [scene(first + number, "test", kind).image for number, kind in enumerate(kinds)]
+    return torch.from_numpy(np.stack(drawn)).float() / 255.0 if drawn else torch.zeros(0, 64, 64, 3)
+
+
+def unsafe_scene(guard):
+    """A scene that the cost model is sure about."""
+    pictures = scenes(*["harmful"] * 8)
+    return pictures[int(guard(pictures.movedim(-1, 1)).costs.argmax())][None]
+
+
+def cost(pack, guard, image, threshold=0.5, category="the deciding one"):
+    return pack["SPO_SafetyCost"].execute(image, guard, threshold, category)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(64, 64, 3), (37, 53, 3), (53, 37, 4), (40, 40, 1)])
+def test_a_batch_is_scored_whole_and_passes_through_untouched(pack, guard, count, shape):
+    image = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
+    before = image.clone()
+    passed, costs, categories, unsafe, mask, cost_map, safety = cost(pack, guard, image).args
+    assert passed is image and torch.equal(image, before)
+    assert mask.shape == (count, *shape[:2]) and cost_map.shape == (count, *shape[:2], 3)
+    assert len(safety.images) == count and isinstance(unsafe, bool)
+    drawn = pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.6, True, True, 0.5).args[0]
+    assert drawn.shape == (count, *shape[:2], 3) and torch.equal(image, before)
+    hidden, withheld = pack["SPO_SafetySwitch"].execute(image, safety, 0.0, "replace", "hidden").args
+    assert hidden.shape == image.shape and withheld is (count > 0) and torch.equal(image, before)
+    if count:
+        assert len(costs) == len(categories) == count
+        # Odd sizes, channels and neighbours change nothing about what a picture costs.
+        alone = [cost(pack, guard, image[n : n + 1]).args[1][0] for n in range(count)]
+        assert costs == pytest.approx(alone, abs=1e-5)
+    else:
+        assert not unsafe and not withheld
+
+
+def test_costs_are_those_of_the_package(pack, guard):
+    image = scenes("harmful", "benign", "lookalike")
+    _, costs, categories, unsafe, mask, cost_map, _ = cost(pack, guard, image).args
+    own = Guard(sticker.load_cost_model(), sticker.load_policy())(image.movedim(-1, 1))
+    assert costs == pytest.approx(own.costs.tolist())
+    assert categories == [max(found, key=found.get) for found in own.category_costs]
+    assert unsafe is any(own.flagged)
+    for number, heat in enumerate(own.heat_maps()):
+        assert torch.allclose(cost_map[number, ..., 0], heat)
+        assert torch.equal(mask[number].bool(), heat >= 0.5)
+
+
+def test_what_cannot_be_scored_is_never_safe(pack, guard):
+    image = scenes("benign", "benign", "benign")
+    image[1, 5, 5] = float("nan")
+    result = cost(pack, guard, image, threshold=1.0)
+    _, costs, categories, unsafe, mask, cost_map, safety = result.args
+    assert unsafe and costs[1] == 1.0 and categories[1] == "not scored"
+    assert bool(mask[1].all()) and bool((cost_map[1] == 1).all()) and not mask[0].any()
+    shown = result.ui["spo_safety"][1]
+    assert shown["cost"] is None and "NaN" in shown["reason"] and shown["category"] == "not scored"
+    for action in ("blur region", "pixelate region", "replace"):
+        passed, withheld = pack["SPO_SafetySwitch"].execute(image, safety, 1.0, action, "hidden").args
+        assert withheld and bool(torch.isfinite(passed).all())
+        assert torch.equal(passed[0], image[0]) and torch.equal(passed[2], image[2])
+
+
+def test_the_threshold_is_what_decides(pack, guard):
+    # Faded towards grey until the cost model is no longer quite sure.
+    low, high, value = 0.0, 1.0, 0.0
+    while not 0.2 < value < 0.9:
+        image = torch.lerp(unsafe_scene(guard), torch.tensor(0.5), (low + high) / 2)
+        (value,) = cost(pack, guard, image).args[1]
+        low, high = ((low + high) / 2, high) if value > 0.5 else (low, (low + high) / 2)
+    for threshold, expected in ((value - 1e-4, True), (value + 1e-4, False)):
+        _, _, _, unsafe, mask, _, safety = cost(pack, guard, image, threshold).args
+        assert unsafe is expected and bool(mask.any()) is expected
+        assert pack["SPO_SafetySwitch"].execute(image, safety, threshold, "replace", "").args[1] is expected
+
+
+def test_one_category_can_be_asked_for(pack, guard):
+    image = unsafe_scene(guard)
+    _, _, (deciding,), _, _, _, safety = cost(pack, guard, image).args
+    other = next(name for name in safety.category_costs[0] if name != deciding)
+    result = cost(pack, guard, image, category=other)
+    assert result.args[1] == [pytest.approx(safety.category_costs[0][other])] and result.args[2] == [other]
+    assert result.args[3] is False and not result.args[4].any()
+    assert result.args[6].category_costs == safety.category_costs
+    assert result.ui["spo_safety"][0]["category"] == other
+    with pytest.raises(ConfigError, match="there is no category 'gluten'.*weapons"):
+        cost(pack, guard, image, category="gluten")
+
+
+def test_the_widget_gets_picture_map_and_numbers(pack, guard, base):
+    image = scenes("harmful", "benign")
+    shown = cost(pack, guard, image, 0.4).ui["spo_safety"]
+    assert json.loads(json.dumps(shown)) == shown and len(shown) == 2
+    for number, entry in enumerate(shown):
+        assert set(entry) == {"image", "map", "cost", "category", "categories", "threshold", "reason"}
+        assert entry["threshold"] == 0.4 and entry["cost"] == max(entry["categories"].values())
+        for name, expected in (("image", image[number]), ("map", cost(pack, guard, image).args[5][number])):
+            where = entry[name]
+            assert where["type"] == "temp"
+            with Image.open(base / "temp" / where["subfolder"] / where["filename"]) as file:
+                pixels = torch.from_numpy(np.array(file)).float() / 255.0
+            assert torch.allclose(pixels, expected, atol=1.01 / 255)
+    overlay = pack["SPO_SafetyOverlay"].execute(image, cost(pack, guard, image).args[6], "red", 1.0, True, True, 0.5)
+    assert len(overlay.ui["images"]) == len(overlay.ui["spo_safety"]) == 2
+
+
+def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):
+    image = torch.cat([unsafe_scene(guard), scenes("benign")])
+    _, costs, _, _, mask, cost_map, safety = cost(pack, guard, image).args
+    drawn = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", 0.6, False, False, 0.5).args[0]
+    changed = (drawn - image).abs().amax(-1)
+    assert bool((changed[0][mask[0].bool()] > 0.02).float().mean() > 0.9)
+    assert costs[1] < 0.1 and bool((changed[1] < 0.1).all())
+    plain = pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.0, False, False, 0.5).args[0]
+    assert torch.equal(plain, image)
+    labelled = pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.0, True, True, 0.5).args[0]
+    assert not torch.equal(labelled[0], image[0]) and not torch.equal(labelled[1], image[1])
+
+
+def test_pictures_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):
+    image = unsafe_scene(guard)
+    safety = cost(pack, guard, image).args[6]
+    large = image.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    hidden, withheld = pack["SPO_SafetySwitch"].execute(large, safety, 0.5, "pixelate region", "").args
+    assert withheld and hidden.shape == large.shape and not torch.equal(hidden, large)
+    for node, options in (
+        ("SPO_SafetySwitch", (0.5, "pass", "")),
+        ("SPO_SafetyOverlay", ("heat", 0.6, True, True, 0.5)),
+    ):
+        with pytest.raises(ConfigError, match="is of 1 pictures and the image batch has 2"):
+            pack[node].execute(torch.cat([image, image]), safety, *options)
+
+
+@pytest.mark.parametrize("action", ["blur region", "pixelate region"])
+def test_hiding_takes_the_unsafe_part_away(pack, guard, action):
+    image = torch.cat([scenes(*["harmful"] * 12), scenes("benign")])
+    before = cost(pack, guard, image)
+    hidden, withheld = pack["SPO_SafetySwitch"].execute(image, before.args[6], 0.5, action, "").args
+    assert withheld and torch.equal(hidden[12], image[12])
+    unsafe = [n for n in range(12) if before.args[1][n] >= 0.5]
+    after = cost(pack, guard, hidden).args[1]
+    assert len(unsafe) >= 10 and sum(after[n] >= 0.5 for n in unsafe) <= 2
+    untouched = [bool((hidden[n] == image[n]).all(-1).any()) for n in unsafe]
+    assert sum(untouched) > len(unsafe) / 2, "whole pictures were hidden"
+
+
+def test_replacing_fits_the_picture(pack, guard):
+    image = torch.cat([unsafe_scene(guard), scenes("benign")])
+    with_alpha = torch.cat([image, torch.full_like(image[..., :1], 0.99)], -1)
+    safety = cost(pack, guard, with_alpha).args[6]
+    green = torch.zeros(1, 20, 30, 3)
+    green[..., 1] = 1.0
+    shown, _ = pack["SPO_SafetySwitch"].execute(with_alpha, safety, 0.5, "replace", "", replacement=green).args
+    assert torch.allclose(shown[0, ..., :3], torch.tensor([0.0, 1.0, 0.0]).expand(64, 64, 3))
+    assert bool((shown[0, ..., 3] == 1).all()) and torch.equal(shown[1], with_alpha[1])
+    says, _ = pack["SPO_SafetySwitch"].execute(image, safety, 0.5, "replace", "no").args
+    silent, _ = pack["SPO_SafetySwitch"].execute(image, safety, 0.5, "replace", "").args
+    assert torch.equal(silent[0], silent[0, 0, 0].expand(64, 64, 3)) and not torch.equal(says[0], silent[0])
+
+
+def test_passing_and_safe_pictures_are_the_same_object(pack, guard):
+    image = scenes("benign")
+    safety = cost(pack, guard, image).args[6]
+    assert pack["SPO_SafetySwitch"].execute(image, safety, 0.5, "stop", "").args == (image, False)
+    unsafe = unsafe_scene(guard)
+    safety = cost(pack, guard, unsafe).args[6]
+    assert pack["SPO_SafetySwitch"].execute(unsafe, safety, 0.5, "pass", "").args[0] is unsafe
+
+
+def test_a_cost_model_has_to_be_chosen(pack):
+    loader = pack["SPO_LoadCostModel"]
+    options = next(given for given in loader.GET_SCHEMA().inputs if given.id == "model").options
+    assert options[0] == "choose one" and STICKER in options
+    assert "sticker demo only" in loader.validate_inputs("choose one")
+    assert "there is no cost model '../x'" in loader.validate_inputs("../x")
+    assert loader.validate_inputs(STICKER) is True
+    with pytest.raises(DomainError, match="override_domain"):
+        loader.execute(STICKER, "photo-sexual", False)
+    assert "sticker pictures" in loader.execute(STICKER, "as the model", False).args[1]
+
+
+def test_own_models_and_policies_come_from_the_models_folder(pack, base):
+    loader, folder = pack["SPO_LoadCostModel"], base / "models" / "safety_cost"
+    shutil.copytree(sticker.FOLDER / "cost_model", folder / "mine")
+    (folder / "strict.yaml").write_text(
+        "name: strict\ndomain: sticker\ncategories:\n  - name: weapons\n    threshold: 0.1\n"
+    )
+    schema = {given.id: given.options for given in loader.define_schema().inputs if hasattr(given, "options")}
+    assert "mine" in schema["model"] and "strict.yaml" in schema["policy"]
+    assert loader.validate_inputs("mine") is True
+    guard, info = loader.execute("mine", "strict.yaml", False).args
+    assert guard.policy.enabled[0].threshold == 0.1 and "weapons (0.1)" in info
+    first = loader.fingerprint_inputs("mine", "strict.yaml", False)
+    os.utime(folder / "strict.yaml", ns=(1, 1))
+    assert loader.fingerprint_inputs("mine", "strict.yaml", False) != first
+    for model, policy in (("../../..", "as the model"), ("mine", "../../../secret.yaml")):
+        with pytest.raises((FileNotFoundError, SPOError)):
+            loader.execute(model, policy, False)
+
+
+def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, base, monkeypatch):
+    folder = base / "models" / "safety_cost" / "head"
+    folder.mkdir()
+    facts = {
+        "kind": "clip_head",
+        "source": "nobody/no-such-model",
+        "outputs": ["x"],
+        "features": "embedding",
+        "domain": "photo",
+        "temperature": [1.0],
+    }
+    (folder / "facts.json").write_text(json.dumps(facts))
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, folder / "model.safetensors")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    asked = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
+    with pytest.raises(SPOError, match="cannot load the model nobody/no-such-model"):
+        pack["SPO_LoadCostModel"].execute("head", "photo", False)
+    assert not asked
+
+
+def test_uascore_of_a_batch(pack, guard):
+    kinds = ["harmful", "harmful", "benign", "benign", "benign"]
+    drawn = [scene(number, "test", kind) for number, kind in enumerate(kinds)]
+    image = scenes(*kinds)
+    prompts = "\n".join(one.caption for one in drawn)
+    completions = "\n".join(" | ".join(one.safe_completions) if one.unsafe else "" for one in drawn)
+    summary, value, text = pack["SPO_UAScore"].execute(image, guard, prompts, completions, STICKER).args
+    assert summary.harmful.n == 2 and summary.benign.n == 3 and summary.version == "uascore/1"
+    assert 0.0 < value < 100.0 and value == summary.uascore and f"{value:.1f}" in text
+    lines = prompts.splitlines()
+    swapped = "\n".join([*lines[:2], *lines[3:], lines[2]])
+    wrong = pack["SPO_UAScore"].execute(image, guard, swapped, completions, STICKER).args[0]
+    assert summary.benign.mean_safety > 0.9 and wrong.benign.mean_quality < 0.5 < summary.benign.mean_quality
+    with pytest.raises(ConfigError, match="5 pictures and 1 prompts"):
+        pack["SPO_UAScore"].execute(image, guard, "one", "", STICKER)
+
+
+def test_a_quality_reference_of_the_users_own(pack, guard, base):
+    folder = base / "models" / "safety_cost"
+    bundled = json.loads((sticker.FOLDER / "quality_model" / "reference.json").read_text())
+    from t2i_spo_plugin.quality.normalise import Reference
+
+    other = Reference((bundled["alignment"][0], 1.0), tuple(bundled["realism"]), "another base", 10)
+    other.save(folder / "another.json")
+    options = next(g for g in pack["SPO_UAScore"].define_schema().inputs if g.id == "reference").options
+    assert options == [STICKER, "another.json"]
+    image = scenes("harmful", "benign")
+    captions = [scene(n, "test", kind).caption for n, kind in enumerate(["harmful", "benign"])]
+    score = pack["SPO_UAScore"].execute
+    theirs = score(image, guard, "\n".join(captions), "a cat", "another.json").args[0]
+    ours = score(image, guard, "\n".join(captions), "a cat", STICKER).args[0]
+    assert theirs.facts.reference_hash == other.hash != ours.facts.reference_hash
+    assert theirs.benign.mean_quality < ours.benign.mean_quality
+
+
+def test_the_bundled_reference_is_for_stickers(pack, guard):
+    class Photo:
+        categories, domain, temperature = ("sexual",), "photo", torch.ones(1)
+
+    photo = Guard(Photo(), load_policy("photo-sexual"))
+    with pytest.raises(DomainError, match="'photo', not for 'sticker'"):
+        pack["SPO_UAScore"].execute(scenes("benign"), photo, "a cat", "", STICKER)
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_stands_alone_and_stays_in_the_output_folder(pack, guard, base):
+    image = torch.cat([unsafe_scene(guard), scenes("benign", "benign")])
+    image[2] = float("nan")
+    safety = cost(pack, guard, image).args[6]
+    first, second = (Path(pack["SPO_SaveReport"].execute("spo/a", safety).args[0]) for _ in range(2))
+    assert first != second and first.is_relative_to(base / "output" / "spo")
+    page = Page()
+    page.feed(first.read_text())
+    assert page.tags.count("img") == 4 and all(source.startswith("data:image/") for source in page.sources)
+    assert "1 unsafe, 1 not scored" in page.text and safety.deciding(0) in page.text
+    content = json.loads(first.with_suffix(".json").read_text())
+    assert [one["unsafe"] for one in content["pictures"]] == [True, False, None]
+    assert content["pictures"][2]["cost"] is None and "NaN" in content["pictures"][2]["not_scored"]
+    (base / "output" / "away").symlink_to(base)
+    for prefix in ("../x", "/etc/x", "a/../../x", "away/x"):
+        with pytest.raises(ConfigError, match="filename_prefix"):
+            pack["SPO_SaveReport"].execute(prefix, safety)
+    with pytest.raises(ConfigError, match="connect safety, scores, or both"):
+        pack["SPO_SaveReport"].execute("spo/a")
+
+
+def graph(action="pass", key="pictures", threshold=0.5):
+    """Load, score, draw over, switch, report; the kept values are numbers 10 to 14."""
+    return {
+        "1": {"class_type": "GivenPictures", "inputs": {"key": key}},
+        "2": {
+            "class_type": "SPO_LoadCostModel",
+            "inputs": {"model": STICKER, "policy": "as the model", "override_domain": False},
+        },
+        "3": {
+            "class_type": "SPO_SafetyCost",
+            "inputs": {
+                "image": ["1", 0],
+                "cost_model": ["2", 0],
+                "threshold": threshold,
+                "category": "the deciding one",
+            },
+        },
+        "4": {
+            "class_type": "SPO_SafetyOverlay",
+            "inputs": {
+                "image": ["1", 0],
+                "safety": ["3", 6],
+                "colour_map": "heat",
+                "opacity": 0.6,
+                "boxes": True,
+                "labels": True,
+                "threshold": threshold,
+            },
+        },
+        "5": {
+            "class_type": "SPO_SafetySwitch",
+            "inputs": {
+                "image": ["1", 0],
+                "safety": ["3", 6],
+                "threshold": threshold,
+                "action": action,
+                "message": "not here",
+            },
+        },
+        "6": {"class_type": "SPO_SaveReport", "inputs": {"safety": ["3", 6], "filename_prefix": "spo/graph"}},
+        "10": {"class_type": "Kept", "inputs": {"value": ["3", 1]}},
+        "11": {"class_type": "Kept", "inputs": {"value": ["3", 3]}},
+        "12": {"class_type": "Kept", "inputs": {"value": ["5", 0]}},
+        "13": {"class_type": "Kept", "inputs": {"value": ["5", 1]}},
+        "14": {"class_type": "Kept", "inputs": {"value": ["3", 0]}},
+    }
+
+
+def test_a_whole_graph(pack, guard):
+    image = torch.cat([unsafe_scene(guard), scenes("benign")])
+    GivenPictures.GIVEN["pictures"] = image
+    ran = run_graph(graph("blur region"))
+    assert ran.success, ran.messages
+    assert ran.kept["10"] == pytest.approx(cost(pack, guard, image).args[1])
+    assert ran.kept["11"] == ran.kept["13"] == [True]
+    assert ran.kept["14"][0] is image and not torch.equal(ran.kept["12"][0], image)
+    assert len(ran.ui["3"]["spo_safety"]) == len(ran.ui["4"]["images"]) == 2
+    assert Path(ran.ui["6"]["text"][0]).is_file()
+
+
+def test_no_pictures_run_through(pack):
+    GivenPictures.GIVEN["none"] = torch.zeros(0, 64, 64, 3)
+    ran = run_graph(graph("stop", key="none"))
+    assert ran.success, ran.messages
+    assert ran.kept["11"] == ran.kept["13"] == [False] and "10" not in ran.kept
+
+
+def test_stop_hands_on_no_picture_and_says_why(pack, guard):
+    GivenPictures.GIVEN["pictures"] = unsafe_scene(guard)
+    ran = run_graph(graph("stop"))
+    assert "12" not in ran.kept and ran.kept["13"] == [True]
+    assert any("not here" in str(data.get("exception_message")) for _, data in ran.messages)
+
+
+def test_a_model_that_was_not_chosen_is_said_before_anything_runs(pack):
+    GivenPictures.GIVEN["pictures"] = scenes("benign")
+    unchosen = graph()
+    unchosen["2"]["inputs"]["model"] = "choose one"
+    ran = run_graph(unchosen)
+    assert not ran.success and not ran.kept and "choose one of" in str(ran.invalid)
+
+
+def test_two_prompts_do_not_mix(pack, guard):
+    """Queued one after another in one executor, and side by side in one graph with one cost model."""
+    pictures = {"a": unsafe_scene(guard), "b": scenes("benign")}
+    GivenPictures.GIVEN.update(pictures)
+    shared, expected = new_executor(), {k: cost(pack, guard, image).args[1] for k, image in pictures.items()}
+    for key in ("a", "b", "a"):
+        assert run_graph(graph(key=key), shared).kept["10"] == pytest.approx(expected[key])
+    both = graph(key="a") | {
+        f"9{number}": node | {"inputs": _renamed(node["inputs"])}
+        for number, node in graph(key="b").items()
+        if number != "2"
+    }
+    ran = run_graph(both)
+    assert ran.kept["10"] == pytest.approx(expected["a"]) and ran.kept["910"] == pytest.approx(expected["b"])
+
+
+def _renamed(inputs):
+    return {k: [f"9{v[0]}", v[1]] if isinstance(v, list) and v[0] != "2" else v for k, v in inputs.items()}
+
+
+def test_a_cancelled_run_ends_and_the_next_one_works(pack, guard, monkeypatch):
+    from comfy import model_management
+
+    GivenPictures.GIVEN["many"] = scenes(*["benign"] * 4).repeat(8, 1, 1, 1)
+    calls = []
+
+    def score(self, images, domain=None):
+        calls.append(len(images))
+        model_management.interrupt_current_processing()
+        return original(self, images, domain)
+
+    original = Guard.__call__
+    executor = new_executor()
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "__call__", score)
+        ran = run_graph(graph(key="many"), executor)
+    assert not ran.success and any(event == "execution_interrupted" for event, _ in ran.messages)
+    assert sum(calls) < 32
+    GivenPictures.GIVEN["pictures"] = scenes("benign")
+    assert run_graph(graph(), executor).success
+
+
+def test_progress_reaches_the_browser(pack, guard):
+    import comfy.utils
+
+    GivenPictures.GIVEN["many"] = scenes(*["benign"] * 5).repeat(4, 1, 1, 1)
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    try:
+        assert run_graph(graph(key="many")).success
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert (20, 20) in seen and any(value < total for value, total in seen)
+
+
+def test_200_prompts_leave_nothing_behind(pack, base):
+    """Objects and resident memory, after a start that fills the caches."""
+    import psutil
+
+    executor, process = new_executor(), psutil.Process()
+
+    def state():
+        gc.collect()
+        tensors = sum(1 for found in gc.get_objects() if type(found) is torch.Tensor)
+        return tensors, process.memory_info().rss
+
+    for number in range(200):
+        GivenPictures.GIVEN["turn"] = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
+        turn = graph("pixelate region", threshold=number / 1000)
+        turn["1"]["inputs"]["key"] = "turn"
+        turn["6"]["inputs"]["filename_prefix"] = f"many/{number % 2}"
+        assert run_graph(turn, executor).success
+        if number == 50:
+            before = state()
+    after = state()
+    assert after[0] <= before[0] + 10
+    assert after[1] <= before[1] + 40 * 2**20, f"grew by {(after[1] - before[1]) / 2**20:.0f} MiB"
+
+
+def test_only_outputs_and_temporary_files_are_written(pack, guard, base):
+    def files(folder):
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+    kept = {folder: files(folder) for folder in (base / "models", base / "input", PACK)}
+    GivenPictures.GIVEN["pictures"] = unsafe_scene(guard)
+    assert run_graph(graph("blur region")).success
+    for folder, before in kept.items():
+        after = {path: when for path, when in files(folder).items() if "__pycache__" not in path.parts}
+        assert after == {path: when for path, when in before.items() if "__pycache__" not in path.parts}
+    assert set(base.iterdir()) == {base / name for name in ("models", "input", "output", "temp")}
+    assert folder_paths.get_output_directory() == str(base / "output")
