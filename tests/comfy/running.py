@@ -155,7 +155,10 @@ class Server:
         import aiohttp
 
         client, run = uuid.uuid4().hex, GraphRun()
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={client}") as socket_:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={client}") as socket_,
+        ):
             async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client}) as answer:
                 if answer.status != 200:
                     raise GraphError(await answer.text())
