@@ -19,7 +19,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".txt", ".webp", ".yaml"}
+DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".tsv", ".txt", ".webp", ".yaml"}
 LINKED = ("training", "eval", "comfy_nodes")
 LIGHT = ("adapter", "cost", "cost.vision", "errors", "images", "layouts", "overlay", "policy", "quality", "scores")
 HEAVY = ("accelerate", "diffusers", "huggingface_hub", "peft", "pyarrow", "transformers")

@@ -44,7 +44,7 @@ _LARGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 _TORCH = ("torch", "torchvision", "torchaudio")
 _PINNED = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")
 """What each version of ComfyUI asks for in a version of its own."""
-_PYTEST = ("pytest",)
+_TOOLS = ("pip", "pytest")
 
 
 class BuildError(Exception):
@@ -66,7 +66,7 @@ def build(versions: Sequence[str]) -> None:
     for version in versions:
         tree = _tree(version)
         _environment(BUILD / version, BUILD / "base", _requirements(tree))
-        _environment(BUILD / version / "test", BUILD / version, ["-e", str(REPOSITORY), *_PYTEST])
+        _environment(BUILD / version / "test", BUILD / version, ["-e", str(REPOSITORY), *_TOOLS])
         print(f"ComfyUI {version}: {BUILD / version / 'test' / 'bin' / 'python'}")
 
 
