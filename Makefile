@@ -3,6 +3,7 @@
 #   make test      the default test suite, under ten minutes on two cores
 #   make versions  the same with the lowest and with the newest versions of everything (gigabytes)
 #   make quality   format, lint, types, and the direction of imports
+#   make comfy-test  the tests against ComfyUI itself; COMFY="0.30.0" chooses versions (gigabytes and minutes, once)
 #   make bench     the benchmarks, as ratios within one run
 #   make sticker   rebuilds every bundled artefact of the sticker world (hours)
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions quality format bench sticker clean
+.PHONY: help demo test comfy-env comfy-test versions quality format bench sticker clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +33,18 @@ test: $(STAMP)
 
 versions:
 	JOBS=$(JOBS) bash tests/versions.sh
+
+# Environments of their own, made from the pinned source of each version; nothing of it is part of this package.
+COMFY ?= 0.16.3 0.30.0
+comfy-env: $(STAMP)
+	$(BIN)/python tests/comfy/environment.py $(COMFY)
+
+comfy-test: comfy-env
+	@for version in $(COMFY); do \
+	  echo "== ComfyUI $$version"; \
+	  COMFYUI=$(CURDIR)/build/comfy/$$version/ComfyUI OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	    build/comfy/$$version/test/bin/python -m pytest -m comfy tests/comfy || exit 1; \
+	done
 
 quality: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -78,6 +78,18 @@ def publish(args: Sequence[str]) -> None:
     tyro.cli(commands.publish, args=args, prog="spo publish", description=publish.__doc__)
 
 
+def comfyui(args: Sequence[str]) -> None:
+    """Put the node pack into a ComfyUI, take it away, or check it."""
+    from . import commands
+
+    actions = {
+        "install": commands.comfyui_install,
+        "uninstall": commands.comfyui_uninstall,
+        "check": commands.comfyui_check,
+    }
+    tyro.extras.subcommand_cli_from_dict(actions, args=args, prog="spo comfyui", description=comfyui.__doc__)
+
+
 def doctor(args: Sequence[str]) -> None:
     """Say what is installed here, what would not work, and why."""
     from . import commands
@@ -127,6 +139,7 @@ COMMANDS: dict[str, Command] = {
     "closed-loop": closed_loop,
     "eval": evaluate,
     "publish": publish,
+    "comfyui": comfyui,
     "doctor": doctor,
 }
 

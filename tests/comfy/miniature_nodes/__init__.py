@@ -6,6 +6,8 @@ ComfyUI tells model families apart by exact widths. Here it learns two more: Sta
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
@@ -20,19 +22,19 @@ RECORDED: dict[str, list[object]] = {}
 
 
 class MiniatureSD1TextEncoder(comfy.sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
+    def __init__(self, device="cpu", dtype=None, model_options=MappingProxyType({})):
         super().__init__(device=device, dtype=dtype, model_options={**model_options, **SIZES})
 
 
 class MiniatureSDXLTextEncoder(comfy.sdxl_clip.SDXLClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
+    def __init__(self, device="cpu", dtype=None, model_options=MappingProxyType({})):
         super().__init__(device=device, dtype=dtype, model_options={**model_options, **SIZES})
 
 
 class MiniatureSD1(comfy.supported_models.SD15):
     unet_config = {**comfy.supported_models.SD15.unet_config, "context_dim": 32, "model_channels": 32}
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, MiniatureSD1TextEncoder)
 
 
@@ -46,7 +48,7 @@ class MiniatureSDXL(comfy.supported_models.SDXL):
     }
     unet_extra_config = {"num_heads": -1, "num_head_channels": 16, "num_classes": "sequential"}
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, MiniatureSDXLTextEncoder)
 
     def process_clip_state_dict(self, state_dict):
