@@ -169,7 +169,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: spo COMMAND [OPTIONS]", "", "Safety adapters for text-to-image models.", "", "commands:", *lines, ""]
         + ["`spo COMMAND --help` explains a command's options; `spo --version` prints the version."]
