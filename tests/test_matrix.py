@@ -87,7 +87,7 @@ def test_diffusers_needs_a_text_encoders_output_projection(base, tmp_path):
 def test_the_table_names_a_test_for_every_cell_that_is_run():
     section = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").partition("## What reads what")[2]
     section = section.partition("\n## ")[0]
-    notes = dict(re.findall(r"^- (\w): `(tests/test_\w+\.py::test_\w+)`", section, re.MULTILINE))
+    notes = dict(re.findall(r"^- (\w): `(tests/[\w/]+\.py::test_\w+)`", section, re.MULTILINE))
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     cells = [cell for row in rows for cell in row.split("|")[3:-1]]
     assert len(cells) > 30
