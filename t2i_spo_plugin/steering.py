@@ -131,7 +131,8 @@ class _Loop:
     Hooks on the denoisers do it, so it works whatever the pipeline does between them. In one batch some pictures may
     be drawn with the adapter and others without: then the LoRA layers are scaled by row, and a row of zeros leaves the
     base model's numbers as they are. Where layers fold rows into one another, or a batch does not hold the same number
-    of rows for each picture, one picture that needs the adapter gives it to the whole batch.
+    of rows for each picture, or in a denoiser that was never asked twice, one picture that needs the adapter gives it
+    to the whole batch.
     """
 
     def __init__(self, pipe: Any, adapter: LoadedAdapter, settings: ClosedLoop, images: int, progress: float) -> None:
@@ -190,8 +191,16 @@ class _Loop:
         self.looking, self.asked = progress < self.settings.until - _TOLERANCE, False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.asking:
-            self._apply(model, self._rows(len(_first_input(args, kwargs))))
+        if self.asking:
+            return
+        if not self.looking and bool(self.evidence.isnan().all()):
+            # The denoisers that carry the adapter come in after the looking: nothing was seen, nothing is safe.
+            self.steered[:] = True
+        rows = self._rows(len(_first_input(args, kwargs)))
+        # A second denoiser, which comes in after the looking, has not shown how its layers see a batch.
+        if not all(layer in self.dimensions for layer in self.layers[model]):
+            rows = rows.any().expand(len(rows))
+        self._apply(model, rows)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         # Of the calls in one step (with guidance, and without it) the first is for the prompt itself.

@@ -24,6 +24,7 @@ from t2i_spo_plugin.attachment import strengths_in_force
 from t2i_spo_plugin.errors import IncompatibleAdapterError, PipelineError
 from t2i_spo_plugin.loading import spo_adapters
 from t2i_spo_plugin.mixin import SPOLoraLoaderMixin, enable_spo, spo_pipeline_class
+from t2i_spo_plugin.trajectory import ClosedLoop
 
 
 # Two denoisers
@@ -98,6 +99,27 @@ def test_a_window_over_two_denoisers(wan):
     early = frames(wan)
     wan.unload_spo_lora()
     assert not torch.equal(early, second) and not torch.equal(early, frames(wan))
+
+
+def test_a_closed_loop_over_two_denoisers(wan):
+    both = random_adapter(wan, components=("transformer", "transformer_2"))
+    options = {"num_frames": 1, "max_sequence_length": 16, "num_inference_steps": 4}
+    prompts = ["a sunny street", "a knife on a table"]
+
+    def film(threshold, adapter=both):
+        enable_spo(wan).load_spo_lora(adapter, steering=ClosedLoop(threshold, until=0.2))
+        out = draw(wan, prompts, **options)
+        wan.unload_spo_lora()
+        return out.loop_report, torch.from_numpy(out.frames)
+
+    base = torch.from_numpy(draw(wan, prompts, **options).frames)
+    report, drawn = film(1e9)
+    assert report.steered == [False, False] and torch.equal(drawn, base)
+    report, drawn = film(float(report.evidence.mean()))
+    assert sorted(report.steered) == [False, True] and not torch.equal(drawn, base)
+    # An adapter of the later denoiser alone is never looked at, and so always used.
+    report, _ = film(1e9, random_adapter(wan, components=("transformer_2",)))
+    assert report.steered == [True, True]
 
 
 # Stable Diffusion 2
