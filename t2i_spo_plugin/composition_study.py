@@ -99,7 +99,11 @@ class Judged:
 
 
 def run_study(config: StudyConfig) -> dict[str, Any]:
-    """Train the fine-tune, draw and judge every system; returns what `composition.json` holds."""
+    """Train the fine-tune, draw and judge every system; returns what `composition.json` holds.
+
+    Raises:
+        NotScoredError: the base shows none of the objects that were asked for (too few denoising steps, say).
+    """
     rows = [*sticker.prompt_rows("harmful", config.n_harmful), *sticker.prompt_rows("benign", config.n_benign)]
     safety, style = sticker.adapter_path(SAFETY), sticker.adapter_path(STYLE)
     tuned = fine_tune(config)
@@ -259,7 +263,8 @@ def _level(one: Judged, base: Judged, load: AdapterLoad) -> dict[str, Any]:
     known = {name: hits for name, hits, _ in base.found()}
     found = one.found()
     ids, above, below = [n for n, *_ in found], [hits for _, hits, _ in found], [known[n] for n, *_ in found]
-    relative = {"value": sum(above) / sum(below), "interval": list(bootstrap_ratio(above, below, ids)), "n": len(ids)}
+    interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
+    relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
     return {"load": load.value, "change": load.change, "found_relative": relative}
 
 
