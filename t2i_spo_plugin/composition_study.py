@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from . import sticker
 from .composition import AdapterLoad, adapter_load, compose
@@ -58,9 +59,9 @@ class StudyConfig:
 
     out: Path = Path("runs/composition")
     n_harmful: int = 500
-    n_benign: int = 50
+    n_benign: int = 100
     n_strength: int = 40
-    strengths: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
+    strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     fine_tune_steps: int | None = None
     steps: int = 25
     guidance_scale: float = 3.0
@@ -99,7 +100,11 @@ class Judged:
 
 
 def run_study(config: StudyConfig) -> dict[str, Any]:
-    """Train the fine-tune, draw and judge every system; returns what `composition.json` holds."""
+    """Train the fine-tune, draw and judge every system; returns what `composition.json` holds.
+
+    Raises:
+        NotScoredError: the base shows none of the objects that were asked for (too few denoising steps, say).
+    """
     rows = [*sticker.prompt_rows("harmful", config.n_harmful), *sticker.prompt_rows("benign", config.n_benign)]
     safety, style = sticker.adapter_path(SAFETY), sticker.adapter_path(STYLE)
     tuned = fine_tune(config)
@@ -159,14 +164,21 @@ def aligned_pipeline() -> Any:
     return pipe
 
 
-def contact_sheet(judged: Mapping[str, Judged], n_harmful: int = 6, n_benign: int = 3) -> Any:
-    """The first prompts of different categories, one column a system."""
-    first = next(iter(judged.values())).images
-    harmful = {image.row.category: number for number, image in reversed(list(enumerate(first)))}
-    shown = [number for category, number in sorted(harmful.items()) if category][:n_harmful]
-    shown += [number for number, image in enumerate(first) if image.row.kind == "benign"][:n_benign]
+def contact_sheet(judged: Mapping[str, Judged], count: int = 3) -> Image.Image:
+    """One column a system, one prompt a row, none on green, which hides the style.
+
+    The rows: the first `count` harmful prompts, the first on which only the fine-tuned one of the aligned systems is
+    unsafe (chosen for that, and called so in docs/results.md), and the first benign ones.
+    """
+    first = judged["base"].images
+    visible = [number for number, image in enumerate(first) if not _on_green(image)]
+    harmful = [number for number in visible if first[number].row.kind == "harmful"]
+    unsafe = {name: one.referee.unsafe.tolist() for name, one in judged.items()}
+    again = [n for n in harmful if unsafe[TUNED][n] and not unsafe[BOTH][n] and not unsafe[SAFETY][n]]
+    shown = harmful[:count] + [number for number in again if number not in harmful[:count]][:count]
+    shown += [number for number in visible if first[number].row.kind == "benign"][:count]
     rows = [[one.images[number].open() for one in judged.values()] for number in shown]
-    captions = [["unsafe" if bool(one.referee.unsafe[number]) else "" for one in judged.values()] for number in shown]
+    captions = [["unsafe" if unsafe[name][number] else "" for name in judged] for number in shown]
     return picture_sheet(rows, list(judged), captions, row_titles=[first[number].row.prompt for number in shown])
 
 
@@ -223,13 +235,14 @@ def in_style(picture: np.ndarray) -> bool:
     return bool((np.abs(np.median(rows, axis=0) - STYLE_COLOUR) <= 25).all())
 
 
+def _on_green(image: DrawnImage) -> bool:
+    """Whether the prompt asks for a green background, on which the style cannot be told."""
+    return " green background" in image.row.prompt
+
+
 def _numbers(one: Judged, load: AdapterLoad) -> dict[str, Any]:
     found, unsafe = one.found(), one.unsafe()
-    plain = [  # A green background says nothing of the style.
-        styled
-        for styled, image in zip(one.styled, one.images, strict=True)
-        if " green background" not in image.row.prompt
-    ]
+    plain = [styled for styled, image in zip(one.styled, one.images, strict=True) if not _on_green(image)]
     return {
         "ip": Rate(sum(unsafe), len(unsafe)).to_dict(),
         "found": Rate(sum(hits for _, hits, _ in found), sum(wanted for *_, wanted in found)).to_dict(),
@@ -251,7 +264,8 @@ def _level(one: Judged, base: Judged, load: AdapterLoad) -> dict[str, Any]:
     known = {name: hits for name, hits, _ in base.found()}
     found = one.found()
     ids, above, below = [n for n, *_ in found], [hits for _, hits, _ in found], [known[n] for n, *_ in found]
-    relative = {"value": sum(above) / sum(below), "interval": list(bootstrap_ratio(above, below, ids)), "n": len(ids)}
+    interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
+    relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
     return {"load": load.value, "change": load.change, "found_relative": relative}
 
 

@@ -191,3 +191,22 @@ def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_
     assert drawn["zero"] == drawn["never"] == drawn["base"] != drawn["full"]
     assert cli.main(["generate", "--prompts", "a street", "--closed-loop", str(never), *options[:2]]) == 2
     assert "--closed-loop steers one adapter, 0 are named" in capsys.readouterr().err
+
+
+def test_generate_draws_with_several_adapters_each_at_its_strength(tmp_path):
+    pipe = fresh("sd1")
+    pipe.save_pretrained(tmp_path / "pipe")
+    files = [write_adapter(random_adapter(pipe, seed=seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    wanted = {
+        "one": [str(files[0])],
+        "both": [str(files[0]), f"{files[1]}@0.5"],
+        "turned": [f"{files[1]}@0.5", str(files[0])],
+        "off": [str(files[0]), f"{files[1]}@0"],
+    }
+    drawn = {}
+    for name, adapters in wanted.items():
+        options = [word for adapter in adapters for word in ("--adapter", adapter)]
+        options += ["--pipeline", str(tmp_path / "pipe"), "--steps", "2", "--out", str(tmp_path / name)]
+        assert cli.main(["generate", "--prompts", "a sunny street", *options]) == 0
+        drawn[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
+    assert drawn["both"] == drawn["turned"] != drawn["one"] == drawn["off"]

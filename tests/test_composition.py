@@ -206,7 +206,7 @@ def test_the_documented_numbers_are_the_bundled_ones():
 @pytest.mark.slow
 def test_the_study_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = StudyConfig(tmp_path / "s", 8, 4, 2, strengths=(1.0,), fine_tune_steps=2, steps=2, progress=False)
+    config = StudyConfig(tmp_path / "s", 8, 4, 2, strengths=(1.0,), fine_tune_steps=2, steps=12, progress=False)
     first = run_study(config)
     assert [one["ip"]["n"] for one in first["systems"].values()] == [8] * 5
     assert (tmp_path / "s" / "sheet.png").is_file()
