@@ -19,8 +19,9 @@ from typing import Any
 
 from miniature import UNET_FAMILIES, write_model
 
+from t2i_spo_plugin.comfyui import PACK
 
-PACK = "t2i-spo-nodes"
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
 _FOLDERS = ("custom_nodes", "models/loras", "models/safety_cost", "input", "output", "temp", "user")
