@@ -126,7 +126,8 @@ class Executor:
         await nodes.init_public_apis()
         await nodes.init_builtin_extra_nodes()
         for folder in sorted((self.base / "custom_nodes").iterdir()):
-            await nodes.load_custom_node(str(folder))
+            if not await nodes.load_custom_node(str(folder)):
+                raise RuntimeError(f"{folder.name} did not import, see the log")
 
     def run(self, prompt: dict[str, Any], **wanted: Link) -> GraphRun:
         """Run a graph in the format of `POST /prompt`, and keep the outputs `wanted`, by name.
