@@ -121,7 +121,7 @@ def _environment(path: Path, parent: Path | None, requirements: Sequence[str]) -
             "python": sys.version,
             "requirements": list(requirements),
             "constraints": [file.read_text() for file in CONSTRAINTS],
-            "project": (REPOSITORY / "pyproject.toml").read_text() if "-e" in requirements else "",
+            "project": _project() if "-e" in requirements else "",
             "shim": SHIM.read_text(),
             "parent": (parent / "made-from.json").read_text() if parent else "",
         }
@@ -143,6 +143,11 @@ def _environment(path: Path, parent: Path | None, requirements: Sequence[str]) -
     constraints = [option for file in CONSTRAINTS for option in ("--constraint", str(file))]
     _pip(str(path / "bin" / "python"), "install", *constraints, *requirements)
     stamp.write_text(made_from)
+
+
+def _project() -> str:
+    """What pyproject.toml says of the package itself; the settings of tools change nothing here."""
+    return (REPOSITORY / "pyproject.toml").read_text().partition("[tool.")[0]
 
 
 def _site(path: Path) -> Path:

@@ -19,8 +19,9 @@ from typing import Any
 
 from miniature import UNET_FAMILIES, write_model
 
+from t2i_spo_plugin.comfyui import PACK
 
-PACK = "t2i-spo-nodes"
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
 _FOLDERS = ("custom_nodes", "models/loras", "models/safety_cost", "input", "output", "temp", "user")
@@ -125,7 +126,8 @@ class Executor:
         await nodes.init_public_apis()
         await nodes.init_builtin_extra_nodes()
         for folder in sorted((self.base / "custom_nodes").iterdir()):
-            await nodes.load_custom_node(str(folder))
+            if not await nodes.load_custom_node(str(folder)):
+                raise RuntimeError(f"{folder.name} did not import, see the log")
 
     def run(self, prompt: dict[str, Any], **wanted: Link) -> GraphRun:
         """Run a graph in the format of `POST /prompt`, and keep the outputs `wanted`, by name.

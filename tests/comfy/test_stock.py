@@ -39,7 +39,8 @@ def test_the_server_draws_and_reports_its_progress(server, family):
     run = server.run(text_to_image(family))
     assert len(run.ui["7"]["images"]) == 2
     steps = [data["value"] for event, data in run.messages if event == "progress"]
-    assert steps == [1, 2, 3, 4]
+    # ComfyUI leaves some out that follow each other quickly.
+    assert steps == sorted(steps) and steps[-1] == 4
 
 
 def test_the_server_knows_the_core_nodes(server):
