@@ -39,12 +39,13 @@ COMFY ?= 0.16.3 0.30.0
 comfy-env: $(STAMP)
 	$(BIN)/python tests/comfy/environment.py $(COMFY)
 
+# Each file in a process of its own: ComfyUI keeps what is registered in it.
 comfy-test: comfy-env
-	@for version in $(COMFY); do \
-	  echo "== ComfyUI $$version"; \
+	@for version in $(COMFY); do for file in tests/comfy/test_*.py; do \
+	  echo "== ComfyUI $$version: $$file"; \
 	  COMFYUI=$(CURDIR)/build/comfy/$$version/ComfyUI OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	    build/comfy/$$version/test/bin/python -m pytest -m comfy tests/comfy || exit 1; \
-	done
+	    build/comfy/$$version/test/bin/python -m pytest -m comfy $$file || exit 1; \
+	done; done
 
 quality: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -321,7 +321,11 @@ def test_files_that_are_no_adapters_are_refused(world, loras):
 
 
 def test_an_empty_loras_folder_leaves_the_bundled_adapters_to_choose_from(loras):
-    assert LoadAdapter.define_schema().inputs[1].options == [SPO, "sticker demo: dpo (bundled)"]
+    assert LoadAdapter.define_schema().inputs[1].options == [
+        SPO,
+        "sticker demo: dpo (bundled)",
+        "sticker demo: style (bundled)",
+    ]
 
 
 # --- several
