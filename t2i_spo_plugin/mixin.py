@@ -26,6 +26,7 @@ from .loading import (
     spo_adapters,
     unload_spo_lora,
 )
+from .record import is_safety
 from .steering import LoopReport, Steering, is_steered
 from .strengths import Strength
 from .trajectory import FULL_WINDOW, ClosedLoop, Schedule
@@ -108,23 +109,24 @@ class SPOLoraLoaderMixin:
             return super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `save_pretrained`.
+        """The base's `save_pretrained`; where only foreign LoRAs are attached it does what it does without the mixin.
 
         Raises:
-            AdapterError: an adapter is attached. Upstream would write its wrapped layers, and the folder would come
-                back with weights missing.
+            AdapterError: a safety adapter is attached. Upstream would write its wrapped layers, and the folder would
+                come back with weights missing.
         """
         attached = {
-            name: sorted(model.peft_config)
+            name: [
+                adapter for adapter in sorted(getattr(model, "peft_config", None) or {}) if is_safety(model, adapter)
+            ]
             for name, model in lora_components(self).items()
-            if getattr(model, "peft_config", None)
         }
-        if attached:
-            where = "; ".join(f"{', '.join(names)} in {component}" for component, names in attached.items())
+        if any(attached.values()):
+            where = "; ".join(f"{', '.join(names)} in {component}" for component, names in attached.items() if names)
             raise AdapterError(
-                f"adapters are attached ({where}) and a pipeline saved so cannot be loaded again; take them off first "
-                "(unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved pipeline, or "
-                "make them part of its weights: fuse_lora, then unload_lora_weights"
+                f"safety adapters are attached ({where}) and a pipeline saved so cannot be loaded again; take them "
+                "off first (unload_spo_lora, unload_lora_weights) and keep the adapter's own file beside the saved "
+                "pipeline, or make them part of its weights: fuse_lora, then unload_lora_weights"
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 

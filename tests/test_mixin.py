@@ -17,6 +17,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.callbacks import PipelineCallback
+from peft import LoraConfig
 from tiny import SIZE, ColourCost, base_picture, colour_policy, draw, fresh, pictures, random_adapter
 
 from t2i_spo_plugin.errors import AdapterError, ConfigError, DomainError, NotScoredError, PipelineError
@@ -115,6 +116,18 @@ def test_what_cannot_be_enabled_gets_a_type_error(sd1):
     with pytest.raises(ConfigError, match="must be a Guard"):
         enable_spo(sd1, guard=ColourCost())
     assert type(sd1) is StableDiffusionPipeline
+
+
+def test_saving_with_a_foreign_lora_is_left_to_upstream(sd1, tmp_path):
+    sd1.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    plain = StableDiffusionPipeline(**sd1.components, requires_safety_checker=False)
+    plain.save_pretrained(tmp_path / "plain")
+    enable_spo(sd1).save_pretrained(tmp_path / "enabled")
+    files = {
+        name: sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
+        for name in ("plain", "enabled")
+    }
+    assert files["plain"] == files["enabled"]
 
 
 def test_saving_with_an_adapter_attached_is_refused(sd1, tmp_path):
