@@ -192,6 +192,3 @@ class MergeAdapters(io.ComfyNode):
             f"{merged.adapter.rank}, relative error {merged.error:.3g}\n{path}"
         )
         return io.NodeOutput([(merged.adapter, 1.0)], info, ui={"text": [info]})
-
-
-"""What this module adds to the pack."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from t2i_spo_plugin.adapter import Adapter
 from t2i_spo_plugin.comfy_keys import bypass_pairs, describe, fit_adapter
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, UnsupportedAdapterError
-from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, check_window
+from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, check_window, pick_rows, rows_of_images
 
 from .adapters import SPOAdapter
 from .patching import Stack, base_of, weight_shapes
@@ -179,10 +179,7 @@ class _Decided:
 
     def rows(self, count: int) -> Tensor:
         """The same for the rows of a batch, which holds each picture once a prompt: `[count]`."""
-        images = len(self.steered)
-        if self.by_row and count % images == 0:
-            return self.steered.repeat(count // images)
-        return self.steered.any().expand(count)
+        return rows_of_images(self.steered, count, self.by_row)
 
 
 class _Sampling:
@@ -237,7 +234,7 @@ class _Sampling:
         decided.by_row &= all(seen)
         self._judge(decided, before[0], after[0], kinds)
         new = decided.rows(len(x)) & ~already
-        return torch.where(new.to(output.device).view(-1, *[1] * (output.ndim - 1)), with_adapter, output)
+        return pick_rows(output, with_adapter, new)
 
     def _judge(self, decided: _Decided, before: Tensor, after: Tensor, kinds: list[int]) -> None:
         assert self.loop is not None
@@ -248,8 +245,7 @@ class _Sampling:
             found = found.view(len(kinds), images)[own].amax(0)
         else:
             found = found.max().expand(images)
-        # What gives no number is not taken for safe.
-        decided.steered = decided.steered | ~(found < self.loop.threshold)
+        decided.steered = decided.steered | self.loop.needed(found)
 
     def _inside(self, sampling: Any, sigma: Tensor) -> bool:
         """Whether a step at `sigma` lies in the window, or in the part in which the loop looks."""
@@ -337,6 +333,3 @@ def _copied(values: Any) -> list[Any]:
 
 def _layer(model: nn.Module, weight: str) -> Any:
     return comfy.utils.get_attr(model, weight.removesuffix(".weight"))
-
-
-"""What this module adds to the pack."""

@@ -302,6 +302,3 @@ def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
         "adm_in_channels": None,
         "use_temporal_attention": False,
     }
-
-
-"""What this module adds to the pack."""

@@ -18,7 +18,16 @@ from .architecture import lora_components
 from .attachment import requires_grad, restore_requires_grad, switch, tuner_layers
 from .errors import PipelineError
 from .loading import LoadedAdapter
-from .trajectory import FULL_WINDOW, ClosedLoop, Schedule, first_progress, images_in_call, in_window
+from .trajectory import (
+    FULL_WINDOW,
+    ClosedLoop,
+    Schedule,
+    first_progress,
+    images_in_call,
+    in_window,
+    pick_rows,
+    rows_of_images,
+)
 
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -237,16 +246,12 @@ class _Loop:
         found = self.settings.evidence(_stacked(before[own]), _stacked(after[own])).detach().float().cpu()
         found = found if len(found) == images else found.max().expand(images)
         self.evidence = torch.where(self.steered, self.evidence, torch.fmax(self.evidence, found))
-        # What gives no number is not taken for safe.
-        self.steered |= ~(found < self.settings.threshold)
+        self.steered |= self.settings.needed(found)
         return _with_prediction(output, _picked(before, after, self._rows(rows) & ~already))
 
     def _rows(self, rows: int) -> Tensor:
         """Which rows of a denoiser's batch belong to pictures that are drawn with the adapter, `[rows]`."""
-        images = len(self.steered)
-        if self.by_row and rows % images == 0:
-            return self.steered.repeat(rows // images)
-        return self.steered.any().expand(rows)
+        return rows_of_images(self.steered, rows, self.by_row)
 
     def _apply(self, model: nn.Module, rows: Tensor) -> None:
         """Scale the adapter's layers in `model` by row; all or none is a number, or off."""
@@ -293,5 +298,5 @@ def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
 def _picked(before: Any, after: Any, rows: Tensor) -> Any:
     """Row by row from `after` where `rows` says so, otherwise from `before`."""
     if isinstance(before, Tensor):
-        return torch.where(rows.to(before.device).view(-1, *[1] * (before.ndim - 1)), after, before)
+        return pick_rows(before, after, rows)
     return [new if chosen else old for old, new, chosen in zip(before, after, rows.tolist(), strict=True)]

@@ -97,6 +97,26 @@ class ClosedLoop:
             return change_size(without, with_adapter)
         return self.reader.evidence(without, with_adapter)
 
+    def needed(self, evidence: Tensor) -> Tensor:
+        """Which pictures get the adapter, `[B]` bool, from their evidence `[B]`; NaN is not taken for safe."""
+        return ~(evidence < self.threshold)
+
+
+def rows_of_images(images: Tensor, rows: int, by_row: bool = True) -> Tensor:
+    """What holds for each of B pictures, `images [B]` bool, for the rows of a denoiser's batch: `[rows]` bool.
+
+    A batch holds every picture once a prompt, one prompt after the other. Where it does not, or where layers fold rows
+    into one another (`by_row` is False), what holds for one picture holds for all rows.
+    """
+    if by_row and rows % len(images) == 0:
+        return images.repeat(rows // len(images))
+    return images.any().expand(rows)
+
+
+def pick_rows(before: Tensor, after: Tensor, rows: Tensor) -> Tensor:
+    """`[rows, ...]` from `after` where `rows [rows]` says so, otherwise from `before`."""
+    return torch.where(rows.to(before.device).view(-1, *[1] * (before.ndim - 1)), after, before)
+
 
 def change_size(without: Tensor, with_adapter: Tensor) -> Tensor:
     """`||with - without||^2 / ||without||^2` of each of B predictions `[B, ...]`, in float32."""

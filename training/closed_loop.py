@@ -165,7 +165,7 @@ def make_closed_loop(
     threshold = float(found[~unsafe].quantile(1.0 - config.max_benign))
     loop = ClosedLoop(threshold, config.until, reader)
     facts = {"adapter": Path(config.adapter).name, "evidence": config.evidence, "strength": f"{config.strength:g}"}
-    used = found >= threshold
+    used = loop.needed(found)
     n_harmful = int(unsafe.sum())
     path = save_closed_loop(loop, config.out, facts)
     counts = n_harmful, len(unsafe) - n_harmful
