@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import NotScoredError
-from ..intervals import Interval, bootstrap_ratio, percent, wilson
+from ..intervals import Interval, bootstrap_mean, bootstrap_ratio, percent, wilson
 from ..scores import (
     Half,
     HalfSummary,
@@ -137,6 +139,17 @@ class Comparison:
             f"{self.first} - {self.second}, by the {self.judge}: {self.value:+.1f} "
             f"[{self.interval.low:+.1f}, {self.interval.high:+.1f}] ({verdict})"
         )
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """A rate as `to_dict` leaves it, for people: value and interval in percent."""
+    return percent(rate["value"], Interval(*rate["interval"]))
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], prompts: Sequence[str]) -> dict[str, Any]:
+    """Share of true outcomes in `first` minus that in `second`, both of the same `prompts`; with its interval."""
+    values = np.subtract(np.asarray(first, float), np.asarray(second, float))
+    return {"value": float(values.mean()), "interval": list(bootstrap_mean(values, prompts))}
 
 
 def half_of(rows: Iterable[Row], kind: str, judge: Judge = "cost model") -> Half:

@@ -22,11 +22,10 @@ from PIL import Image
 
 from .. import sticker
 from ..hashing import folder_hash
-from ..intervals import Interval, bootstrap_mean, percent
 from ..options import read_options
 from ..trajectory import FULL_WINDOW, ClosedLoop
 from .config import EvalConfig, load_judges, load_pipeline
-from .metrics import Rate, SystemSummary
+from .metrics import Rate, SystemSummary, paired_difference, rate_text
 from .promptsets import sticker_rows
 from .runner import DrawOptions, draw_and_score, image_path, summarise_run, versions
 from .systems import System, adapter_system, base_system
@@ -104,7 +103,7 @@ def report(content: Mapping[str, Any]) -> str:
     """The numbers as lines of text."""
     lines = [f"{'':<24}{'unsafe (IP)':<24}{'objects, of the base':<28}{'base pictures':<24}UAScore"]
     for name, one in content["systems"].items():
-        cells = [_cell(one[key]) if one[key] else "" for key in ("ip", "found_relative", "identical")]
+        cells = [rate_text(one[key]) if one[key] else "" for key in ("ip", "found_relative", "identical")]
         score = one["uascore"]
         low, high = score["interval"]
         lines.append(
@@ -220,9 +219,8 @@ def _same_pictures(out: Path, rows: Sequence[Mapping[str, Any]], base: Sequence[
 def _difference(rows: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """IP of `rows` minus that of `other`, by the referee, paired over prompts."""
     pairs = [(a, b) for a, b in zip(rows, other, strict=True) if a["kind"] == "harmful"]
-    values = np.array([float(a["referee_unsafe"]) - float(b["referee_unsafe"]) for a, b in pairs])
-    interval = bootstrap_mean(values, [a["prompt_id"] for a, _ in pairs])
-    return {"value": float(values.mean()), "interval": list(interval)}
+    own, others = ([row["referee_unsafe"] for row in part] for part in zip(*pairs, strict=True))
+    return paired_difference(own, others, [row["prompt_id"] for row, _ in pairs])
 
 
 def _pixels(path: Path | None) -> np.ndarray:
@@ -241,10 +239,6 @@ def _numbers(summary: SystemSummary, same: Rate) -> dict[str, Any]:
         "identical": same.to_dict(),
         "uascore": {"value": score.uascore, "interval": list(score.interval)},
     }
-
-
-def _cell(rate: Mapping[str, Any]) -> str:
-    return percent(rate["value"], Interval(*rate["interval"]))
 
 
 def main(args: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from ..errors import ConfigError
 from ..hashing import folder_hash
 from ..options import split_strength
+from ..sticker import ADAPTERS, adapter_source
 
 
 BASE = "base"
-BUNDLED = ("spo", "dpo", "style")
 
 Prepare = Callable[[Any], AbstractContextManager[Any]]
 
@@ -83,13 +83,9 @@ def _parse(spec: str, default_strength: float) -> System:
     rest, strength = split_strength(spec, default_strength)
     name, equals, source = rest.partition("=")
     if not equals:
-        name, source = (spec, rest) if rest in BUNDLED else (Path(rest).stem, rest)
+        name, source = (spec, rest) if rest in ADAPTERS else (Path(rest).stem, rest)
     if not name or not source:
         raise ConfigError(f"expected NAME, NAME=SOURCE or NAME=SOURCE@STRENGTH, got {spec!r}")
     if strength < 0:
         raise ConfigError(f"{spec}: strength must be at least 0")
-    if source in BUNDLED:
-        from ..sticker import adapter_path
-
-        return adapter_system(name, adapter_path(source), strength)
-    return adapter_system(name, source, strength)
+    return adapter_system(name, adapter_source(source), strength)

@@ -209,6 +209,7 @@ def _generate(
     from .generate import generate as draw
     from .guard import pipeline_domain
     from .mixin import enable_spo
+    from .sticker import adapter_source
 
     rows = _prompt_rows(prompts, seed)
     pipe = _pipeline(pipeline)
@@ -216,9 +217,9 @@ def _generate(
     if closed_loop is not None:
         if len(wanted) != 1:
             raise ConfigError(f"--closed-loop steers one adapter, {len(wanted)} are named")
-        enable_spo(pipe).load_spo_lora(_adapter_source(wanted[0][0]), wanted[0][1], steering=_closed_loop(closed_loop))
+        enable_spo(pipe).load_spo_lora(adapter_source(wanted[0][0]), wanted[0][1], steering=_closed_loop(closed_loop))
     elif wanted:
-        compose(pipe, [(_adapter_source(source), own) for source, own in wanted])
+        compose(pipe, [(adapter_source(source), own) for source, own in wanted])
     facts = {"pipeline": pipeline, "adapters": wanted, "closed loop": closed_loop or ""}
     drawn = draw(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, facts=facts)
     if drawn.n_dropped_minors:
@@ -309,12 +310,6 @@ def _pipeline(name: str) -> Any:
         return load_pipeline(name)
     except (OSError, ValueError) as error:
         raise PipelineError(f"cannot load the pipeline {name}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _adapter_source(adapter: str) -> str | Path:
-    from . import sticker
-
-    return sticker.adapter_path(adapter) if adapter in sticker.ADAPTERS else adapter
 
 
 def _closed_loop(name: str) -> ClosedLoop:

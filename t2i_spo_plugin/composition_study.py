@@ -23,13 +23,13 @@ from PIL import Image
 from . import sticker
 from .composition import AdapterLoad, adapter_load, compose
 from .errors import ConfigError
-from .eval.metrics import Rate
+from .eval.metrics import Rate, paired_difference, rate_text
 from .eval.referee import RefereeBatch, judge
 from .eval.runner import versions
 from .eval.sheet import picture_sheet
 from .generate import DrawnImage, generate
 from .hashing import folder_hash
-from .intervals import Interval, bootstrap_mean, bootstrap_ratio, percent
+from .intervals import bootstrap_ratio
 from .loading import load_spo_lora
 from .options import find_config, read_options
 from .prompts import PromptRow
@@ -186,7 +186,7 @@ def report(content: Mapping[str, Any]) -> str:
     """The numbers as lines of text."""
     lines = [f"{'':<20}{'unsafe (IP)':<24}{'objects recognised':<24}{'in the style':<24}load"]
     for name, one in content["systems"].items():
-        cells = [_cell(one[key]) for key in ("ip", "found", "styled")]
+        cells = [rate_text(one[key]) for key in ("ip", "found", "styled")]
         lines.append(f"{name:<20}{cells[0]:<24}{cells[1]:<24}{cells[2]:<24}{one['load']:.2f}")
     lines.append("IP differences in points, paired over prompts:")
     for name, one in content["differences"].items():
@@ -194,7 +194,7 @@ def report(content: Mapping[str, Any]) -> str:
         lines.append(f"  {name}: {100 * one['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
     lines.append("both adapters at one strength: load, change of the weights, objects recognised relative to the base")
     for level, one in content["strengths"].items():
-        lines.append(f"  {level:<6}{one['load']:<8.2f}{one['change']:<8.3f}{_cell(one['found_relative'])}")
+        lines.append(f"  {level:<6}{one['load']:<8.2f}{one['change']:<8.3f}{rate_text(one['found_relative'])}")
     return "\n".join(lines)
 
 
@@ -254,9 +254,8 @@ def _numbers(one: Judged, load: AdapterLoad) -> dict[str, Any]:
 
 def _difference(one: Judged, other: Judged) -> dict[str, Any]:
     """IP of `one` minus that of `other`, paired over prompts."""
-    values = np.subtract(np.asarray(one.unsafe(), float), np.asarray(other.unsafe(), float))
     ids = [image.row.id for image in one.images if image.row.kind == "harmful"]
-    return {"value": float(values.mean()), "interval": list(bootstrap_mean(values, ids))}
+    return paired_difference(one.unsafe(), other.unsafe(), ids)
 
 
 def _level(one: Judged, base: Judged, load: AdapterLoad) -> dict[str, Any]:
@@ -267,10 +266,6 @@ def _level(one: Judged, base: Judged, load: AdapterLoad) -> dict[str, Any]:
     interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
     relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
     return {"load": load.value, "change": load.change, "found_relative": relative}
-
-
-def _cell(rate: Mapping[str, Any]) -> str:
-    return percent(rate["value"], Interval(*rate["interval"]))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

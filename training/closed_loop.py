@@ -23,6 +23,7 @@ from t2i_spo_plugin.intervals import Interval, percent, wilson
 from t2i_spo_plugin.loading import load_spo_lora, unload_spo_lora
 from t2i_spo_plugin.mixin import enable_spo
 from t2i_spo_plugin.prompts import PromptRow, drop_minors, read_prompts
+from t2i_spo_plugin.sticker import adapter_source
 from t2i_spo_plugin.trajectory import ClosedLoop, change_size
 
 from .annotators import STICKER, load_prompts
@@ -33,7 +34,7 @@ class ClosedLoopConfig:
     """What a closed loop is made from.
 
     Attributes:
-        adapter: `spo` (bundled), a file, a folder or a Hub id. It may change denoisers only.
+        adapter: a bundled one such as `spo`, a file, a folder or a Hub id. It may change denoisers only.
         out: the .safetensors file to write.
         pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
         prompts: `sticker` or a file with harmful and benign prompts (csv, jsonl, parquet).
@@ -221,12 +222,7 @@ def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> t
     recorder = _Recorder()
     looking = ClosedLoop(1.0, config.until, recorder)  # type: ignore[arg-type]
     features, sizes = [], []
-    source: Any = config.adapter
-    if config.adapter == "spo":
-        from t2i_spo_plugin import sticker
-
-        source = sticker.adapter_path("spo")
-    load_spo_lora(pipe, source, config.strength, adapter_name="recorded", steering=looking)
+    load_spo_lora(pipe, adapter_source(config.adapter), config.strength, adapter_name="recorded", steering=looking)
     try:
         for first in tqdm(
             range(0, len(rows), config.batch_size), desc="recording", unit="batch", disable=not config.progress

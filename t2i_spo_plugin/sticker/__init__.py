@@ -90,6 +90,11 @@ def adapter_path(name: str) -> Path:
     return _part(f"adapters/{name}.safetensors")
 
 
+def adapter_source(name: str) -> str | Path:
+    """The file of the bundled adapter ``name``, or ``name`` itself: a file, a folder or a Hub id."""
+    return adapter_path(name) if name in ADAPTERS else name
+
+
 def closed_loop_path(evidence: Literal["reader", "size"] = "reader") -> Path:
     """The file of a closed loop for the bundled safety adapter ``spo`` at strength 1."""
     return _part(f"closed_loop/{evidence}.safetensors")
