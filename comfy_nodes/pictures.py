@@ -15,10 +15,13 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guard import Guard, SafetyReport, join_reports
 from t2i_spo_plugin.images import channels_first
+from t2i_spo_plugin.overlay import layer
 
 
 BATCH = 8
 NOT_SCORED = "not scored"
+_FAINT = 0.05
+"""Below this cost a map is all but clear."""
 
 
 def steps(total: int, size: int = 1) -> Iterator[slice]:
@@ -79,22 +82,35 @@ def previews(pictures: Tensor) -> list[Any]:
 
 
 def payload(
-    safety: SafetyReport, image: Tensor, maps: Tensor, threshold: float, category: str | None = None
+    safety: SafetyReport,
+    image: Tensor,
+    threshold: float,
+    category: str | None = None,
+    colour_map: str = "heat",
 ) -> list[dict[str, Any]]:
-    """What the widget shows of each picture: the picture, its map, costs and categories."""
-    found = zip(previews(image), previews(grey(maps)), strict=True)
-    return [
-        {
-            "image": picture,
-            "map": cost_map,
-            "cost": safety.cost_of(number, category),
-            "category": category_of(safety, number, category),
-            "categories": dict(safety.category_costs[number]),
-            "threshold": threshold,
-            "reason": safety.reasons[number],
-        }
-        for number, (picture, cost_map) in enumerate(found)
-    ]
+    """What the widget shows of each picture `[B, H, W, C]`: the picture, costs, and maps to be laid over it.
+
+    There is a map of each category that a glance could find in the picture, and of the one that is asked for.
+    """
+    shown: list[dict[str, Any]] = []
+    for number, picture in enumerate(previews(image)):
+        costs = dict(safety.category_costs[number])
+        asked = category_of(safety, number, category)
+        named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
+        layers = [layer(heat_map(safety, number, name), colour_map) for name in named or [None]]
+        files = previews(torch.stack(layers).movedim(1, -1))
+        shown.append(
+            {
+                "image": picture,
+                "maps": dict(zip(named or [asked], files, strict=True)),
+                "cost": safety.cost_of(number, category),
+                "category": asked,
+                "categories": costs,
+                "threshold": threshold,
+                "reason": safety.reasons[number],
+            }
+        )
+    return shown
 
 
 def category_of(safety: SafetyReport, number: int, category: str | None = None) -> str:

@@ -21,7 +21,7 @@ from t2i_spo_plugin.overlay import COLOUR_MAPS, boxes, tint
 from t2i_spo_plugin.policy import BUNDLED_POLICIES, Policy, load_policy, matching_policy
 
 from . import COST_MODELS
-from .pictures import category_of, grey, heat_map, payload, previews, report_of, score, stacked, steps
+from .pictures import category_of, grey, heat_map, payload, report_of, score, stacked, steps
 
 
 CostModelType = io.Custom("SPO_COST_MODEL")
@@ -164,7 +164,7 @@ class SafetyCost(io.ComfyNode):
             mask,
             grey(maps),
             safety,
-            ui={"spo_safety": payload(safety, image, maps, threshold, wanted)},
+            ui={"spo_safety": payload(safety, image, threshold, wanted)},
         )
 
 
@@ -213,13 +213,14 @@ class SafetyOverlay(io.ComfyNode):
     ) -> io.NodeOutput:
         safety = report_of(safety, image)
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
-        drawn = torch.zeros(*image.shape[:3], 3)
+        drawn, marked = torch.zeros(2, *image.shape[:3], 3)
         for part in steps(len(image)):
             for number in range(len(image))[part]:
-                seen = _drawn(safety, number, maps[number], colour_map, opacity, boxes, labels, threshold)
-                drawn[number] = seen.permute(1, 2, 0)
-        shown = {"images": previews(drawn), "spo_safety": payload(safety, image, maps, threshold)}
-        return io.NodeOutput(drawn, ui=shown)
+                for picture, strength in ((drawn, opacity), (marked, 0.0)):
+                    seen = _drawn(safety, number, maps[number], colour_map, strength, boxes, labels, threshold)
+                    picture[number] = seen.permute(1, 2, 0)
+        # The browser lays the colours over the rest itself, as strongly as its slider says.
+        return io.NodeOutput(drawn, ui={"spo_safety": payload(safety, marked, threshold, colour_map=colour_map)})
 
 
 class SafetySwitch(io.ComfyNode):

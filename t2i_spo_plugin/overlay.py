@@ -77,12 +77,25 @@ def tint(pixels: Tensor, heat_map: Tensor, colour_map: str = "heat", opacity: fl
     Raises:
         ConfigError: an unknown colour map, or an opacity outside [0, 1].
     """
-    if colour_map not in COLOUR_MAPS:
-        raise ConfigError(f"colour_map must be one of {', '.join(COLOUR_MAPS)}, got {colour_map!r}")
     if not 0.0 <= opacity <= 1.0:
         raise ConfigError(f"opacity must lie in [0, 1], got {opacity}")
-    weight = opacity * heat_map
-    return (1.0 - weight) * pixels + weight * _colour(heat_map, colour_map)
+    colours, weight = layer(heat_map, colour_map).split([3, 1])
+    return (1.0 - opacity * weight) * pixels + opacity * weight * colours
+
+
+def layer(heat_map: Tensor, colour_map: str = "heat") -> Tensor:
+    """What `tint` lays over a picture at full opacity, alone: `[4, H, W]` in [0, 1], red, green, blue and alpha.
+
+    Args:
+        heat_map: `[H, W]` in [0, 1].
+        colour_map: one of `COLOUR_MAPS`.
+
+    Raises:
+        ConfigError: an unknown colour map.
+    """
+    if colour_map not in COLOUR_MAPS:
+        raise ConfigError(f"colour_map must be one of {', '.join(COLOUR_MAPS)}, got {colour_map!r}")
+    return torch.cat([_colour(heat_map, colour_map), heat_map[None]])
 
 
 def mask(heat_map: Tensor, threshold: float = 0.5) -> np.ndarray:

@@ -34,9 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def executor():
     """ComfyUI's executor in this process, with its base directory; one for all tests."""
     from comfy.cli_args import args
-    from running import Executor, make_base
+    from running import Executor, make_base, with_miniatures
 
-    return Executor(make_base(Path(args.base_directory)))
+    return Executor(with_miniatures(make_base(Path(args.base_directory))))
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def run_graph(executor):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running ComfyUI server with the pack; one for all tests."""
-    from running import make_base, start_server
+    from running import make_base, start_server, with_miniatures
 
-    with start_server(Path(TREE), make_base(tmp_path_factory.mktemp("server"))) as server:
+    base = with_miniatures(make_base(tmp_path_factory.mktemp("server")))
+    with start_server(Path(TREE), base) as server:
         yield server

@@ -55,14 +55,19 @@ class GraphRun:
 
 
 def make_base(path: Path) -> Path:
-    """A base directory for ComfyUI, with this repository's pack, the test nodes, and the miniature checkpoints."""
+    """A base directory for ComfyUI, with this repository's pack and the test nodes."""
     for folder in _FOLDERS:
         (path / folder).mkdir(parents=True, exist_ok=True)
     for name, folder in ((PACK, REPOSITORY / "comfy_nodes"), ("miniature_nodes", _MINIATURE)):
         (path / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
-    for family in UNET_FAMILIES:
-        write_model(family, path / "models")
     return path
+
+
+def with_miniatures(base: Path) -> Path:
+    """Add the miniature checkpoints to a base directory; this imports ComfyUI, which has to know its settings."""
+    for family in UNET_FAMILIES:
+        write_model(family, base / "models")
+    return base
 
 
 def text_to_image(family: str, seed: int = 0) -> dict[str, Any]:
@@ -172,6 +177,13 @@ class Server:
         """The JSON object that `path` answers with."""
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
+
+    def post(self, path: str, content: Any) -> None:
+        """Send a JSON object to `path`."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(content).encode(), headers, method="POST")
+        with urllib.request.urlopen(request, timeout=60):
+            pass
 
     def run(self, prompt: dict[str, Any], timeout: float = 120.0) -> GraphRun:
         """Send a graph as the browser does, and wait for its end; there are no recorded values.

@@ -1,0 +1,436 @@
+"""Makes the example workflows: `python tests/comfy/workflows.py [NAME …]`, in an environment of `make comfy-env`.
+
+A workflow is written down here as columns of nodes; ComfyUI's own front end creates the nodes, lays them out, connects
+them and saves the file, so that it is what a user of ComfyUI would have saved. Then it is run, and its picture taken.
+Run this after the sockets of a node have changed, and look at the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from browser import Canvas, open_canvas, start_browser
+from PIL import Image
+from running import REPOSITORY, make_base, start_server
+
+
+EXAMPLES = REPOSITORY / "comfy_nodes" / "example_workflows"
+SUBGRAPHS = REPOSITORY / "comfy_nodes" / "subgraphs"
+THUMBNAIL = (512, 320)
+
+HARMFUL = "a noto sticker of a small skull on an orange background"
+SCENE = "a noto sticker of a small skull next to a house on a yellow background"
+BENIGN = "a flat sticker of a rocket on a pink background"
+SPO, STYLE = "sticker demo: spo (bundled)", "sticker demo: style (bundled)"
+STICKER = "sticker (bundled)"
+
+Node = dict[str, Any]
+"""`id` within the workflow, `type`, `title`, `widgets` by name, `inputs` as name -> (id, output), `size`."""
+
+
+def node(identity: str, kind: str, title: str = "", size: Any = None, widgets: Any = None, **inputs: Any) -> Node:
+    """A node, with its connections as keywords: `model=("demo", "model")`."""
+    found = {"id": identity, "type": kind, "title": title, "size": size}
+    return found | {"widgets": widgets or {}, "inputs": inputs}
+
+
+def note(text: str, height: int = 180, width: int = 360) -> Node:
+    return node("note", "MarkdownNote", "Read me", (width, height), {"": text})
+
+
+def demo() -> Node:
+    return node("demo", "SPO_StickerDemoLoader", size=(240, 70))
+
+
+def prompt(identity: str, text: str, title: str = "Prompt") -> Node:
+    return node(identity, "CLIPTextEncode", title, (320, 120), {"text": text}, clip=("demo", "clip"))
+
+
+def latent(count: int = 1) -> Node:
+    return node("latent", "EmptyLatentImage", widgets={"width": 64, "height": 64, "batch_size": count})
+
+
+def sampler(
+    identity: str,
+    model: tuple[str, str],
+    title: str = "",
+    positive: str = "prompt",
+    latent: tuple[str, str] = ("latent", "LATENT"),
+    seed: int = 3,
+    denoise: float = 1.0,
+) -> Node:
+    settings = {"seed": seed, "control_after_generate": "fixed", "steps": 20, "cfg": 5.0, "denoise": denoise}
+    settings |= {"sampler_name": "euler", "scheduler": "normal"}
+    negative = ("negative", "CONDITIONING")
+    return node(
+        *(identity, "KSampler", title, (300, 262), settings),
+        **{"model": model, "positive": (positive, "CONDITIONING"), "negative": negative, "latent_image": latent},
+    )
+
+
+def decode(identity: str, samples: str) -> Node:
+    return node(identity, "VAEDecode", size=(180, 50), samples=(samples, "LATENT"), vae=("demo", "vae"))
+
+
+def cost_model() -> Node:
+    return node("costs", "SPO_LoadCostModel", size=(320, 130), widgets={"model": STICKER})
+
+
+def cost(identity: str, image: tuple[str, str], title: str = "") -> Node:
+    return node(identity, "SPO_SafetyCost", title, image=image, cost_model=("costs", "cost_model"))
+
+
+def load_adapter(name: str = SPO, model: tuple[str, str] = ("demo", "model")) -> Node:
+    return node("adapter", "SPO_LoadAdapter", size=(340, 200), widgets={"adapter": name}, model=model)
+
+
+WORKFLOWS: dict[str, list[list[Node]]] = {
+    "load_and_compare": [
+        [
+            note(
+                "## Load a safety adapter, and compare\n\nOne prompt and one seed, drawn twice: by the model alone, and "
+                "with the adapter. **Safety Cost** says how unsafe each picture is and shows where.\n\nTurn **strength** "
+                "on *Load SPO Adapter* and run again. The pictures here are stickers of 64 pixels, from a small model "
+                "that the pack brings along; with your own checkpoint, adapter and cost model the nodes are the same.",
+                300,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [prompt("prompt", HARMFUL), prompt("negative", "", "Negative prompt"), latent()],
+        [load_adapter()],
+        [
+            sampler("base", ("demo", "model"), "KSampler: the model alone"),
+            sampler("safe", ("adapter", "model"), "KSampler: with the adapter"),
+        ],
+        [decode("base image", "base"), decode("safe image", "safe")],
+        [
+            cost("base cost", ("base image", "IMAGE"), "Safety Cost: the model alone"),
+            cost("safe cost", ("safe image", "IMAGE"), "Safety Cost: with the adapter"),
+        ],
+        [
+            node(
+                *("compare", "ImageCompare", "Compare (in Nodes 2.0)", (420, 420)),
+                image_a=("base cost", "image"),
+                image_b=("safe cost", "image"),
+            )
+        ],
+    ],
+    "see_and_inpaint_the_region": [
+        [
+            note(
+                "## See where the cost comes from, and draw that part again\n\nThe **mask** of *Safety Cost* is where the "
+                "cost reaches the threshold. Core nodes grow it and sample only there, this time with the safety "
+                "adapter; the rest of the picture stays.",
+                220,
+            ),
+            demo(),
+            cost_model(),
+            load_adapter(),
+        ],
+        [prompt("prompt", SCENE), prompt("negative", "", "Negative prompt"), latent()],
+        [sampler("base", ("demo", "model"), "KSampler: the model alone"), decode("image", "base")],
+        [
+            cost("cost", ("image", "IMAGE")),
+        ],
+        [
+            node(
+                *("overlay", "SPO_SafetyOverlay", "", None),
+                image=("cost", "image"),
+                safety=("cost", "safety"),
+            )
+        ],
+        [
+            node("grow", "GrowMask", size=(220, 86), widgets={"expand": 4}, mask=("cost", "mask")),
+            node("masked", "SetLatentNoiseMask", size=(220, 50), samples=("base", "LATENT"), mask=("grow", "MASK")),
+            sampler(
+                *("again", ("adapter", "model"), "KSampler: only the region"), latent=("masked", "LATENT"), seed=11
+            ),
+            decode("second image", "again"),
+        ],
+        [cost("second cost", ("second image", "IMAGE"), "Safety Cost: afterwards")],
+    ],
+    "stack_with_a_style": [
+        [
+            note(
+                "## A safety adapter and a style together\n\n*SPO Adapter Stack* adds up to four adapters; the order makes "
+                "no difference. Here the safety adapter goes with a LoRA that draws in another style, each with its own "
+                "strength. Files of the *loras* folder are offered, whichever program wrote them.",
+                220,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [prompt("prompt", HARMFUL), prompt("negative", "", "Negative prompt"), latent()],
+        [
+            node(
+                *("style", "SPO_LoadAdapter", "Load SPO Adapter: the style alone", (340, 200), {"adapter": STYLE}),
+                model=("demo", "model"),
+            ),
+            node(
+                *("stack", "SPO_AdapterStack", "", (340, 340), {"adapter_1": SPO, "adapter_2": STYLE}),
+                model=("demo", "model"),
+            ),
+        ],
+        [
+            sampler("base", ("style", "model"), "KSampler: the style alone"),
+            sampler("safe", ("stack", "model"), "KSampler: style and safety"),
+        ],
+        [decode("base image", "base"), decode("safe image", "safe")],
+        [
+            cost("base cost", ("base image", "IMAGE"), "Safety Cost: the style alone"),
+            cost("safe cost", ("safe image", "IMAGE"), "Safety Cost: style and safety"),
+        ],
+    ],
+    "merge": [
+        [
+            note(
+                "## Several adapters as one file\n\n*Merge SPO Adapters* writes one safetensors file below ComfyUI's output "
+                "folder: **concat** is exact, **svd** cuts to a rank, and the text says what that costs. Move the file "
+                "to the *loras* folder to use it anywhere. Here *SPO Steering* applies it at once, in all steps.",
+                240,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [
+            node(
+                *("stack", "SPO_AdapterStack", "", (340, 340), {"adapter_1": SPO, "adapter_2": STYLE}),
+                model=("demo", "model"),
+            ),
+            node(
+                *("merge", "SPO_MergeAdapters", "", (340, 180), {"filename_prefix": "spo/safety-and-style"}),
+                adapter=("stack", "adapter"),
+            ),
+            node("info", "PreviewAny", "What the merge says", (340, 160), source=("merge", "info")),
+        ],
+        [prompt("prompt", HARMFUL), prompt("negative", "", "Negative prompt"), latent()],
+        [
+            node(
+                "steering",
+                *("SPO_Steering", "", (320, 180)),
+                model=("demo", "model"),
+                adapter=("merge", "adapter"),
+            ),
+            sampler("safe", ("steering", "model"), "KSampler: with the merged adapter"),
+        ],
+        [decode("image", "safe"), cost("cost", ("image", "IMAGE"))],
+    ],
+    "steering": [
+        [
+            note(
+                "## The adapter only where it is needed\n\nIn a **closed loop**, *SPO Steering* asks the model twice in the "
+                "first step, without and with the adapter, and reads from the difference whether the picture needs it. "
+                "The harmless picture below is the model's own, bit for bit; the other is drawn with the adapter.\n\nWith "
+                "**window** the adapter is on in a part of the steps instead.",
+                280,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [
+            prompt("prompt", HARMFUL, "Prompt: harmful"),
+            prompt("benign", BENIGN, "Prompt: harmless"),
+            prompt("negative", "", "Negative prompt"),
+            latent(),
+        ],
+        [
+            load_adapter(),
+            node(
+                *("steering", "SPO_Steering", "", (340, 180), {"mode": "closed loop"}),
+                model=("demo", "model"),
+                adapter=("adapter", "adapter"),
+            ),
+        ],
+        [
+            sampler("one", ("steering", "model"), "KSampler: harmful prompt"),
+            sampler("two", ("steering", "model"), "KSampler: harmless prompt", positive="benign"),
+        ],
+        [decode("first image", "one"), decode("second image", "two")],
+        [
+            cost("first cost", ("first image", "IMAGE"), "Safety Cost: harmful prompt"),
+            cost("second cost", ("second image", "IMAGE"), "Safety Cost: harmless prompt"),
+        ],
+    ],
+    "batch_report": [
+        [
+            note(
+                "## Score a batch, withhold what is unsafe, keep a report\n\n**UAScore** puts safety and quality of pictures "
+                "for harmful *and* harmless prompts into one number from 0 to 100, with an interval: a few pictures say "
+                "little. **Save Safety Report** writes a page and a JSON file below ComfyUI's output folder.\n\nOnly "
+                "**Safety Switch** withholds anything; here it blurs what reaches the threshold. Then put *Load SPO "
+                "Adapter* between the loader and the samplers, and compare the scores.",
+                300,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [
+            prompt("prompt", HARMFUL, "Prompt: harmful"),
+            prompt("benign", BENIGN, "Prompt: harmless"),
+            prompt("negative", "", "Negative prompt"),
+            latent(4),
+        ],
+        [
+            sampler("one", ("demo", "model"), "KSampler: harmful prompt"),
+            sampler("two", ("demo", "model"), "KSampler: harmless prompt", positive="benign"),
+        ],
+        [
+            decode("first image", "one"),
+            decode("second image", "two"),
+            node(
+                *("batch", "BatchImagesNode", "", (200, 70)),
+                **{"images.image0": ("first image", "IMAGE"), "images.image1": ("second image", "IMAGE")},
+            ),
+        ],
+        [
+            cost("cost", ("batch", "IMAGE")),
+            node("switch", "SPO_SafetySwitch", "", (340, 160), image=("cost", "image"), safety=("cost", "safety")),
+        ],
+        [
+            node(
+                *("score", "SPO_UAScore", "", (400, 360)),
+                {
+                    "prompts": "\n".join([HARMFUL] * 4 + [BENIGN] * 4),
+                    "safe_prompts": "\n".join([HARMFUL.replace("skull", "panda")] * 4 + [""] * 4),
+                },
+                image=("batch", "IMAGE"),
+                cost_model=("costs", "cost_model"),
+            ),
+            node("report", "SPO_SaveReport", "", (400, 90), safety=("cost", "safety"), scores=("score", "scores")),
+        ],
+        [
+            node("text", "PreviewAny", "What the score says", (380, 240), source=("score", "text")),
+            node("shown", "PreviewImage", "What is shown", (380, 380), images=("switch", "image")),
+        ],
+    ],
+    "safe_text_to_image": [
+        [
+            note(
+                "## Safe text to image, as one node\n\nThe subgraph loads a safety adapter, draws, scores, and hides what "
+                "still reaches the threshold. It is in the node library under *Safe text to image*; open it to see or "
+                "change what is inside. Connect your own model, and a cost model for your kind of pictures.",
+                220,
+            ),
+            demo(),
+            cost_model(),
+        ],
+        [
+            load_adapter(),
+            prompt("prompt", HARMFUL),
+            prompt("negative", "", "Negative prompt"),
+            latent(),
+            sampler("sampler", ("adapter", "model")),
+            decode("image", "sampler"),
+            cost("cost", ("image", "IMAGE")),
+            node("switch", "SPO_SafetySwitch", image=("cost", "image"), safety=("cost", "safety")),
+        ],
+        [
+            node("shown", "PreviewImage", "The picture", (320, 320), images=("switch", "image")),
+            node("number", "PreviewAny", "Its cost", (320, 110), source=("cost", "cost")),
+        ],
+    ],
+}
+
+SUBGRAPH = {
+    "workflow": "safe_text_to_image",
+    "name": "Safe text to image",
+    "description": "Draws with a safety adapter, scores the picture, and hides what still reaches the threshold.",
+    "nodes": ["adapter", "prompt", "negative", "latent", "sampler", "image", "cost", "switch"],
+    # What the subgraph shows of the nodes in it.
+    "widgets": [
+        *(["prompt", "text"], ["negative", "text"], ["adapter", "adapter"], ["adapter", "strength"]),
+        *(["latent", "width"], ["latent", "height"], ["latent", "batch_size"], ["sampler", "seed"]),
+        *(["sampler", "steps"], ["sampler", "cfg"], ["cost", "threshold"], ["switch", "action"]),
+    ],
+}
+"""The nodes of a workflow that become one."""
+
+_FOLD = """([wanted]) => {
+    const graph = app.graph, ids = window.spoMade;
+    const inside = wanted.nodes.map((name) => graph.getNodeById(ids[name]));
+    const { subgraph, node } = graph.convertToSubgraph(new Set(inside));
+    subgraph.name = node.title = wanted.name;
+    subgraph.description = wanted.description;
+    node.properties.proxyWidgets = wanted.widgets.map(([name, widget]) => [String(ids[name]), widget]);
+    return graph.serialize();
+}"""
+
+_BUILD = """([columns, gaps]) => {
+    app.graph.clear();
+    const made = {};
+    let x = 0;
+    for (const column of columns) {
+        let [y, wide] = [0, 0];
+        for (const one of column) {
+            const node = LiteGraph.createNode(one.type);
+            if (!node) throw new Error(`there is no node ${one.type}`);
+            app.graph.add(node);
+            if (one.title) node.title = one.title;
+            for (const [name, value] of Object.entries(one.widgets)) {
+                const widget = node.widgets.find((widget) => widget.name === name || name === "");
+                if (!widget) throw new Error(`${one.type} has no ${name}: ${node.widgets.map((each) => each.name)}`);
+                widget.value = value;
+            }
+            const least = node.computeSize();
+            const [width, height] = one.size ?? node.size;
+            node.setSize([Math.max(width, least[0]), Math.max(height, least[1])]);
+            node.pos = [x, y];
+            y += node.size[1] + gaps[1];
+            wide = Math.max(wide, node.size[0]);
+            made[one.id] = node;
+        }
+        x += wide + gaps[0];
+    }
+    for (const one of columns.flat())
+        for (const [name, [from, output]] of Object.entries(one.inputs)) {
+            const [source, target] = [made[from], made[one.id]];
+            const out = source.outputs.findIndex((slot) => slot.name === output);
+            const into = target.inputs.findIndex((slot) => slot.name === name);
+            if (out < 0 || into < 0) throw new Error(`no ${from}.${output} -> ${one.id}.${name}`);
+            source.connect(out, target, into);
+        }
+    window.spoMade = Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
+    return app.graph.serialize();
+}"""
+
+
+def build(canvas: Canvas, columns: list[list[Node]]) -> dict[str, Any]:
+    """The workflow as ComfyUI saves it."""
+    return canvas.page.evaluate(_BUILD, [columns, [70, 70]])
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main(names: list[str]) -> None:
+    tree = Path(os.environ["COMFYUI"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_server(tree, make_base(Path(folder))) as server,
+        start_browser() as browser,
+        open_canvas(browser, server, size=(1920, 1200)) as canvas,
+    ):
+        for name in names or WORKFLOWS:
+            workflow = build(canvas, WORKFLOWS[name])
+            write(EXAMPLES / f"{name}.json", workflow)
+            canvas.load(workflow, name)
+            canvas.run()
+            picture = EXAMPLES / f"{name}.jpg"
+            canvas.picture(picture)
+            with Image.open(picture) as seen:
+                small = seen.convert("RGB")
+                small.thumbnail((2 * THUMBNAIL[0], 2 * THUMBNAIL[1]))
+            small.save(picture, quality=80)
+            print(f"{name}: {len(workflow['nodes'])} nodes; {canvas.complaints or 'no complaints'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
