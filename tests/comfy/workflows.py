@@ -320,13 +320,9 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
             demo(),
             cost_model(),
         ],
+        [load_adapter(), prompt("prompt", HARMFUL), prompt("negative", "", "Negative prompt"), latent()],
+        [sampler("sampler", ("adapter", "model")), decode("image", "sampler")],
         [
-            load_adapter(),
-            prompt("prompt", HARMFUL),
-            prompt("negative", "", "Negative prompt"),
-            latent(),
-            sampler("sampler", ("adapter", "model")),
-            decode("image", "sampler"),
             cost("cost", ("image", "IMAGE")),
             node("switch", "SPO_SafetySwitch", image=("cost", "image"), safety=("cost", "safety")),
         ],
@@ -342,23 +338,54 @@ SUBGRAPH = {
     "name": "Safe text to image",
     "description": "Draws with a safety adapter, scores the picture, and hides what still reaches the threshold.",
     "nodes": ["adapter", "prompt", "negative", "latent", "sampler", "image", "cost", "switch"],
-    # What the subgraph shows of the nodes in it.
-    "widgets": [
-        *(["prompt", "text"], ["negative", "text"], ["adapter", "adapter"], ["adapter", "strength"]),
-        *(["latent", "width"], ["latent", "height"], ["latent", "batch_size"], ["sampler", "seed"]),
-        *(["sampler", "steps"], ["sampler", "cfg"], ["cost", "threshold"], ["switch", "action"]),
-    ],
+    # What can be set from outside: its name there, and the node and widget within.
+    "widgets": {
+        "prompt": ("prompt", "text"),
+        "negative_prompt": ("negative", "text"),
+        "adapter": ("adapter", "adapter"),
+        "strength": ("adapter", "strength"),
+        "width": ("latent", "width"),
+        "height": ("latent", "height"),
+        "batch_size": ("latent", "batch_size"),
+        "seed": ("sampler", "seed"),
+        "steps": ("sampler", "steps"),
+        "cfg": ("sampler", "cfg"),
+        "threshold": ("cost", "threshold"),
+        "action": ("switch", "action"),
+    },
+    # For models of an ordinary size, instead of the stickers'.
+    "values": {"prompt": "", "width": 512, "height": 512, "cfg": 7.0},
 }
 """The nodes of a workflow that become one."""
 
-_FOLD = """([wanted]) => {
+_FOLD = """(wanted) => {
     const graph = app.graph, ids = window.spoMade;
-    const inside = wanted.nodes.map((name) => graph.getNodeById(ids[name]));
+    const inside = wanted.nodes.map((id) => graph.getNodeById(ids[id]));
+    const place = [...inside[0].pos];
     const { subgraph, node } = graph.convertToSubgraph(new Set(inside));
     subgraph.name = node.title = wanted.name;
-    subgraph.description = wanted.description;
-    node.properties.proxyWidgets = wanted.widgets.map(([name, widget]) => [String(ids[name]), widget]);
+    for (const input of subgraph.inputs.filter((each) => each._widget || /^(text|seed)/.test(each.name)))
+        subgraph.removeInput(input);
+    for (const [name, [id, widget]] of Object.entries(wanted.widgets)) {
+        const inner = subgraph.getNodeById(ids[id]);
+        const slot = inner.inputs.find((each) => each.name === widget);
+        subgraph.addInput(name, slot.type).connect(slot, inner);
+    }
+    node.setSize([340, node.computeSize()[1]]);
+    node.pos = place;
+    const after = graph.nodes.filter((each) => each.pos[0] > place[0]);
+    const closer = Math.min(...after.map((each) => each.pos[0])) - place[0] - node.size[0] - 70;
+    for (const each of after) each.pos = [each.pos[0] - closer, each.pos[1]];
     return graph.serialize();
+}"""
+
+_ALONE = """(wanted) => {
+    const node = app.graph.nodes.find((each) => each.subgraph);
+    for (const other of [...app.graph.nodes]) if (other !== node) app.graph.remove(other);
+    for (const [name, value] of Object.entries(wanted.values))
+        node.widgets.find((each) => each.name === name).value = value;
+    node.pos = [0, 0];
+    return app.graph.serialize();
 }"""
 
 _BUILD = """([columns, gaps]) => {
@@ -405,6 +432,11 @@ def build(canvas: Canvas, columns: list[list[Node]]) -> dict[str, Any]:
     return canvas.page.evaluate(_BUILD, [columns, [70, 70]])
 
 
+def fold(canvas: Canvas) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The workflow that was just built, with a part of it as a subgraph, and that subgraph alone."""
+    return canvas.page.evaluate(_FOLD, SUBGRAPH), canvas.page.evaluate(_ALONE, SUBGRAPH)
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
@@ -420,6 +452,10 @@ def main(names: list[str]) -> None:
     ):
         for name in names or WORKFLOWS:
             workflow = build(canvas, WORKFLOWS[name])
+            if name == SUBGRAPH["workflow"]:
+                workflow, alone = fold(canvas)
+                alone["definitions"]["subgraphs"][0] |= {"description": SUBGRAPH["description"], "category": "SPO"}
+                write(SUBGRAPHS / f"{SUBGRAPH['name']}.json", alone)
             write(EXAMPLES / f"{name}.json", workflow)
             canvas.load(workflow, name)
             canvas.run()
