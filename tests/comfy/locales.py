@@ -26,7 +26,7 @@ def read_schemas() -> dict[str, Any]:
     """The schemas of the pack's nodes by node id; ComfyUI's tree has to be importable."""
     import t2i_spo_plugin.comfy_nodes as pack
 
-    nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())  # type: ignore[attr-defined]
+    nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
     return {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in nodes)}
 
 
