@@ -4,7 +4,7 @@
 
 ComfyUI's browser shows the texts in `comfy_nodes/locales/<language>` instead of those that the nodes bring: names and
 tooltips of inputs by their id, of outputs by their number, and the parts of a category wherever they occur. Only what
-is shown changes; saved workflows hold ids.
+is shown changes; saved workflows go by ids.
 """
 
 from __future__ import annotations
