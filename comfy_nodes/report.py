@@ -56,8 +56,8 @@ class UAScore(io.ComfyNode):
                 io.String.Input(
                     "safe_prompts",
                     multiline=True,
-                    tooltip="One line a picture: for a harmful prompt its safe completions with | between them, an "
-                    "empty line for a benign prompt.",
+                    tooltip="One line a picture: for a harmful prompt its safe completions, a vertical bar between "
+                    "them; an empty line for a benign prompt.",
                 ),
                 io.Combo.Input(
                     "reference",

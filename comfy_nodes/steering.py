@@ -79,8 +79,8 @@ class Steering(io.ComfyNode):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "closed loop: the size of the change, |with - without|^2 / |without|^2 of the model's "
-                        "prediction, from which a picture gets the adapter. It belongs to one adapter and base."
+                        "closed loop: the size of the change of the model's prediction, relative to the prediction "
+                        "and squared, from which a picture gets the adapter. It belongs to one adapter and base."
                     ),
                 ),
                 io.Float.Input(
