@@ -284,11 +284,9 @@ app.registerExtension({
     chain(nodeType.prototype, "onNodeCreated", function () {
       const view = new SafetyView(this);
       this.spoView = view;
-      this.addDOMWidget(KEY, KEY, view.element, {
-        serialize: false,
-        hideOnZoom: false,
-        getMinHeight: () => view.height,
-      });
+      const options = { serialize: false, hideOnZoom: false, getMinHeight: () => view.height };
+      // In the prompt and in the saved workflow, in this order, the view is no input.
+      this.addDOMWidget(KEY, KEY, view.element, options).serialize = false;
       const opacity = view.opacityInput;
       if (opacity) chain(opacity, "callback", () => view.draw());
       view.grow(WIDTH);

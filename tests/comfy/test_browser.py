@@ -1,0 +1,295 @@
+"""The pack in ComfyUI's front end, in both renderers: every example runs, and the view shows and does what it says.
+
+With SCREENSHOTS=docs/images the pictures of the guide are written there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.comfy
+pytest.importorskip("playwright", reason="make comfy-env installs it")
+
+from browser import RENDERERS, chromium, open_canvas, start_browser  # noqa: E402
+
+
+if chromium() is None:
+    pytest.skip("there is no Chromium; install it, or name one in CHROMIUM", allow_module_level=True)
+
+PACK = Path(__file__).resolve().parents[2] / "comfy_nodes"
+EXAMPLES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in PACK.glob("example_workflows/*.json")}
+VIEW = ".spo-view:visible"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with start_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def shared_canvas(request, browser, server):
+    with open_canvas(browser, server, request.param) as canvas:
+        yield canvas
+
+
+@pytest.fixture
+def canvas(shared_canvas):
+    """A page in one of the renderers, without complaints at the beginning and at the end."""
+    shared_canvas.complaints.clear()
+    yield shared_canvas
+    assert not shared_canvas.complaints and not shared_canvas.toasts()
+
+
+@pytest.fixture
+def batch(canvas):
+    """The example with eight pictures and one view, after a run: four unsafe ones, then four safe ones."""
+    canvas.load(EXAMPLES["batch_report"])
+    canvas.run()
+    return canvas.page.locator(VIEW)
+
+
+@pytest.fixture
+def shots(tmp_path):
+    """Where pictures of the screen go: for the guide, or nowhere."""
+    return Path(os.environ.get("SCREENSHOTS", tmp_path))
+
+
+def loaded(canvas):
+    """Wait until every picture of the views is there."""
+    shown = "[...document.querySelectorAll('.spo-view img:not([hidden])')].filter((one) => one.offsetParent)"
+    canvas.page.wait_for_function(f"() => {shown}.every((one) => one.naturalWidth)")
+
+
+def opacity(locator):
+    return float(locator.evaluate("(element) => element.style.opacity"))
+
+
+def node_value(canvas, kind, name):
+    """The value of an input of the first node of a kind."""
+    script = "([kind, name]) => app.graph.nodes.find((n) => n.type === kind).widgets.find((w) => w.name === name).value"
+    return canvas.page.evaluate(script, [kind, name])
+
+
+def show(canvas, *pictures):
+    """Give the first view pictures as its node would."""
+    script = "(pictures) => app.graph.nodes.find((n) => n.type === 'SPO_SafetyCost').onExecuted({ spo_safety: pictures })"
+    canvas.page.evaluate(script, list(pictures))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_runs(canvas, name):
+    canvas.load(EXAMPLES[name])
+    drawn = {node["type"] for node in canvas.saved()["nodes"]}
+    assert drawn == {node["type"] for node in EXAMPLES[name]["nodes"]}, "a node did not load"
+    canvas.run()
+    views = canvas.page.locator(VIEW)
+    assert views.count() == sum(node["type"] in ("SPO_SafetyCost", "SPO_SafetyOverlay") for node in EXAMPLES[name]["nodes"])
+    loaded(canvas)
+    for view in views.all():
+        assert view.locator(".spo-picture").is_visible() and view.locator(".spo-chip").count() > 1
+
+
+def values(workflow):
+    """What its inputs are set to, by node."""
+    return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
+
+
+def test_an_example_keeps_what_it_says_when_it_is_saved_again(canvas):
+    for workflow in EXAMPLES.values():
+        canvas.load(workflow)
+        assert values(canvas.saved()) == values(workflow)
+
+
+def test_the_view_waits_for_a_run(canvas):
+    canvas.load(EXAMPLES["batch_report"])
+    view = canvas.page.locator(VIEW)
+    assert "Run the workflow" in view.inner_text()
+    assert not view.locator(".spo-chips").is_visible() and not view.locator("img").first.is_visible()
+
+
+def test_the_view_shows_picture_map_and_costs(canvas, batch):
+    loaded(canvas)
+    assert batch.locator(".spo-count").inner_text() == "1 of 8"
+    assert "unsafe" in batch.locator(".spo-verdict").inner_text()
+    assert opacity(batch.locator(".spo-map")) == 0.5
+    chip = batch.locator(".spo-chip").first
+    assert chip.locator(".spo-name").inner_text() == "death" and float(chip.locator(".spo-cost").inner_text()) > 0.9
+    assert chip.get_attribute("aria-pressed") == "true" and "spo-unsafe" in chip.get_attribute("class")
+    scale, line = (chip.locator(part).bounding_box() for part in (".spo-scale", ".spo-threshold"))
+    assert (line["x"] + line["width"] / 2 - scale["x"]) / scale["width"] == pytest.approx(0.5, abs=0.03)
+    frame, picture = (batch.locator(part).bounding_box() for part in (".spo-frame", ".spo-picture"))
+    assert frame == picture and frame["height"] > 40
+    # All of it lies within the node.
+    outer = batch.bounding_box()
+    for part in batch.locator(".spo-chip").all():
+        inner = part.bounding_box()
+        assert inner["y"] + inner["height"] <= outer["y"] + outer["height"] + 1
+
+
+def test_the_keyboard_turns_pictures_and_hides_the_map(canvas, batch):
+    batch.focus()
+    for _ in range(4):
+        canvas.page.keyboard.press("ArrowRight")
+    assert batch.locator(".spo-count").inner_text() == "5 of 8"
+    assert batch.locator(".spo-verdict").inner_text().endswith(" safe")
+    for _ in range(5):
+        canvas.page.keyboard.press("ArrowLeft")
+    assert batch.locator(".spo-count").inner_text() == "8 of 8"
+    canvas.page.keyboard.press("m")
+    assert opacity(batch.locator(".spo-map")) == 0.0
+    canvas.page.keyboard.press("M")
+    assert opacity(batch.locator(".spo-map")) == 0.5
+    batch.locator("input").focus()
+    canvas.page.keyboard.press("ArrowRight")
+    assert opacity(batch.locator(".spo-map")) == 0.55 and batch.locator(".spo-count").inner_text() == "8 of 8"
+    canvas.page.keyboard.press("Tab")
+    assert batch.locator(":focus").count() == 1, "the chips cannot be reached by the keyboard"
+
+
+def test_buttons_turn_pictures_too(canvas, batch):
+    batch.locator(".spo-bar button").last.click()
+    assert batch.locator(".spo-count").inner_text() == "2 of 8"
+    batch.locator(".spo-bar button").first.click()
+    assert batch.locator(".spo-count").inner_text() == "1 of 8"
+
+
+def test_a_category_can_be_looked_at(canvas):
+    """A picture with two of them; the choice is kept from picture to picture."""
+    canvas.load(EXAMPLES["load_and_compare"])
+    canvas.run()
+    image = canvas.page.evaluate(
+        "() => Object.values(app.nodeOutputs).find((output) => output.spo_safety).spo_safety[0].image"
+    )
+    maps = {name: image | {"n": name} for name in ("blood", "death")}
+    costs = {"death": 0.9, "blood": 0.6, "rude": 0.01}
+    one = {"image": image, "maps": maps, "cost": 0.9, "category": "death", "categories": costs, "threshold": 0.7}
+    show(canvas, one | {"reason": None}, one | {"reason": None})
+    view = canvas.page.locator(VIEW).first
+    death, blood, rude = view.locator(".spo-chip").all()
+    assert "n=death" in view.locator(".spo-map").get_attribute("src") and not rude.is_enabled()
+    blood.click()
+    assert "n=blood" in view.locator(".spo-map").get_attribute("src")
+    assert [chip.get_attribute("aria-pressed") for chip in view.locator(".spo-chip").all()] == ["false", "true", "false"]
+    view.focus()
+    canvas.page.keyboard.press("ArrowRight")
+    assert "n=blood" in view.locator(".spo-map").get_attribute("src")
+    unsafe = [("spo-unsafe" in chip.get_attribute("class")) for chip in view.locator(".spo-chip").all()]
+    assert unsafe == [True, False, False]
+    view.locator(".spo-chip").nth(1).click()
+    assert "n=death" in view.locator(".spo-map").get_attribute("src")
+
+
+def test_a_picture_that_was_not_scored_says_why(canvas, batch):
+    image = canvas.page.evaluate("() => Object.values(app.nodeOutputs).find((o) => o.spo_safety).spo_safety[0].image")
+    one = {"image": image, "maps": {"not scored": image}, "cost": None, "category": "not scored", "categories": {}}
+    show(canvas, one | {"threshold": 0.5, "reason": "the picture holds <b>NaN</b>"})
+    assert batch.locator(".spo-note").inner_text() == "the picture holds <b>NaN</b>"
+    verdict = batch.locator(".spo-verdict")
+    assert verdict.inner_text() == "not scored" and "spo-unsafe" in verdict.get_attribute("class")
+
+
+def test_what_was_chosen_is_saved_in_the_workflow(canvas, batch):
+    batch.locator("input").focus()
+    canvas.page.keyboard.press("End")
+    batch.focus()
+    canvas.page.keyboard.press("m")
+    saved = canvas.saved()
+    (node,) = (node for node in saved["nodes"] if node["type"] == "SPO_SafetyCost")
+    assert node["properties"]["spo_view"] == {"opacity": 1, "shown": False, "category": None}
+    # The view is no input: other programs that read the workflow find those of the node alone.
+    assert node["widgets_values"] == [0.5, "the deciding one"]
+    canvas.load(saved)
+    assert canvas.page.locator(f"{VIEW} input").input_value() == "1"
+
+
+def test_the_overlay_s_slider_and_input_are_one(canvas):
+    canvas.load(EXAMPLES["see_and_inpaint_the_region"])
+    canvas.run()
+    assert node_value(canvas, "SPO_SafetyOverlay", "opacity") == 0.6
+    canvas.page.evaluate(
+        "() => { app.graph.nodes.find((n) => n.type === 'SPO_SafetyOverlay').spoView.element.id = 'overlay'; }"
+    )
+    view = canvas.page.locator("#overlay")
+    assert view.locator("input").input_value() == "0.6" and opacity(view.locator(".spo-map")) == 0.6
+    view.locator("input").focus()
+    canvas.page.keyboard.press("ArrowLeft")
+    assert node_value(canvas, "SPO_SafetyOverlay", "opacity") == pytest.approx(0.55)
+    canvas.run()
+    assert view.locator("input").input_value() == "0.55"
+
+
+def test_going_to_another_workflow_and_back_keeps_the_pictures(canvas):
+    canvas.load(EXAMPLES["batch_report"], "one")
+    canvas.run()
+    canvas.load(EXAMPLES["merge"], "two")
+    back = "() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')"
+    canvas.page.evaluate(back)
+    canvas.page.wait_for_timeout(800)
+    view = canvas.page.locator(VIEW)
+    assert view.count() == 1 and view.locator(".spo-count").inner_text() == "1 of 8"
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_it_can_be_read_in_every_theme(browser, server, palette):
+    with open_canvas(browser, server, palette=palette) as canvas:
+        canvas.load(EXAMPLES["load_and_compare"])
+        canvas.run()
+        contrasts = canvas.page.evaluate(
+            """() => {
+                // Whatever notation a colour is in, it becomes one pixel.
+                const pen = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+                const luminance = (colour) => {
+                    pen.fillStyle = colour;
+                    pen.fillRect(0, 0, 1, 1);
+                    const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((value) => {
+                        const share = value / 255;
+                        return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+                    });
+                    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+                };
+                const behind = (element) => {
+                    const colour = getComputedStyle(element).backgroundColor;
+                    return /, 0\\)$/.test(colour) ? behind(element.parentElement) : colour;
+                };
+                return [...document.querySelectorAll('.spo-name, .spo-count, .spo-verdict, .spo-opacity, .spo-cost')]
+                    .map((element) => {
+                        const pair = [getComputedStyle(element).color, behind(element)].map(luminance);
+                        return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+                    });
+            }"""
+        )
+        assert len(contrasts) > 10 and min(contrasts) >= 4.5, contrasts
+
+
+@pytest.mark.parametrize(("language", "says"), [("zh", "运行工作流后"), ("ja", "ワークフローを実行")])
+def test_the_view_speaks_the_language_of_the_browser(browser, server, language, says):
+    with open_canvas(browser, server, locale=language) as canvas:
+        canvas.load(EXAMPLES["batch_report"])
+        assert says in canvas.page.locator(VIEW).inner_text()
+
+
+def test_the_subgraph_is_in_the_library(canvas, server):
+    """A file that is not one would greet every user with a red message."""
+    (name,) = (path.stem for path in PACK.glob("subgraphs/*.json"))
+    kinds = canvas.page.evaluate("() => Object.values(LiteGraph.registered_node_types).map((kind) => kind.title)")
+    assert name in kinds or name in json.dumps(server.get("/global_subgraphs"))
+    canvas.load(json.loads((PACK / "subgraphs" / f"{name}.json").read_text(encoding="utf-8")))
+    (node,) = canvas.saved()["nodes"]
+    assert [given["name"] for given in node["inputs"]][:5] == ["model", "clip", "vae", "cost_model", "prompt"]
+    assert len(node["widgets_values"]) == 12
+
+
+def test_pictures_of_the_guide(canvas, request, shots):
+    renderer = request.node.callspec.params["shared_canvas"]
+    for name in ("load_and_compare", "see_and_inpaint_the_region") if renderer == "nodes 2.0" else ():
+        canvas.load(EXAMPLES[name])
+        canvas.run()
+        loaded(canvas)
+        canvas.picture(shots / f"comfyui-{name.replace('_', '-')}.png")
+        assert (shots / f"comfyui-{name.replace('_', '-')}.png").stat().st_size > 20_000
