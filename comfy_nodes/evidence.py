@@ -30,7 +30,6 @@ _ALIKE = (
     "stable-diffusion-v1",
     "stable-diffusion-v2",
     "stable-diffusion-xl-v1-base",
-    "stable-diffusion-xl-v1-refiner",
     "stable-diffusion-3",
     _TOKENS,
 )

@@ -1,4 +1,4 @@
-"""The sticker world in ComfyUI, drawn as diffusers draws it."""
+"""The sticker world in ComfyUI, drawn as diffusers draws it, and what a closed loop sees of any model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import torch
 import t2i_spo_plugin.sticker as sticker
 from t2i_spo_plugin import read_adapter
 from t2i_spo_plugin.comfy_nodes.patching import Stack
+from t2i_spo_plugin.comfy_nodes.steering import steer
+from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, change_size
 
 
 SPO = "sticker demo: spo (bundled)"
 HARMFUL = sticker.prompt_rows("harmful", 1)[0].prompt
 BENIGN = sticker.prompt_rows("benign", 1)[0].prompt
 STEPS = 5
+LOOK = 0.04
+"""One step of 25, and of the five drawn here."""
 
 
 def hooked(model: Any) -> list[torch.nn.Module]:
@@ -90,3 +94,21 @@ def text_to_image(model: Any, clip: Any, vae: Any) -> dict[str, Any]:
         "13": {"class_type": "KSampler", "inputs": links | settings},
         "14": {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": vae}},
     }
+
+
+class Seen:
+    """Stands where a reader stands: finds the size of the change, and keeps it."""
+
+    def __init__(self) -> None:
+        self.sizes: list[torch.Tensor] = []
+
+    def evidence(self, without: torch.Tensor, with_adapter: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(change_size(without, with_adapter))
+        return self.sizes[-1]
+
+
+def sizes(model: Any, stack: Stack, draw: Callable[[Any], Any]) -> torch.Tensor:
+    """The size of the change of each row of the first call of the model in `draw`, before anything is steered."""
+    seen = Seen()
+    draw(steer(model, stack, FULL_WINDOW, ClosedLoop(1e6, LOOK, seen))[0])
+    return seen.sizes[1]  # The first is of the check before the run.
