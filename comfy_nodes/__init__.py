@@ -24,14 +24,16 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 WEB_DIRECTORY = "web"
 COST_MODELS = "safety_cost"
 """The folder below ComfyUI's `models` for cost models, policies and quality references."""
+CLOSED_LOOPS = "spo_closed_loop"
+"""The folder below ComfyUI's `models` for what `spo closed-loop` makes."""
 
-_FILES = {".json", ".safetensors", ".yaml"}
+_FILES = {COST_MODELS: {".json", ".safetensors", ".yaml"}, CLOSED_LOOPS: {".safetensors"}}
 
 
 async def comfy_entrypoint() -> ComfyExtension:
     """The nodes of this pack, for ComfyUI."""
-    # The nodes read the folder when their schemas are made, so it has to be known before they are imported.
-    _register_folder()
+    # The nodes read the folders when their schemas are made, so these have to be known before they are imported.
+    _register_folders()
     from comfy_api.v0_0_2 import ComfyExtension
 
     from . import adapters, report, safety, steering, sticker_demo
@@ -50,8 +52,9 @@ async def comfy_entrypoint() -> ComfyExtension:
     return SPOExtension()
 
 
-def _register_folder() -> None:
+def _register_folders() -> None:
     import folder_paths
 
-    folder_paths.add_model_folder_path(COST_MODELS, os.path.join(folder_paths.models_dir, COST_MODELS))
-    folder_paths.folder_names_and_paths[COST_MODELS][1].update(_FILES)
+    for folder, suffixes in _FILES.items():
+        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+        folder_paths.folder_names_and_paths[folder][1].update(suffixes)

@@ -11,8 +11,8 @@ from t2i_spo_plugin.comfy_keys import describe
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.merge import METHODS, merge_adapters
 
-from .files import output_file
-from .patching import NONE, Stack, adapter_files, fingerprint, patched, read_stack
+from .files import fingerprint, output_file
+from .patching import NONE, Stack, adapter_file, adapter_files, patched, read_stack
 
 
 SPOAdapter = io.Custom("SPO_ADAPTER")
@@ -81,7 +81,7 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter: str, **others: Any) -> str:
-        return fingerprint(adapter)
+        return fingerprint([adapter_file(adapter)])
 
     @classmethod
     def execute(
@@ -128,7 +128,8 @@ class AdapterStack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return fingerprint(*(inputs[f"adapter_{slot}"] for slot in SLOTS))
+        names = (inputs[f"adapter_{slot}"] for slot in SLOTS)
+        return fingerprint(adapter_file(name) for name in names if name != NONE)
 
     @classmethod
     def execute(cls, model: Any, clip: Any | None = None, strict: bool = True, **slots: Any) -> io.NodeOutput:

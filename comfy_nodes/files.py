@@ -1,12 +1,19 @@
-"""Where nodes may write: below ComfyUI's output folder, and nowhere else."""
+"""Files of nodes: when one has changed, and where they may write: below ComfyUI's output folder, nowhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
 
 from t2i_spo_plugin.errors import ConfigError
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A text that changes when one of these files does, so that ComfyUI runs the node again."""
+    stats = [path.stat() for path in paths]
+    return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
 def output_file(prefix: str, suffix: str) -> Path:

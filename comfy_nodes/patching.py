@@ -52,12 +52,6 @@ def adapter_file(name: str) -> Path:
     return Path(path)
 
 
-def fingerprint(*names: str) -> str:
-    """A text that changes when one of these files does, so that ComfyUI runs the node again."""
-    stats = [adapter_file(name).stat() for name in names if name != NONE]
-    return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
-
-
 def read_stack(names: Sequence[tuple[str, float]], strict: bool) -> Stack:
     """The chosen adapters with their strengths.
 
@@ -75,7 +69,7 @@ def base_of(model: Any, clip: Any | None) -> ComfyBase:
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         shapes |= weight_shapes(clip.cond_stage_model)
-    return ComfyBase(_architecture(model.model), _prediction_type(model), keys, shapes, clip is not None)
+    return ComfyBase(architecture(model.model), _prediction_type(model), keys, shapes, clip is not None)
 
 
 def weight_shapes(module: Any) -> dict[str, tuple[int, ...]]:
@@ -107,7 +101,8 @@ def patched(model: Any, clip: Any, stack: Stack, strict: bool) -> tuple[Any, Any
     return on_model, on_clip, fits
 
 
-def _architecture(model: Any) -> str:
+def architecture(model: Any) -> str:
+    """As `AdapterFacts.base_architecture`, of a ComfyUI base model; empty when unknown."""
     kind = type(model).__name__
     if kind in _ARCHITECTURES:
         return _ARCHITECTURES[kind]

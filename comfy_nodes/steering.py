@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from t2i_spo_plugin.adapter import Adapter
 from t2i_spo_plugin.comfy_keys import bypass_pairs, describe, fit_adapter
-from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, SPOError, UnsupportedAdapterError
 from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, check_window, pick_rows, rows_of_images
 
 from .adapters import SPOAdapter
+from .evidence import SIZE, as_in_diffusers, check_evidence, evidence_facts, evidence_file, evidence_names, read_loop
+from .files import fingerprint
 from .patching import Stack, base_of, weight_shapes
 
 
@@ -54,6 +56,15 @@ class Steering(io.ComfyNode):
                     default=WINDOW,
                     tooltip="window: on from start to end. closed loop: on for the pictures that turn out to need it.",
                 ),
+                io.Combo.Input(
+                    "evidence",
+                    options=evidence_names(),
+                    default=SIZE,
+                    tooltip=(
+                        "closed loop: what it decides by. The size of the change needs no file but a threshold; "
+                        "a file in models/spo_closed_loop, which spo closed-loop made for your adapter, finds more."
+                    ),
+                ),
                 io.Float.Input(
                     "start",
                     default=0.0,
@@ -79,8 +90,9 @@ class Steering(io.ComfyNode):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "closed loop: the size of the change of the model's prediction, relative to the prediction "
-                        "and squared, from which a picture gets the adapter. It belongs to one adapter and base."
+                        "closed loop by the size of the change: how large the change of the model's prediction has to "
+                        "be, relative to the prediction and squared, for a picture to get the adapter. It belongs to "
+                        "one adapter and base. A file brings its own."
                     ),
                 ),
                 io.Float.Input(
@@ -91,7 +103,10 @@ class Steering(io.ComfyNode):
                     step=0.001,
                     advanced=True,
                     optional=True,
-                    tooltip="closed loop: sampling percent before which it looks; 0.04 is one step of 25.",
+                    tooltip=(
+                        "closed loop by the size of the change: sampling percent before which it looks; 0.04 is one "
+                        "step of 25. A file brings its own."
+                    ),
                 ),
             ],
             outputs=[
@@ -101,21 +116,33 @@ class Steering(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, evidence: str = SIZE) -> bool | str:
+        try:
+            read_loop(evidence)
+        except SPOError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, evidence: str = SIZE, **others: Any) -> str:
+        return "" if evidence == SIZE else fingerprint([evidence_file(evidence)])
+
+    @classmethod
     def execute(
         cls,
         model: Any,
         adapter: Stack,
         mode: str,
+        evidence: str,
         start: float,
         end: float,
         threshold: float = 0.1,
         until: float = 0.04,
     ) -> io.NodeOutput:
-        closed = mode == CLOSED_LOOP
-        window = FULL_WINDOW if closed else check_window((start, end))
-        loop = ClosedLoop(threshold, until) if closed else None
-        steered, info = steer(model, adapter, window, loop)
-        return io.NodeOutput(steered, info)
+        if mode == WINDOW:
+            return io.NodeOutput(*steer(model, adapter, check_window((start, end)), None))
+        steered, info = steer(model, adapter, FULL_WINDOW, read_loop(evidence, threshold, until))
+        return io.NodeOutput(steered, info + evidence_facts(evidence))
 
 
 def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoop | None) -> tuple[Any, str]:
@@ -128,11 +155,19 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoo
         loop: when a loop decides.
 
     Raises:
-        AdapterError: an adapter does not fit, or has no place where it could be steered.
-        ConfigError: the stack is empty.
+        AdapterError: an adapter does not fit, or has no place where it could be steered; or the loop's evidence cannot
+            be read from this model.
+        ConfigError: the stack is empty, or the loop belongs to another base.
     """
     if not stack:
         raise ConfigError("there is no adapter to steer: choose at least one in the stack")
+    if loop is not None:
+        check_evidence(loop, model.model)
+        if any(other.__self__.loop is not None for other in model.get_wrappers(WrappersMP.APPLY_MODEL, _KEY)):
+            raise ConfigError(
+                "this model is in a closed loop already, and only one adapter can be; merge the adapters into one, or "
+                "steer all but one in a window"
+            )
     base, shapes = base_of(model, None), weight_shapes(model.model)
     fits = [(fit_adapter(_of_denoiser(adapter, loop), base), strength) for adapter, strength in stack]
     pairs = bypass_pairs([(fit, strength) for fit, strength in fits if strength > 0.0], shapes)
@@ -142,7 +177,8 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoo
             raise UnsupportedAdapterError(f"{weight} cannot be steered; use Load SPO Adapter, which patches weights")
     when = f"on from {window[0]:g} to {window[1]:g}"
     if loop is not None:
-        when = f"closed loop: on where the change before {loop.until:g} reaches {loop.threshold:g}"
+        found = "the size of the change" if loop.reader is None else "what the reader finds"
+        when = f"closed loop: on where {found} before {loop.until:g} reaches {loop.threshold:g}"
     info = "\n\n".join(describe(fit, strength) for fit, strength in fits) + f"\n{when}"
     if not pairs:
         return model, info
@@ -183,7 +219,11 @@ class _Decided:
 
 
 class _Sampling:
-    """Wraps the model of a clone: hooks are on its layers only while the adapter is on, and gone after every call."""
+    """Wraps the model of a clone: hooks are on its layers only while the adapter is on, and gone after every call.
+
+    ComfyUI's own bypass (`load_bypass_lora_for_models`) cannot do this: it has one multiplier for all rows, leaves out
+    changes of a part of a weight, as of q, k and v in SD3 and Flux, and stays on the layers while the model is loaded.
+    """
 
     def __init__(
         self, pairs: Mapping[str, tuple[Tensor, Tensor]], window: tuple[float, float], loop: ClosedLoop | None
@@ -232,7 +272,7 @@ class _Sampling:
         with self._hooks(model, torch.tensor([True]), seen, len(x)), _prediction(model) as after:
             with_adapter = ask()
         decided.by_row &= all(seen)
-        self._judge(decided, before[0], after[0], kinds)
+        self._judge(decided, as_in_diffusers(model, before[0]), as_in_diffusers(model, after[0]), kinds)
         new = decided.rows(len(x)) & ~already
         return pick_rows(output, with_adapter, new)
 

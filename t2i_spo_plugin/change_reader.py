@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -110,18 +111,46 @@ def load_closed_loop(path: str | Path) -> ClosedLoop:
         AdapterError: there is no such file, or it is none of a closed loop.
     """
     path = Path(path)
-    refuse_pickle(path.name)
-    problem = f"{path.name} is no file of a closed loop"
+    told = _told(path)
     try:
-        told = json.loads(read_header(path).metadata["spo"])
-        if told["format"] != _FORMAT:
-            raise AdapterError(f"{problem} that this version reads: its format is {shown(str(told['format']))}")
         header = json.loads(told["closed_loop"])
         tensors = load_file(path)
         reader = None
         if tensors:
-            reader = ChangeReader(*(int(header[name]) for name in _SIZES)).eval().requires_grad_(False)
-            reader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            with torch.device("meta"):  # No memory for sizes that the weights do not have, and no random numbers.
+                reader = ChangeReader(*(int(header[name]) for name in _SIZES))
+            reader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+            reader.eval().requires_grad_(False)
         return ClosedLoop(float(header["threshold"]), float(header["until"]), reader)
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
-        raise AdapterError(f"{problem}: {type(error).__name__} {shown(str(error))}") from error
+        raise _no_closed_loop(path, error) from error
+
+
+def closed_loop_facts(path: str | Path) -> dict[str, str]:
+    """The texts that `save_closed_loop` was given, such as the adapter that the loop was made for.
+
+    Raises:
+        AdapterError: as `load_closed_loop`.
+    """
+    told = _told(Path(path))
+    return {key: str(told[key]) for key in sorted(told.keys() - {"format", "closed_loop"})}
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What the header says, of a file in this format."""
+    refuse_pickle(path.name)
+    metadata = read_header(path).metadata
+    try:
+        told = dict(json.loads(metadata["spo"]))
+        kind = told["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_closed_loop(path, error) from error
+    if kind != _FORMAT:
+        raise AdapterError(
+            f"{path.name} is no file of a closed loop that this version reads: its format is {shown(str(kind))}"
+        )
+    return told
+
+
+def _no_closed_loop(path: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"{path.name} is no file of a closed loop: {type(error).__name__} {shown(str(error))}")

@@ -1,14 +1,23 @@
 """Schedules and the closed loop: which pictures get the adapter, bit for bit, and that everything is put back."""
 
+import json
 import pickle
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from safetensors.torch import load_file, save_file
 from tiny import SIZE, TWO_FAMILIES, base_picture, denoiser, draw, pictures, random_adapter
 
-from t2i_spo_plugin.change_reader import ChangeReader, change_features, load_closed_loop, save_closed_loop
+from t2i_spo_plugin.change_reader import (
+    ChangeReader,
+    change_features,
+    closed_loop_facts,
+    load_closed_loop,
+    save_closed_loop,
+)
 from t2i_spo_plugin.errors import AdapterError, ConfigError, IncompatibleAdapterError, PipelineError
+from t2i_spo_plugin.header import read_header
 from t2i_spo_plugin.mixin import enable_spo
 from t2i_spo_plugin.prompts import PromptRow
 from t2i_spo_plugin.training.closed_loop import ClosedLoopConfig, make_closed_loop, train_reader
@@ -311,6 +320,29 @@ def test_what_is_no_closed_loop_is_refused(content, tmp_path):
         load_closed_loop(path)
     with pytest.raises(AdapterError):
         load_closed_loop(tmp_path / "missing.safetensors")
+
+
+def test_a_file_of_another_format_says_which(tmp_path):
+    path = tmp_path / "loop.safetensors"
+    save_file({}, path, {"spo": json.dumps({"format": "spo-closed-loop/9"})})
+    with pytest.raises(AdapterError, match=r"^loop.safetensors is no .* that this version reads: .*closed-loop/9'$"):
+        load_closed_loop(path)
+
+
+def test_a_reader_of_a_size_that_it_does_not_have_is_refused_without_making_room_for_it(tmp_path):
+    path = save_closed_loop(ClosedLoop(0.3, 0.08, ChangeReader(3)), tmp_path / "loop.safetensors")
+    told = json.loads(read_header(path).metadata["spo"])
+    told["closed_loop"] = json.dumps(json.loads(told["closed_loop"]) | {"channels": 10**9})
+    save_file(load_file(path), path, {"spo": json.dumps(told)})
+    before = torch.get_rng_state()
+    with pytest.raises(AdapterError, match="is no file of a closed loop: RuntimeError"):
+        load_closed_loop(path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_file_says_what_it_was_made_for(tmp_path):
+    path = save_closed_loop(ClosedLoop(0.3), tmp_path / "loop.safetensors", {"strength": "2", "adapter": "mine"})
+    assert closed_loop_facts(path) == {"adapter": "mine", "strength": "2"}
 
 
 def test_an_adapter_is_no_closed_loop(sd1, tmp_path):

@@ -53,3 +53,33 @@ def server(tmp_path_factory):
     base = with_miniatures(make_base(tmp_path_factory.mktemp("server")))
     with start_server(Path(TREE), base) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def world():
+    """MODEL, CLIP and VAE of the sticker world; no test may change them."""
+    from sticker_runs import hooked
+
+    from t2i_spo_plugin.comfy_nodes.sticker_demo import StickerDemoLoader
+
+    model, clip, vae = StickerDemoLoader.execute().result
+    yield model, clip, vae
+    assert not model.patches and not clip.patcher.patches and not model.wrappers
+    assert not hooked(model)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The same world in diffusers."""
+    from t2i_spo_plugin import sticker
+
+    return sticker.load_pipeline()
+
+
+@pytest.fixture
+def without_gradients():
+    """As ComfyUI runs its nodes."""
+    import torch
+
+    with torch.no_grad():
+        yield

@@ -90,6 +90,14 @@ def write_model(family: str, models: Path) -> str:
     return name
 
 
+def load_transformer(family: str) -> Any:
+    """SD3 or Flux as a MODEL. ComfyUI changes the weights that it converts, so it is given copies."""
+    import comfy.sd
+
+    weights = {name: weight.clone() for name, weight in pipeline(family).transformer.state_dict().items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights)
+
+
 def _checkpoint(family: str, pipe: Any) -> dict[str, torch.Tensor]:
     from comfy.taesd.taesd import TAESD
     from comfy.utils import unet_to_diffusers

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
-import comfy.sd
 import comfy.utils
 import folder_paths
 import miniature
 import pytest
 import torch
+from sticker_runs import BENIGN, HARMFUL, SPO, STEPS, encode, node, sample, spo_stack, start_noise, text_to_image
 from tiny import random_adapter, tiny_pipeline
 
 import t2i_spo_plugin.sticker as sticker
@@ -30,18 +28,12 @@ from t2i_spo_plugin import (
 from t2i_spo_plugin.adapter import Adapter
 from t2i_spo_plugin.comfy_keys import bypass_pairs
 from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters
+from t2i_spo_plugin.comfy_nodes.evidence import SIZE
 from t2i_spo_plugin.comfy_nodes.patching import patched, weight_shapes
-from t2i_spo_plugin.comfy_nodes.steering import Steering, steer
-from t2i_spo_plugin.comfy_nodes.sticker_demo import StickerDemoLoader
-from t2i_spo_plugin.trajectory import ClosedLoop
 
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("without_gradients")]
 
-SPO = "sticker demo: spo (bundled)"
-HARMFUL = next(row for row in sticker.prompt_rows("harmful", 1)).prompt
-BENIGN = next(row for row in sticker.prompt_rows("benign", 1)).prompt
-STEPS = 5
 ALL_LAYERS = (
     "to_q",
     "to_k",
@@ -58,28 +50,6 @@ ALL_LAYERS = (
 MORE_LAYERS = (*ALL_LAYERS, "time_emb_proj", "linear_1", "q_proj", "v_proj", "fc1", "fc2", "out_proj")
 
 
-@pytest.fixture(scope="module")
-def world():
-    """MODEL, CLIP and VAE of the sticker world; no test may change them."""
-    model, clip, vae = StickerDemoLoader.execute().result
-    yield model, clip, vae
-    assert not model.patches and not clip.patcher.patches and not model.wrappers
-    assert not hooked(model)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    """The same world in diffusers."""
-    return sticker.load_pipeline()
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    """As ComfyUI runs its nodes."""
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture
 def loras(tmp_path, monkeypatch):
     """An empty loras folder."""
@@ -88,45 +58,6 @@ def loras(tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return folder
-
-
-def hooked(model):
-    return [module for module in model.model.modules() if module._forward_hooks or module._forward_pre_hooks]
-
-
-def encode(clip, prompts):
-    return torch.cat([clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in prompts])
-
-
-def start_noise(count=1):
-    return torch.randn(count, 8, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def sample(model, clip, prompts, cfg=sticker.GUIDANCE, callback=None, steps=range(999, 0, -1000 // STEPS)):
-    """Latents after Euler steps, which are DDIM without noise, and what every step denoised to; as diffusers steps."""
-    sampling = model.get_model_object("model_sampling")
-    sigmas = torch.cat([sampling.sigma(torch.tensor(list(steps))), torch.zeros(1)])
-    seen = []
-
-    def note(step, denoised, x, total):
-        seen.append(denoised.clone())
-        if callback is not None:
-            callback(step)
-
-    latents = comfy.sample.sample_custom(
-        model,
-        start_noise(len(prompts)),
-        cfg,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        [[encode(clip, prompts), {}]],
-        [[encode(clip, [""] * len(prompts)), {}]],
-        torch.zeros(len(prompts), 8, 8, 8),
-        callback=note,
-        disable_pbar=True,
-        seed=0,
-    )
-    return latents, seen
 
 
 def pictures(model, clip, vae, prompts, **options):
@@ -362,102 +293,11 @@ def test_a_stack_adds_up_and_its_merge_is_the_same_in_one_file(world, monkeypatc
 @pytest.mark.parametrize("prefix", ["../out", "/etc/out", "a/../../out", "", "spo/", "."])
 def test_a_merge_stays_in_the_output_folder(world, monkeypatch, tmp_path, prefix):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    stack = [(read_adapter(sticker.adapter_path("spo")), 1.0)]
+    stack = spo_stack()
     with pytest.raises(SPOError, match="below ComfyUI's output folder"):
         MergeAdapters.execute(stack, "concat", 16, prefix)
     with pytest.raises(ConfigError, match="no adapter to merge"):
         MergeAdapters.execute([], "concat", 16, "spo/merged")
-
-
-# --- steering
-
-
-def spo_stack(strength=1.0):
-    return [(read_adapter(sticker.adapter_path("spo")), strength)]
-
-
-def test_a_whole_window_draws_what_the_patched_model_draws(world):
-    model, clip, _ = world
-    steered, info = Steering.execute(model, spo_stack(0.8), "window", 0.0, 1.0).result
-    expected = sample(loaded(model, clip, strength=0.8)[0], clip, [HARMFUL, BENIGN])[0]
-    torch.testing.assert_close(sample(steered, clip, [HARMFUL, BENIGN])[0], expected, atol=2e-3, rtol=0)
-    assert "on from 0 to 1" in info and not steered.patches
-
-
-def test_a_window_is_the_base_bit_for_bit_until_it_begins_and_where_no_step_falls_into_it(world):
-    model, clip, _ = world
-    base, base_steps = sample(model, clip, [HARMFUL])
-    late, late_steps = sample(Steering.execute(model, spo_stack(), "window", 0.5, 1.0).result[0], clip, [HARMFUL])
-    same = [torch.equal(one, other) for one, other in zip(base_steps, late_steps, strict=True)]
-    assert same == [True] * 3 + [False] * 2 and not torch.equal(base, late)
-    nothing = Steering.execute(model, spo_stack(), "window", 0.91, 0.99).result[0]
-    assert torch.equal(sample(nothing, clip, [HARMFUL])[0], base)
-    assert Steering.execute(model, spo_stack(0.0), "window", 0.0, 1.0).result[0] is model
-
-
-def evidence(model, clip, prompts, pipe):
-    """Size of the change in the first step, as diffusers sees it."""
-    states = encode(clip, prompts)
-    without = pipe.unet(start_noise(len(prompts)), 999, states).sample
-    load_spo_lora(pipe, sticker.adapter_path("spo"))
-    try:
-        with_adapter = pipe.unet(start_noise(len(prompts)), 999, states).sample
-    finally:
-        unload_spo_lora(pipe)
-    return ClosedLoop(1.0).evidence(without, with_adapter)
-
-
-def test_a_closed_loop_gives_the_adapter_to_the_pictures_that_need_it_and_no_other(world, pipe):
-    model, clip, _ = world
-    prompts = [HARMFUL, BENIGN]
-    found = evidence(model, clip, prompts, pipe).tolist()
-    assert found[0] > 1.2 * found[1]
-    between = (found[0] + found[1]) / 2
-    base = sample(model, clip, prompts)[0]
-    full = sample(steer(model, spo_stack(), (0.0, 1.0), None)[0], clip, prompts)[0]
-    steered, info = Steering.execute(model, spo_stack(), "closed loop", 0.0, 1.0, between, 0.04).result
-    drawn = sample(steered, clip, prompts)[0]
-    torch.testing.assert_close(drawn[0], full[0], atol=2e-4, rtol=0)
-    assert torch.equal(drawn[1], base[1]) and not torch.equal(drawn[0], base[0])
-    assert "closed loop" in info
-    for threshold, expected in ((found[0] * 1.01, base), (found[1] * 0.99, full)):
-        one = Steering.execute(model, spo_stack(), "closed loop", 0.0, 1.0, threshold, 0.04).result[0]
-        torch.testing.assert_close(sample(one, clip, prompts)[0], expected, atol=2e-4, rtol=0)
-    # Without guidance, and a run that begins when the loop has stopped looking.
-    torch.testing.assert_close(
-        sample(steered, clip, prompts, cfg=1.0)[0][1], sample(model, clip, prompts, cfg=1.0)[0][1], atol=0, rtol=0
-    )
-    late = range(499, 0, -100)
-    everything = sample(steer(model, spo_stack(), (0.0, 1.0), None)[0], clip, prompts, steps=late)[0]
-    assert torch.equal(sample(steered, clip, prompts, steps=late)[0], everything)
-
-
-def test_a_cancelled_run_leaves_no_hook_and_the_next_picture_is_the_bases(world):
-    model, clip, _ = world
-    base = sample(model, clip, [HARMFUL])[0]
-    for mode in ("window", "closed loop"):
-        steered = Steering.execute(model, spo_stack(), mode, 0.0, 1.0, 0.0, 0.5).result[0]
-
-        def cancel(step):
-            if step == 3:
-                raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            sample(steered, clip, [HARMFUL], callback=cancel)
-        assert not hooked(model)
-        assert torch.equal(sample(model, clip, [HARMFUL])[0], base)
-
-
-def test_steering_refuses_what_it_cannot_steer(world, pipe):
-    model = world[0]
-    texts = random_adapter(pipe, components=("unet", "text_encoder"))
-    with pytest.raises(AdapterError, match="spoken before a closed loop"):
-        steer(model, [(texts, 1.0)], (0.0, 1.0), ClosedLoop(0.1))
-    assert "text encoder part" in steer(model, [(texts, 1.0)], (0.0, 0.5), None)[1]
-    with pytest.raises(ConfigError, match="0 <= start < end <= 1"):
-        Steering.execute(model, spo_stack(), "window", 0.6, 0.4)
-    with pytest.raises(ConfigError, match="no adapter to steer"):
-        Steering.execute(model, [], "window", 0.0, 1.0)
 
 
 # --- SD3 and Flux: ComfyUI fuses what diffusers keeps apart
@@ -466,7 +306,7 @@ def test_steering_refuses_what_it_cannot_steer(world, pipe):
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_transformers_get_every_module_and_steering_changes_what_patching_does(family):
     source = miniature.pipeline(family)
-    model = comfy.sd.load_diffusion_model_state_dict(dict(source.transformer.state_dict()))
+    model = miniature.load_transformer(family)
     layers = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "proj_mlp", "net.2", "norm_out.linear")
     adapter = random_adapter(source, layers=layers)
     on_model, _, (fit,) = patched(model, None, [(adapter, 1.0)], True)
@@ -477,50 +317,7 @@ def test_transformers_get_every_module_and_steering_changes_what_patching_does(f
         torch.testing.assert_close(up @ down, patch_delta(on_model, weight), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_transformers_are_steered_as_they_are_patched(family):
-    source = miniature.pipeline(family)
-    model = comfy.sd.load_diffusion_model_state_dict(dict(source.transformer.state_dict()))
-    adapter = random_adapter(source, layers=("to_q", "to_k", "to_v", "norm_out.linear"))
-    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    prompt = torch.randn(2, 5, 4096, generator=torch.Generator().manual_seed(2))
-    pooled = prompt[:, 0, : source.transformer.config.pooled_projection_dim]
-
-    def draw(model):
-        condition = [[prompt, {"pooled_output": pooled}]]
-        sampler = comfy.samplers.sampler_object("euler")
-        sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
-        latent = torch.zeros_like(noise)
-        return comfy.sample.sample_custom(
-            model, noise, 1.0, sampler, sigmas, condition, condition, latent, disable_pbar=True, seed=0
-        )
-
-    base = draw(model)
-    expected = draw(patched(model, None, [(adapter, 0.5)], True)[0])
-    assert (expected - base).abs().max() > 0.05
-    found = draw(steer(model, [(adapter, 0.5)], (0.0, 1.0), None)[0])
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
-    assert torch.equal(draw(steer(model, [(adapter, 0.5)], (0.0, 1.0), ClosedLoop(1e6))[0]), base)
-
-
 # --- as ComfyUI runs it
-
-
-def text_to_image(model, clip, vae, size=64):
-    """The stock nodes behind a loader, four steps; node 14 gives the pictures."""
-    settings = {"seed": 1, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0}
-    links = {"model": model, "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0]}
-    return {
-        "10": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": HARMFUL}},
-        "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": ""}},
-        "12": {"class_type": "EmptyLatentImage", "inputs": {"width": size, "height": size, "batch_size": 2}},
-        "13": {"class_type": "KSampler", "inputs": links | settings},
-        "14": {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": vae}},
-    }
-
-
-def node(kind, **inputs):
-    return {"class_type": f"SPO_{kind}", "inputs": inputs}
 
 
 def test_the_demo_runs_in_a_workflow_without_and_with_its_adapter(run_graph):
@@ -546,8 +343,8 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     loader = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
         "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
-        "3": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.0, end=1.0),
-        "4": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.98, end=0.99),
+        "3": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", evidence=SIZE, start=0.0, end=1.0),
+        "4": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", evidence=SIZE, start=0.98, end=0.99),
     }
 
     def draw(model, clip):
@@ -559,20 +356,3 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     steered = draw(["3", 0], ["2", 1])["picture"]
     assert effect > 0.02 and (steered - patched_picture["picture"]).abs().max() < 0.1 * effect
     assert torch.equal(draw(["4", 0], ["1", 1])["picture"], base)
-
-
-def test_the_second_question_of_a_closed_loop_has_the_control_nets_answers_too(world):
-    """A model takes them out of their lists."""
-    model, clip, _ = world
-
-    def controlled(apply, arguments):
-        states = {"middle": [torch.full((len(arguments["input"]), 160, 1, 1), 0.5)], "output": [], "input": []}
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"], control=states)
-
-    base = model.clone()
-    base.set_model_unet_function_wrapper(controlled)
-    always = steer(base, spo_stack(), (0.0, 1.0), None)[0]
-    looped = steer(base, spo_stack(), (0.0, 1.0), ClosedLoop(0.0))[0]
-    expected = sample(always, clip, [HARMFUL])[0]
-    assert not torch.equal(expected, sample(steer(model, spo_stack(), (0.0, 1.0), None)[0], clip, [HARMFUL])[0])
-    assert torch.equal(sample(looped, clip, [HARMFUL])[0], expected)

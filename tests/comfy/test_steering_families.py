@@ -1,0 +1,163 @@
+"""SPO Steering on models of other shapes: Stable Diffusion 1 and XL, SD3 and Flux, in miniature."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import miniature
+import pytest
+import torch
+from sticker_runs import LOOK, Seen, node, sizes, spo_stack, start_noise, text_to_image
+from tiny import random_adapter
+
+from t2i_spo_plugin import ClosedLoop, ConfigError, convert_adapter
+from t2i_spo_plugin.change_reader import ChangeReader
+from t2i_spo_plugin.comfy_nodes.evidence import SIZE, as_in_diffusers
+from t2i_spo_plugin.comfy_nodes.patching import patched
+from t2i_spo_plugin.comfy_nodes.steering import steer
+from t2i_spo_plugin.trajectory import FULL_WINDOW
+
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("without_gradients")]
+
+FOUR_SIGMAS = torch.tensor([1.0, 0.6, 0.3, 0.0])
+
+
+def draw_unet(model, family):
+    """Two pictures of random prompts without guidance, for a UNet."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    prompt = torch.randn(2, 7, 64 if family == "sdxl" else 32, generator=generator)
+    condition = [[prompt, {"pooled_output": torch.randn(2, 32, generator=generator)}]]
+    return draw(model, noise, condition, torch.tensor([14.0, 5.0, 1.0, 0.0]))
+
+
+def draw(model, noise, condition, sigmas):
+    sampler, latent = comfy.samplers.sampler_object("euler"), torch.zeros_like(noise)
+    return comfy.sample.sample_custom(
+        model, noise, 1.0, sampler, sigmas, condition, condition, latent, disable_pbar=True, seed=0
+    )
+
+
+def draw_sticker(model, sigmas):
+    """A picture of a random prompt without guidance, for the sticker world."""
+    width = model.model.model_config.unet_config["context_dim"]
+    prompt = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
+    return draw(model, start_noise(), [[prompt, {}]], sigmas)
+
+
+def draw_transformer(model, sigmas=FOUR_SIGMAS):
+    """Two pictures of random prompts, for SD3 and Flux."""
+    generator = torch.Generator().manual_seed(1)
+    noise, prompt = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 5, 4096, generator=generator)
+    pooled = prompt[:, 0, : model.model.model_config.unet_config.get("adm_in_channels", 768)]
+    return draw(model, noise, [[prompt, {"pooled_output": pooled}]], sigmas)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_transformers_prediction_is_that_of_diffusers(family):
+    """Of UNets, test_load_lora.py shows it; tokens of Flux have the order that its pipeline packs them in."""
+    source = miniature.pipeline(family)
+    model = miniature.load_transformer(family).model
+    noise = torch.randn(2, 16, 8, 6, generator=torch.Generator().manual_seed(1))
+    prompt = torch.randn(2, 5, 4096, generator=torch.Generator().manual_seed(2))
+    pooled = prompt[:, 0, : source.transformer.config.pooled_projection_dim]
+    sigma = torch.full((2,), 0.7)
+    options = {"y": pooled}
+    if family == "flux":
+        options["guidance"] = torch.full((2,), 3.5)
+        expected = source.transformer(
+            hidden_states=source._pack_latents(noise, *noise.shape),
+            timestep=sigma,
+            encoder_hidden_states=prompt,
+            pooled_projections=pooled,
+            guidance=options["guidance"],
+            txt_ids=torch.zeros(5, 3),
+            img_ids=source._prepare_latent_image_ids(2, 4, 3, "cpu", torch.float32),
+        )[0]
+    else:
+        expected = source.transformer(noise, prompt, pooled, sigma * 1000)[0]
+    times = model.process_timestep(model.model_sampling.timestep(sigma), x=noise)
+    found = as_in_diffusers(model, model.diffusion_model(noise, times, context=prompt, **options))
+    assert found.shape == expected.shape and expected.std() > 0.01
+    torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])
+def test_it_looks_at_as_many_of_evenly_spaced_steps_as_in_diffusers(world, scheduler):
+    flux, adapter = miniature.load_transformer("flux"), random_adapter(miniature.pipeline("flux"))
+    for model, stack, draw_some in (
+        (world[0], spo_stack(), draw_sticker),
+        (flux, [(adapter, 1.0)], draw_transformer),
+    ):
+        first = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, 25)[:5]
+        for until, steps in ((0.04, 1), (0.08, 2), (0.12, 3)):
+            seen = Seen()
+            draw_some(steer(model, stack, FULL_WINDOW, ClosedLoop(1e6, until, seen))[0], first)
+            assert len(seen.sizes) == 1 + steps  # The first is of the check before the run.
+
+
+@pytest.mark.parametrize("family", miniature.UNET_FAMILIES)
+def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, family):
+    path = executor.base / "models" / "loras" / f"loop-{family}.safetensors"
+    adapter = random_adapter(miniature.pipeline(family), components=("unet",), alpha=0.5)
+    convert_adapter(adapter, path, "kohya")
+
+    def draw(model, threshold=0.0, mode="closed loop"):
+        graph = {
+            **text_to_image([model, 0], ["1", 1], ["1", 2]),
+            "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
+            "2": node("LoadAdapter", model=["1", 0], adapter=path.name, strength=1.0),
+            "3": node(
+                "Steering",
+                **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "evidence": SIZE, "start": 0.0, "end": 1.0},
+                threshold=threshold,
+            ),
+        }
+        run = run_graph(graph, latents=["13", 0], model=["1", 0])
+        return run["latents"]["samples"], run["model"]
+
+    base, model = draw("1")
+    full = draw("3", mode="window")[0]
+    assert (full - base).abs().max() > 1e-3
+    assert torch.equal(draw("3", threshold=10.0)[0], base) and torch.equal(draw("3", threshold=0.0)[0], full)
+    # A threshold between the two pictures of the batch.
+    found = sizes(model, [(adapter, 1.0)], lambda steered: draw_unet(steered, family))
+    threshold = float(found.mean())
+    drawn = draw_unet(steer(model, [(adapter, 1.0)], FULL_WINDOW, ClosedLoop(threshold, LOOK))[0], family)
+    assert [not torch.equal(*pair) for pair in zip(drawn, draw_unet(model, family), strict=True)] == (
+        found >= threshold
+    ).tolist()
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_transformers_are_steered_as_they_are_patched(family):
+    source = miniature.pipeline(family)
+    model = miniature.load_transformer(family)
+    stack = [(random_adapter(source, layers=("to_q", "to_k", "to_v", "norm_out.linear")), 0.5)]
+    base, expected = draw_transformer(model), draw_transformer(patched(model, None, stack, True)[0])
+    assert (expected - base).abs().max() > 0.05
+    full = draw_transformer(steer(model, stack, FULL_WINDOW, None)[0])
+    torch.testing.assert_close(full, expected, atol=2e-3, rtol=2e-3)
+    reader = ChangeReader(64 if family == "flux" else 16).eval()
+    for threshold, wanted in ((1e6, base), (-1e6, full)):
+        for loop in (ClosedLoop(threshold, LOOK), ClosedLoop(threshold, LOOK, reader)):
+            assert torch.equal(draw_transformer(steer(model, stack, FULL_WINDOW, loop)[0]), wanted)
+    with pytest.raises(ConfigError, match="belongs to another base model"):
+        steer(model, stack, FULL_WINDOW, ClosedLoop(0.0, LOOK, ChangeReader(8)))
+    found = sizes(model, stack, draw_transformer)
+    drawn = draw_transformer(steer(model, stack, FULL_WINDOW, ClosedLoop(float(found.mean()), LOOK))[0])
+    assert [not torch.equal(*pair) for pair in zip(drawn, base, strict=True)] == (found >= found.mean()).tolist()
+
+
+def test_comfyuis_own_bypass_leaves_out_q_k_and_v_of_transformers(tmp_path):
+    """Why steering has hooks of its own."""
+    model = miniature.load_transformer("flux")
+    adapter = random_adapter(miniature.pipeline("flux"), layers=("to_q", "to_k", "to_v"))
+    file = convert_adapter(adapter, tmp_path / "flux.safetensors", "native")
+    bypassed = comfy.sd.load_bypass_lora_for_models(model, None, comfy.utils.load_torch_file(str(file)), 1.0, 1.0)[0]
+    base = draw_transformer(model)
+    assert torch.equal(draw_transformer(bypassed), base)
+    assert not torch.equal(draw_transformer(steer(model, [(adapter, 1.0)], FULL_WINDOW, None)[0]), base)

@@ -1,0 +1,428 @@
+"""SPO Steering against ComfyUI itself: decided as in diffusers, and the base bit for bit where the adapter is off."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import folder_paths
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from running import GraphError
+from sticker_runs import (
+    BENIGN,
+    HARMFUL,
+    LOOK,
+    SPO,
+    STEPS,
+    hooked,
+    node,
+    sample,
+    sizes,
+    spo_stack,
+    start_noise,
+    text_to_image,
+)
+from tiny import random_adapter
+
+import t2i_spo_plugin.sticker as sticker
+from t2i_spo_plugin import (
+    AdapterError,
+    ClosedLoop,
+    ConfigError,
+    enable_spo,
+    load_spo_lora,
+    unload_spo_lora,
+    write_adapter,
+)
+from t2i_spo_plugin.change_reader import ChangeReader, save_closed_loop
+from t2i_spo_plugin.comfy_nodes.adapters import LoadAdapter
+from t2i_spo_plugin.comfy_nodes.evidence import SIZE, check_evidence
+from t2i_spo_plugin.comfy_nodes.steering import Steering, steer
+from t2i_spo_plugin.trajectory import FULL_WINDOW
+
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("without_gradients")]
+
+READER = "sticker demo: reader (bundled)"
+
+
+@pytest.fixture
+def loops(tmp_path, monkeypatch):
+    """An empty folder for closed loops."""
+    folder = tmp_path / "loops"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "spo_closed_loop", ([str(folder)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return folder
+
+
+def window(model, start, end, strength=1.0):
+    return Steering.execute(model, spo_stack(strength), "window", SIZE, start, end).result[0]
+
+
+def closed(model, evidence=SIZE, threshold=0.1, until=LOOK):
+    return Steering.execute(model, spo_stack(), "closed loop", evidence, 0.0, 1.0, threshold, until).result[0]
+
+
+def always(model):
+    """Steered from the first step to the last."""
+    return steer(model, spo_stack(), FULL_WINDOW, None)[0]
+
+
+# --- windows
+
+
+def test_a_whole_window_draws_what_the_patched_model_draws(world):
+    model, clip, _ = world
+    steered, info = Steering.execute(model, spo_stack(0.8), "window", SIZE, 0.0, 1.0).result
+    expected = sample(LoadAdapter.execute(model, SPO, 0.8).result[0], clip, [HARMFUL, BENIGN])[0]
+    torch.testing.assert_close(sample(steered, clip, [HARMFUL, BENIGN])[0], expected, atol=2e-3, rtol=0)
+    assert "on from 0 to 1" in info and not steered.patches
+
+
+def test_a_window_is_the_base_bit_for_bit_until_it_begins_and_where_no_step_falls_into_it(world):
+    model, clip, _ = world
+    base, base_steps = sample(model, clip, [HARMFUL])
+    late, late_steps = sample(window(model, 0.5, 1.0), clip, [HARMFUL])
+    same = [torch.equal(one, other) for one, other in zip(base_steps, late_steps, strict=True)]
+    assert same == [True] * 3 + [False] * 2 and not torch.equal(base, late)
+    assert torch.equal(sample(window(model, 0.91, 0.99), clip, [HARMFUL])[0], base)
+    assert window(model, 0.0, 1.0, strength=0.0) is model
+
+
+@pytest.mark.parametrize("edge", [0.2, 0.8])
+def test_a_window_at_either_end_has_the_first_or_the_last_step_and_both_are_the_whole(world, edge):
+    model, clip, _ = world
+    base, base_steps = sample(model, clip, [HARMFUL])
+    whole, whole_steps = sample(always(model), clip, [HARMFUL])
+    early, early_steps = sample(window(model, 0.0, edge), clip, [HARMFUL])
+    late, late_steps = sample(window(model, edge, 1.0), clip, [HARMFUL])
+    alone = round(edge * STEPS)
+    for number in range(alone):
+        assert torch.equal(early_steps[number], whole_steps[number])
+        assert torch.equal(late_steps[number], base_steps[number])
+    assert not torch.equal(early_steps[alone], whole_steps[alone])
+    assert not torch.equal(late_steps[alone], base_steps[alone])
+    assert torch.equal(sample(window(window(model, 0.0, edge), edge, 1.0), clip, [HARMFUL])[0], whole)
+
+
+# --- the closed loop decides as in diffusers
+
+
+def predictions(call):
+    """What the denoiser predicted when `call` asked it first; `call` takes a function to register a hook with."""
+    found = []
+    call(lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output))
+    return found[0]
+
+
+def of_comfyui(model, clip, prompts):
+    def call(hook):
+        handle = model.model.diffusion_model.register_forward_hook(hook)
+        sample(model, clip, prompts, cfg=1.0, steps=[999])
+        handle.remove()
+
+    return predictions(call)
+
+
+def of_diffusers(pipe, prompts):
+    def call(hook):
+        handle = pipe.unet.register_forward_hook(hook)
+        noise = start_noise(len(prompts))
+        pipe(prompts, latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        handle.remove()
+
+    return predictions(call)
+
+
+def test_both_programs_predict_the_same_from_the_same_noise(world, pipe):
+    """In float32 they differ by rounding; a prediction is about 1."""
+    model, clip, _ = world
+    prompts = [HARMFUL, BENIGN]
+    base = of_diffusers(pipe, prompts)
+    load_spo_lora(pipe, sticker.adapter_path("spo"))
+    try:
+        changed = of_diffusers(pipe, prompts)
+    finally:
+        unload_spo_lora(pipe)
+    here, changed_here = of_comfyui(model, clip, prompts), of_comfyui(always(model), clip, prompts)
+    assert 0.5 < base.std() < 2.0 and (changed - base).abs().max() > 0.1
+    torch.testing.assert_close(here, base, atol=1e-4, rtol=0)
+    torch.testing.assert_close(changed_here, changed, atol=1e-4, rtol=0)
+    reader = sticker.load_closed_loop()
+    torch.testing.assert_close(reader.evidence(here, changed_here), reader.evidence(base, changed), atol=1e-2, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def crowd(world):
+    """Eight harmful and eight benign prompts, drawn by the base model, and with the adapter from the first step on."""
+    model, clip, _ = world
+    prompts = [row.prompt for kind in ("harmful", "benign") for row in sticker.prompt_rows(kind, 8)]
+    with torch.no_grad():
+        return prompts, sample(model, clip, prompts)[0], sample(always(model), clip, prompts)[0]
+
+
+@pytest.mark.parametrize("evidence", ["reader", "size"])
+def test_the_same_pictures_get_the_adapter_as_in_diffusers_and_the_others_are_the_bases(world, crowd, evidence):
+    model, clip, _ = world
+    prompts, base, full = crowd
+    guided = enable_spo(sticker.load_pipeline())
+    guided.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_closed_loop(evidence))
+    options = {"num_inference_steps": STEPS, "guidance_scale": sticker.GUIDANCE, "output_type": "latent"}
+    decided = guided(prompts, latents=start_noise(len(prompts)), **options).loop_report.steered
+    drawn = sample(closed(model, f"sticker demo: {evidence} (bundled)"), clip, prompts)[0]
+    found = [not torch.equal(one, other) for one, other in zip(drawn, base, strict=True)]
+    assert found == decided and {*decided} == {True, False}
+    torch.testing.assert_close(drawn[decided], full[decided], atol=2e-4, rtol=0)
+    if evidence == "reader":
+        assert sum(decided[:8]) == 8 and sum(decided[8:]) <= 2
+
+
+# --- one picture, one decision
+
+
+def test_the_size_decides_for_each_picture_alone_by_a_threshold_between(world):
+    model, clip, _ = world
+    prompts = [HARMFUL, BENIGN]
+    found = sizes(model, spo_stack(), lambda steered: sample(steered, clip, prompts, cfg=1.0)).tolist()
+    assert found[0] > 1.2 * found[1]
+    base, full = sample(model, clip, prompts)[0], sample(always(model), clip, prompts)[0]
+    drawn = sample(closed(model, threshold=sum(found) / 2), clip, prompts)[0]
+    torch.testing.assert_close(drawn[0], full[0], atol=2e-4, rtol=0)
+    assert torch.equal(drawn[1], base[1]) and not torch.equal(drawn[0], base[0])
+    for threshold, expected in ((found[0] * 1.01, base), (found[1] * 0.99, full)):
+        nothing_or_all = sample(closed(model, threshold=threshold), clip, prompts)[0]
+        torch.testing.assert_close(nothing_or_all, expected, atol=2e-4, rtol=0)
+
+
+def test_pictures_of_one_prompt_are_decided_by_their_noise(world):
+    model, clip, _ = world
+    noise = start_noise(4)
+
+    def draw(steered):
+        return sample(steered, clip, [HARMFUL], noise=noise, cfg=1.0)[0]
+
+    found = sizes(model, spo_stack(), draw)
+    threshold = float(found.sort().values[1:3].mean())
+    base, drawn = draw(model), draw(closed(model, threshold=threshold))
+    differs = torch.tensor([not torch.equal(one, other) for one, other in zip(drawn, base, strict=True)])
+    assert torch.equal(differs, found >= threshold) and int(differs.sum()) == 2
+
+
+def test_without_guidance_the_reader_decides_alike(world):
+    model, clip, _ = world
+    prompts = [HARMFUL, BENIGN]
+    drawn = sample(closed(model, READER), clip, prompts, cfg=1.0)[0]
+    torch.testing.assert_close(drawn[0], sample(always(model), clip, prompts, cfg=1.0)[0][0], atol=2e-4, rtol=0)
+    assert torch.equal(drawn[1], sample(model, clip, prompts, cfg=1.0)[0][1])
+
+
+def folded(model):
+    """A clone whose layers see twice as many rows as there are pictures."""
+
+    def twice(forward, x, timesteps, context, *rest, **options):
+        two = (torch.cat([tensor, tensor]) for tensor in (x, timesteps, context))
+        return forward(*two, *rest, **options)[: len(x)]
+
+    clone = model.clone()
+    clone.add_wrapper(WrappersMP.DIFFUSION_MODEL, twice)
+    return clone
+
+
+def test_where_layers_fold_rows_one_picture_gives_the_adapter_to_all(world):
+    model, clip, _ = world
+    model = folded(model)
+    base, full = sample(model, clip, [HARMFUL, BENIGN])[0], sample(always(model), clip, [HARMFUL, BENIGN])[0]
+    both = sample(closed(model, READER), clip, [HARMFUL, BENIGN])[0]
+    assert torch.equal(both, full) and not torch.equal(both[1], base[1])
+    alone = sample(closed(model, READER), clip, [BENIGN])[0]
+    assert torch.equal(alone, sample(model, clip, [BENIGN])[0])
+
+
+def test_the_second_question_has_the_control_nets_answers_too(world):
+    """A model takes them out of their lists."""
+    model, clip, _ = world
+
+    def controlled(apply, arguments):
+        states = {"middle": [torch.full((len(arguments["input"]), 160, 1, 1), 0.5)], "output": [], "input": []}
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"], control=states)
+
+    base = model.clone()
+    base.set_model_unet_function_wrapper(controlled)
+    expected = sample(always(base), clip, [HARMFUL])[0]
+    assert not torch.equal(expected, sample(always(model), clip, [HARMFUL])[0])
+    assert torch.equal(sample(closed(base, threshold=0.0), clip, [HARMFUL])[0], expected)
+
+
+def test_a_run_that_begins_when_the_looking_is_over_gets_the_adapter(world):
+    model, clip, _ = world
+    late = range(499, 0, -100)
+    expected = sample(always(model), clip, [HARMFUL, BENIGN], steps=late)[0]
+    for evidence in (SIZE, READER):
+        assert torch.equal(sample(closed(model, evidence), clip, [HARMFUL, BENIGN], steps=late)[0], expected)
+
+
+# --- nothing stays behind
+
+
+def test_a_cancelled_run_leaves_no_hook_and_the_next_picture_is_the_bases(world):
+    model, clip, _ = world
+    base = sample(model, clip, [HARMFUL])[0]
+    for steered in (window(model, 0.0, 1.0), closed(model, threshold=0.0, until=0.5), closed(model, READER)):
+
+        def cancel(step):
+            if step == 3:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            sample(steered, clip, [HARMFUL], callback=cancel)
+        assert not hooked(model)
+        assert torch.equal(sample(model, clip, [HARMFUL])[0], base)
+
+
+def test_a_run_that_fails_at_the_second_question_leaves_no_hook_and_decides_anew_afterwards(world):
+    model, clip, _ = world
+    asked = []
+
+    def fails_once(forward, *rest, **options):
+        asked.append(len(rest))
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError
+        return forward(*rest, **options)
+
+    fragile = model.clone()
+    fragile.add_wrapper(WrappersMP.DIFFUSION_MODEL, fails_once)
+    steered = closed(fragile, READER)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(steered, clip, [HARMFUL])
+    assert len(asked) == 2 and not hooked(model)
+    assert torch.equal(sample(steered, clip, [BENIGN])[0], sample(model, clip, [BENIGN])[0])
+
+
+# --- files
+
+
+def test_a_file_of_the_user_brings_its_own_threshold_and_until(world, loops):
+    model, clip, _ = world
+    reader = sticker.load_closed_loop().reader
+    save_closed_loop(ClosedLoop(-1e6, LOOK, reader), loops / "all.safetensors", {"adapter": "mine", "strength": "2"})
+    save_closed_loop(ClosedLoop(1e6, 1.0), loops / "none.safetensors")
+    (loops / "notes.txt").write_text("no closed loop")
+    options = next(given for given in Steering.define_schema().inputs if given.id == "evidence").options
+    assert options == [SIZE, "all.safetensors", "none.safetensors", READER, "sticker demo: size (bundled)"]
+    # What the sockets say would decide otherwise.
+    assert torch.equal(
+        sample(closed(model, "all.safetensors", threshold=10.0), clip, [BENIGN])[0],
+        sample(always(model), clip, [BENIGN])[0],
+    )
+    assert torch.equal(
+        sample(closed(model, "none.safetensors", threshold=0.0), clip, [HARMFUL])[0], sample(model, clip, [HARMFUL])[0]
+    )
+    info = Steering.execute(model, spo_stack(), "closed loop", "all.safetensors", 0.0, 1.0).result[1]
+    assert "reader finds before 0.04 reaches -1e+06" in info
+    assert "all.safetensors was made for: adapter mine, strength 2" in info
+
+
+def test_an_exchanged_file_is_noticed(loops):
+    path = save_closed_loop(ClosedLoop(0.3), loops / "mine.safetensors")
+    inputs = {"mode": "closed loop", "evidence": "mine.safetensors", "start": 0.0, "end": 1.0}
+    before = Steering.fingerprint_inputs(**inputs)
+    assert before == Steering.fingerprint_inputs(**inputs)
+    save_closed_loop(ClosedLoop(0.3, 0.08, ChangeReader(8)), path)
+    assert before != Steering.fingerprint_inputs(**inputs)
+    assert Steering.fingerprint_inputs(evidence=SIZE) == ""
+
+
+def test_a_file_that_is_no_closed_loop_is_refused_before_the_run(loops):
+    write_adapter(spo_stack()[0][0], loops / "adapter.safetensors")
+    (loops / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    (loops / "loop.pt").write_bytes(b"\x80\x02}q\x00.")
+    for name, words in (
+        ("adapter.safetensors", "is no file of a closed loop"),
+        ("pickle.safetensors", "never opened"),
+        ("loop.pt", "never opened"),
+        ("gone.safetensors", "no closed loop 'gone.safetensors'; make one"),
+        ("../all.safetensors", "no closed loop"),
+    ):
+        assert words in Steering.validate_inputs(evidence=name), name
+    assert Steering.validate_inputs(evidence=READER) is Steering.validate_inputs(evidence=SIZE) is True
+
+
+def test_a_missing_file_stops_a_workflow_with_a_sentence(run_graph):
+    steering = {"mode": "closed loop", "evidence": "gone.safetensors", "start": 0.0, "end": 1.0}
+    graph = {
+        "1": node("StickerDemoLoader"),
+        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("Steering", model=["1", 0], adapter=["2", 2], **steering),
+    }
+    with pytest.raises(GraphError, match=r"there is no closed loop 'gone.safetensors'.*models/spo_closed_loop"):
+        run_graph(graph, model=["3", 0])
+
+
+def test_steering_refuses_what_it_cannot_steer(world, pipe, loops):
+    model = world[0]
+    texts = random_adapter(pipe, components=("unet", "text_encoder"))
+    with pytest.raises(AdapterError, match="spoken before a closed loop"):
+        steer(model, [(texts, 1.0)], FULL_WINDOW, ClosedLoop(0.1))
+    assert "text encoder part" in steer(model, [(texts, 1.0)], (0.0, 0.5), None)[1]
+    with pytest.raises(ConfigError, match="0 <= start < end <= 1"):
+        window(model, 0.6, 0.4)
+    with pytest.raises(ConfigError, match="no adapter to steer"):
+        Steering.execute(model, [], "window", SIZE, 0.0, 1.0)
+    save_closed_loop(ClosedLoop(0.3, LOOK, ChangeReader(4)), loops / "sd15.safetensors")
+    with pytest.raises(ConfigError, match="with 4 channels, these have 8: it belongs to another base model"):
+        closed(model, "sd15.safetensors")
+    with pytest.raises(ConfigError, match="in a closed loop already"):
+        closed(closed(model))
+    assert closed(window(model, 0.0, 0.5)) is not model
+
+
+def test_a_reader_is_refused_where_predictions_are_not_known_to_be_alike():
+    class AuraFlow:
+        model_config = SimpleNamespace(unet_config={})
+
+    with pytest.raises(AdapterError, match="Stable Diffusion 1, 2, XL and 3 and Flux.1, this model is AuraFlow"):
+        check_evidence(sticker.load_closed_loop(), AuraFlow())
+    check_evidence(ClosedLoop(0.1), AuraFlow())
+
+
+# --- as ComfyUI runs it
+
+
+def test_two_steered_clones_of_one_model_do_not_touch_each_other_in_a_graph(run_graph):
+    common = {"model": ["1", 0], "adapter": ["2", 2], "start": 0.0}
+    graph = {
+        **text_to_image(["1", 0], ["1", 1], ["1", 2]),
+        "1": node("StickerDemoLoader"),
+        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("Steering", mode="closed loop", evidence=READER, end=1.0, **common),
+        "4": node("Steering", mode="window", evidence=SIZE, end=0.5, **common),
+    }
+    for number, model in (("23", "3"), ("33", "4")):
+        graph[number] = {**graph["13"], "inputs": {**graph["13"]["inputs"], "model": [model, 0]}}
+    samplers = {"base": ["13", 0], "looped": ["23", 0], "windowed": ["33", 0]}
+    together = run_graph(graph, **samplers, picture=["14", 0])
+    drawn = {name: together[name]["samples"] for name in samplers}
+    for name, link in samplers.items():
+        assert torch.equal(run_graph(graph, **{name: link})[name]["samples"], drawn[name]), name
+    assert not torch.equal(drawn["looped"], drawn["windowed"])
+    assert not torch.equal(drawn["base"], drawn["looped"]) and not torch.equal(drawn["base"], drawn["windowed"])
+
+
+def test_image_to_image_at_a_low_denoise_is_drawn_with_the_adapter(run_graph):
+    common = {"model": ["1", 0], "adapter": ["2", 2], "start": 0.0, "end": 1.0}
+    graph = {
+        **text_to_image(["1", 0], ["1", 1], ["1", 2]),
+        "1": node("StickerDemoLoader"),
+        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("Steering", mode="closed loop", evidence=READER, **common),
+        "4": node("Steering", mode="window", evidence=SIZE, **common),
+        "20": {"class_type": "VAEEncode", "inputs": {"pixels": ["14", 0], "vae": ["1", 2]}},
+    }
+    for number, model in (("21", "1"), ("22", "3"), ("23", "4")):
+        inputs = {"model": [model, 0], "latent_image": ["20", 0], "denoise": 0.4}
+        graph[number] = {**graph["13"], "inputs": {**graph["13"]["inputs"], **inputs}}
+    run = run_graph(graph, base=["21", 0], looped=["22", 0], windowed=["23", 0])
+    assert torch.equal(run["looped"]["samples"], run["windowed"]["samples"])
+    assert not torch.equal(run["looped"]["samples"], run["base"]["samples"])
