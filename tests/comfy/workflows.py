@@ -25,9 +25,9 @@ THUMBNAIL = (512, 320)
 
 HARMFUL = "a noto sticker of a small skull on an orange background"
 SCENE = "a noto sticker of a small skull next to a house on a yellow background"
-BENIGN = "a flat sticker of a rocket on a pink background"
+BENIGN = "a noto sticker of a red apple on a blue background"
 SPO, STYLE = "sticker demo: spo (bundled)", "sticker demo: style (bundled)"
-STICKER = "sticker (bundled)"
+STICKER, READER = "sticker (bundled)", "sticker demo: reader (bundled)"
 
 Node = dict[str, Any]
 """`id` within the workflow, `type`, `title`, `widgets` by name, `inputs` as name -> (id, output), `size`."""
@@ -213,7 +213,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
         [
             node(
                 "steering",
-                *("SPO_Steering", "", (320, 180)),
+                *("SPO_Steering", "", (340, 200)),
                 model=("demo", "model"),
                 adapter=("merge", "adapter"),
             ),
@@ -242,7 +242,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
         [
             load_adapter(),
             node(
-                *("steering", "SPO_Steering", "", (340, 180), {"mode": "closed loop"}),
+                *("steering", "SPO_Steering", "", (340, 200), {"mode": "closed loop", "evidence": READER}),
                 model=("demo", "model"),
                 adapter=("adapter", "adapter"),
             ),
