@@ -1,4 +1,4 @@
-"""ComfyUI's front end in Chromium: opens it in either renderer, loads workflows, runs them, and hears every complaint."""
+"""ComfyUI's front end in Chromium: opened in either renderer, with workflows loaded and run, and complaints heard."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.comfy
 pytest.importorskip("playwright", reason="make comfy-env installs it")
 
 from browser import RENDERERS, chromium, open_canvas, start_browser  # noqa: E402
+from workflows import SUBGRAPH, WORKFLOWS, build, fold  # noqa: E402
 
 
 if chromium() is None:
@@ -72,13 +73,17 @@ def opacity(locator):
 
 def node_value(canvas, kind, name):
     """The value of an input of the first node of a kind."""
-    script = "([kind, name]) => app.graph.nodes.find((n) => n.type === kind).widgets.find((w) => w.name === name).value"
+    script = (
+        "([kind, name]) => app.graph.nodes.find((n) => n.type === kind).widgets.find((w) => w.name === name).value"
+    )
     return canvas.page.evaluate(script, [kind, name])
 
 
 def show(canvas, *pictures):
     """Give the first view pictures as its node would."""
-    script = "(pictures) => app.graph.nodes.find((n) => n.type === 'SPO_SafetyCost').onExecuted({ spo_safety: pictures })"
+    script = (
+        "(pictures) => app.graph.nodes.find((n) => n.type === 'SPO_SafetyCost').onExecuted({ spo_safety: pictures })"
+    )
     canvas.page.evaluate(script, list(pictures))
 
 
@@ -89,7 +94,9 @@ def test_every_example_runs(canvas, name):
     assert drawn == {node["type"] for node in EXAMPLES[name]["nodes"]}, "a node did not load"
     canvas.run()
     views = canvas.page.locator(VIEW)
-    assert views.count() == sum(node["type"] in ("SPO_SafetyCost", "SPO_SafetyOverlay") for node in EXAMPLES[name]["nodes"])
+    assert views.count() == sum(
+        node["type"] in ("SPO_SafetyCost", "SPO_SafetyOverlay") for node in EXAMPLES[name]["nodes"]
+    )
     loaded(canvas)
     for view in views.all():
         assert view.locator(".spo-picture").is_visible() and view.locator(".spo-chip").count() > 1
@@ -104,6 +111,17 @@ def test_an_example_keeps_what_it_says_when_it_is_saved_again(canvas):
     for workflow in EXAMPLES.values():
         canvas.load(workflow)
         assert values(canvas.saved()) == values(workflow)
+
+
+def test_the_examples_are_those_that_are_written_down(canvas):
+    """Also when the sockets of a node have changed since: then `workflows.py` has to write them again."""
+    assert WORKFLOWS.keys() == EXAMPLES.keys()
+    for name, columns in WORKFLOWS.items():
+        built = build(canvas, columns)
+        if name == SUBGRAPH["workflow"]:
+            built, _ = fold(canvas)
+        assert values(built) == values(EXAMPLES[name]), name
+        assert [link[1:] for link in built["links"]] == [link[1:] for link in EXAMPLES[name]["links"]], name
 
 
 def test_the_view_waits_for_a_run(canvas):
@@ -175,7 +193,11 @@ def test_a_category_can_be_looked_at(canvas):
     assert "n=death" in view.locator(".spo-map").get_attribute("src") and not rude.is_enabled()
     blood.click()
     assert "n=blood" in view.locator(".spo-map").get_attribute("src")
-    assert [chip.get_attribute("aria-pressed") for chip in view.locator(".spo-chip").all()] == ["false", "true", "false"]
+    assert [chip.get_attribute("aria-pressed") for chip in view.locator(".spo-chip").all()] == [
+        "false",
+        "true",
+        "false",
+    ]
     view.focus()
     canvas.page.keyboard.press("ArrowRight")
     assert "n=blood" in view.locator(".spo-map").get_attribute("src")

@@ -39,8 +39,9 @@ def node(identity: str, kind: str, title: str = "", size: Any = None, widgets: A
     return found | {"widgets": widgets or {}, "inputs": inputs}
 
 
-def note(text: str, height: int = 180, width: int = 360) -> Node:
-    return node("note", "MarkdownNote", "Read me", (width, height), {"": text})
+def note(name: str, height: int) -> Node:
+    paragraphs = [" ".join(paragraph.split()) for paragraph in NOTES[name].split("\n\n")]
+    return node("note", "MarkdownNote", "Read me", (360, height), {"": "\n\n".join(paragraphs)})
 
 
 def demo() -> Node:
@@ -62,9 +63,8 @@ def sampler(
     positive: str = "prompt",
     latent: tuple[str, str] = ("latent", "LATENT"),
     seed: int = 3,
-    denoise: float = 1.0,
 ) -> Node:
-    settings = {"seed": seed, "control_after_generate": "fixed", "steps": 20, "cfg": 5.0, "denoise": denoise}
+    settings = {"seed": seed, "control_after_generate": "fixed", "steps": 20, "cfg": 5.0}
     settings |= {"sampler_name": "euler", "scheduler": "normal"}
     negative = ("negative", "CONDITIONING")
     return node(
@@ -89,16 +89,69 @@ def load_adapter(name: str = SPO, model: tuple[str, str] = ("demo", "model")) ->
     return node("adapter", "SPO_LoadAdapter", size=(340, 200), widgets={"adapter": name}, model=model)
 
 
+NOTES = {
+    "load_and_compare": """
+## Load a safety adapter, and compare
+
+One prompt and one seed, drawn twice: by the model alone, and with the adapter. **Safety Cost** says how unsafe
+each picture is and shows where.
+
+Turn **strength** on *Load SPO Adapter* and run again. The pictures here are stickers of 64 pixels, from a small
+model that the pack brings along; with your own checkpoint, adapter and cost model the nodes are the same.
+""",
+    "see_and_inpaint_the_region": """
+## See where the cost comes from, and draw that part again
+
+The **mask** of *Safety Cost* is where the cost reaches the threshold. Core nodes grow it and sample only there,
+this time with the safety adapter; the rest of the picture stays.
+""",
+    "stack_with_a_style": """
+## A safety adapter and a style together
+
+*SPO Adapter Stack* adds up to four adapters; the order makes no difference. Here the safety adapter goes with a
+LoRA that draws in another style, each with its own strength. Files of the *loras* folder are offered, whichever
+program wrote them.
+""",
+    "merge": """
+## Several adapters as one file
+
+*Merge SPO Adapters* writes one safetensors file below ComfyUI's output folder: **concat** is exact, **svd**
+cuts to a rank, and the text says what that costs. Move the file to the *loras* folder to use it anywhere. Here
+*SPO Steering* applies it at once, in all steps.
+""",
+    "steering": """
+## The adapter only where it is needed
+
+In a **closed loop**, *SPO Steering* asks the model twice in the first step, without and with the adapter, and
+reads from the difference whether the picture needs it. The harmless picture below is the model's own, bit for
+bit; the other is drawn with the adapter.
+
+With **window** the adapter is on in a part of the steps instead.
+""",
+    "batch_report": """
+## Score a batch, withhold what is unsafe, keep a report
+
+**UAScore** puts safety and quality of pictures for harmful *and* harmless prompts into one number from 0 to
+100, with an interval: a few pictures say little. **Save Safety Report** writes a page and a JSON file below
+ComfyUI's output folder.
+
+Only **Safety Switch** withholds anything; here it blurs what reaches the threshold. Then put *Load SPO Adapter*
+between the loader and the samplers, and compare the scores.
+""",
+    "safe_text_to_image": """
+## Safe text to image, as one node
+
+The subgraph loads a safety adapter, draws, scores, and hides what still reaches the threshold. It is in the
+node library under *Safe text to image*; open it to see or change what is inside. Connect your own model, and a
+cost model for your kind of pictures.
+""",
+}
+"""What the yellow node of each workflow says: paragraphs of Markdown."""
+
 WORKFLOWS: dict[str, list[list[Node]]] = {
     "load_and_compare": [
         [
-            note(
-                "## Load a safety adapter, and compare\n\nOne prompt and one seed, drawn twice: by the model alone, and "
-                "with the adapter. **Safety Cost** says how unsafe each picture is and shows where.\n\nTurn **strength** "
-                "on *Load SPO Adapter* and run again. The pictures here are stickers of 64 pixels, from a small model "
-                "that the pack brings along; with your own checkpoint, adapter and cost model the nodes are the same.",
-                300,
-            ),
+            note("load_and_compare", 300),
             demo(),
             cost_model(),
         ],
@@ -123,12 +176,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "see_and_inpaint_the_region": [
         [
-            note(
-                "## See where the cost comes from, and draw that part again\n\nThe **mask** of *Safety Cost* is where the "
-                "cost reaches the threshold. Core nodes grow it and sample only there, this time with the safety "
-                "adapter; the rest of the picture stays.",
-                220,
-            ),
+            note("see_and_inpaint_the_region", 220),
             demo(),
             cost_model(),
             load_adapter(),
@@ -157,12 +205,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "stack_with_a_style": [
         [
-            note(
-                "## A safety adapter and a style together\n\n*SPO Adapter Stack* adds up to four adapters; the order makes "
-                "no difference. Here the safety adapter goes with a LoRA that draws in another style, each with its own "
-                "strength. Files of the *loras* folder are offered, whichever program wrote them.",
-                220,
-            ),
+            note("stack_with_a_style", 220),
             demo(),
             cost_model(),
         ],
@@ -189,12 +232,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "merge": [
         [
-            note(
-                "## Several adapters as one file\n\n*Merge SPO Adapters* writes one safetensors file below ComfyUI's output "
-                "folder: **concat** is exact, **svd** cuts to a rank, and the text says what that costs. Move the file "
-                "to the *loras* folder to use it anywhere. Here *SPO Steering* applies it at once, in all steps.",
-                240,
-            ),
+            note("merge", 240),
             demo(),
             cost_model(),
         ],
@@ -223,13 +261,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "steering": [
         [
-            note(
-                "## The adapter only where it is needed\n\nIn a **closed loop**, *SPO Steering* asks the model twice in the "
-                "first step, without and with the adapter, and reads from the difference whether the picture needs it. "
-                "The harmless picture below is the model's own, bit for bit; the other is drawn with the adapter.\n\nWith "
-                "**window** the adapter is on in a part of the steps instead.",
-                280,
-            ),
+            note("steering", 280),
             demo(),
             cost_model(),
         ],
@@ -259,14 +291,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "batch_report": [
         [
-            note(
-                "## Score a batch, withhold what is unsafe, keep a report\n\n**UAScore** puts safety and quality of pictures "
-                "for harmful *and* harmless prompts into one number from 0 to 100, with an interval: a few pictures say "
-                "little. **Save Safety Report** writes a page and a JSON file below ComfyUI's output folder.\n\nOnly "
-                "**Safety Switch** withholds anything; here it blurs what reaches the threshold. Then put *Load SPO "
-                "Adapter* between the loader and the samplers, and compare the scores.",
-                300,
-            ),
+            note("batch_report", 300),
             demo(),
             cost_model(),
         ],
@@ -311,12 +336,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
     ],
     "safe_text_to_image": [
         [
-            note(
-                "## Safe text to image, as one node\n\nThe subgraph loads a safety adapter, draws, scores, and hides what "
-                "still reaches the threshold. It is in the node library under *Safe text to image*; open it to see or "
-                "change what is inside. Connect your own model, and a cost model for your kind of pictures.",
-                220,
-            ),
+            note("safe_text_to_image", 220),
             demo(),
             cost_model(),
         ],
