@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ pytest.importorskip("playwright", reason="make comfy-env installs it")
 
 from browser import RENDERERS, chromium, open_canvas, start_browser  # noqa: E402
 from workflows import SUBGRAPH, WORKFLOWS, build, fold  # noqa: E402
+
+from t2i_spo_plugin.comfyui import PACK as INSTALLED  # noqa: E402
 
 
 if chromium() is None:
@@ -100,6 +103,14 @@ def test_every_example_runs(canvas, name):
     loaded(canvas)
     for view in views.all():
         assert view.locator(".spo-picture").is_visible() and view.locator(".spo-chip").count() > 1
+
+
+def test_the_examples_are_among_the_templates_with_pictures(server):
+    (names,) = (names for pack, names in server.get("/workflow_templates").items() if pack == INSTALLED)
+    assert set(names) == EXAMPLES.keys()
+    for name in names:
+        with urllib.request.urlopen(f"{server.url}/api/workflow_templates/{INSTALLED}/{name}.jpg") as answer:
+            assert answer.headers.get_content_type() == "image/jpeg" and len(answer.read()) < 150_000
 
 
 def values(workflow):
