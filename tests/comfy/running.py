@@ -29,7 +29,7 @@ from t2i_spo_plugin.comfyui import PACK
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
-_FOLDERS = ("custom_nodes", "models/loras", "models/safety_cost", "input", "output", "temp", "user")
+_FOLDERS = ("custom_nodes", "models/loras", "input", "output", "temp", "user")
 
 Link = Sequence[Any]
 """An output of a node: its id, and the number of the output."""
@@ -84,8 +84,13 @@ def make_base(path: Path) -> Path:
     return path
 
 
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    """A node of a graph."""
+    return {"class_type": kind, "inputs": inputs}
+
+
 def text_to_image(family: str, seed: int = 0) -> dict[str, Any]:
-    """The stock graph, 64 by 64 pixels in four steps; node 6 gives the picture."""
+    """The stock graph, 64 by 64 pixels in four steps; node 5 gives the latents, node 6 the picture."""
     name = f"miniature-{family}.safetensors"
     return {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},

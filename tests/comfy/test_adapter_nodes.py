@@ -14,6 +14,7 @@ import folder_paths
 import miniature
 import pytest
 import torch
+from running import node
 from tiny import random_adapter, tiny_pipeline
 
 import t2i_spo_plugin.sticker as sticker
@@ -78,16 +79,6 @@ def without_gradients():
     """As ComfyUI runs its nodes."""
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """An empty loras folder."""
-    folder = tmp_path / "loras"
-    folder.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return folder
 
 
 def hooked(model):
@@ -519,16 +510,12 @@ def text_to_image(model, clip, vae, size=64):
     }
 
 
-def node(kind, **inputs):
-    return {"class_type": f"SPO_{kind}", "inputs": inputs}
-
-
 def test_the_demo_runs_in_a_workflow_without_and_with_its_adapter(run_graph):
     shown = []
     for strength in (0.0, 1.0):
         graph = text_to_image(["2", 0], ["2", 1], ["1", 2]) | {
-            "1": node("StickerDemoLoader"),
-            "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
+            "1": node("SPO_StickerDemoLoader"),
+            "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
         }
         run = run_graph(graph, picture=["14", 0], info=["2", 3])
         assert "48 of 48 modules applied" in run["info"] and run["picture"].shape == (2, 64, 64, 3)
@@ -545,9 +532,9 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     chosen = {"adapter": f"nodes-{family}.safetensors", "strength": 1.0}
     loader = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
-        "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
-        "3": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.0, end=1.0),
-        "4": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.98, end=0.99),
+        "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
+        "3": node("SPO_Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.0, end=1.0),
+        "4": node("SPO_Steering", model=["1", 0], adapter=["2", 2], mode="window", start=0.98, end=0.99),
     }
 
     def draw(model, clip):

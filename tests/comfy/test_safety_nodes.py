@@ -43,19 +43,6 @@ def guard(pack):
     return pack["SPO_LoadCostModel"].execute(STICKER, "as the model", False).args[0]
 
 
-@pytest.fixture
-def cost_models(tmp_path, monkeypatch):
-    """An empty folder models/safety_cost."""
-    import folder_paths
-
-    folder = tmp_path / "safety_cost"
-    folder.mkdir()
-    _, endings = folder_paths.folder_names_and_paths["safety_cost"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "safety_cost", ([str(folder)], endings))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return folder
-
-
 def scenes(*kinds, first=0):
     """Pictures of the sticker world `[B, 64, 64, 3]`, one of each kind that is named."""
     drawn = [scene(first + number, "test", kind).image for number, kind in enumerate(kinds)]
