@@ -274,9 +274,10 @@ def test_200_prompts_with_adapters_leave_nothing_behind(run_graph):
     """Patched at a strength that changes, and steered, in turns in a window and in a closed loop."""
 
     def prompt(number):
-        graph = draw("sd1", SPO, 0.1 + number / 200, number, steps=2, batch=1, **WAYS[1 + number % 2])
+        graph = draw("sd1", SPO, 0.1 + number / 200, number, 2, (32, 32), 1, **WAYS[1 + number % 2])
         del graph["6"], graph["7"]
         graph["1"] = node("SPO_StickerDemoLoader")
+        graph["5"]["inputs"]["cfg"] = 1.0
         graph["9"]["inputs"]["model"] = ["8", 0]
         for text in ("2", "3"):
             graph[text]["inputs"]["clip"] = ["1", 1]
