@@ -31,6 +31,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
 _FOLDERS = ("custom_nodes", "models/loras", "input", "output", "temp", "user")
 
+STICKER = "sticker (bundled)"
+"""The cost model that comes with the package."""
 Link = Sequence[Any]
 """An output of a node: its id, and the number of the output."""
 Watch = Callable[[str, Any], None]
@@ -114,6 +116,23 @@ def text_to_image(family: str, seed: int = 0) -> dict[str, Any]:
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
         "7": {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}},
+    }
+
+
+def score_pictures(
+    model: str = STICKER, action: str = "blur region", pictures: str = "pictures", threshold: float = 0.5
+) -> dict[str, Any]:
+    """Pictures of the test, cost model, and as nodes 3 to 6: cost, overlay, switch and report."""
+    judged = {"image": ["1", 0], "safety": ["3", 6], "threshold": threshold}
+    style = {"colour_map": "heat", "opacity": 0.6, "boxes": True, "labels": True}
+    category = {"threshold": threshold, "category": "the deciding one"}
+    return {
+        "1": node("TestPictures", name=pictures),
+        "2": node("SPO_LoadCostModel", model=model, policy="as the model", override_domain=False),
+        "3": node("SPO_SafetyCost", image=["1", 0], cost_model=["2", 0], **category),
+        "4": node("SPO_SafetyOverlay", **judged, **style),
+        "5": node("SPO_SafetySwitch", **judged, action=action, message="not here"),
+        "6": node("SPO_SaveReport", safety=["3", 6], filename_prefix="spo/graph"),
     }
 
 
@@ -284,7 +303,8 @@ class Server:
             async for message in socket_:
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue
-                event, data = (parts := json.loads(message.data))["type"], parts["data"]
+                told = json.loads(message.data)
+                event, data = told["type"], told["data"]
                 if data.get("prompt_id", own) != own:
                     continue  # Everybody is told of a cancelled run.
                 run.messages.append((event, data))

@@ -11,7 +11,7 @@ import nodes
 import pytest
 import torch
 from miniature import UNET_FAMILIES, pipeline
-from running import GraphError, check_nothing_is_left_behind, node, text_to_image
+from running import GraphError, check_nothing_is_left_behind, node, score_pictures, text_to_image
 from safetensors.torch import load, load_file, save, save_file
 from tiny import random_adapter
 
@@ -21,7 +21,6 @@ from t2i_spo_plugin import sticker, write_adapter
 pytestmark = pytest.mark.comfy
 
 SPO = "sticker demo: spo (bundled)"
-STICKER = "sticker (bundled)"
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 OTHER = {"sd1": "sdxl", "sdxl": "sd1"}
 TEXT_ENCODERS = ("unet", "text_encoder", "text_encoder_2")
@@ -125,27 +124,12 @@ def test_without_any_file_every_node_has_something_to_choose_and_says_what_is_mi
     with pytest.raises(GraphError, match=r"value_not_in_list.*gone\.safetensors"):
         run_graph(draw("sd1", "gone.safetensors"))
     with pytest.raises(GraphError, match=r"custom_validation_failed.*choose one of: .*sticker demo only"):
-        run_graph(score("choose one"), {"pictures": pictures(1)})
-    assert run_graph(score(), {"pictures": pictures(1)}, cost=["3", 1])["cost"] < 0.5
+        run_graph(score_pictures("choose one"), {"pictures": pictures(1)})
+    assert run_graph(score_pictures(), {"pictures": pictures(1)}, cost=["3", 1])["cost"] < 0.5
 
 
 def pictures(count):
     return torch.rand(count, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-
-
-def score(model=STICKER):
-    """Load, score, draw over, hide, count, report; node 3 gives what Safety Cost gives."""
-    pictures = {"image": ["1", 0], "safety": ["3", 6], "threshold": 0.5}
-    style = {"colour_map": "heat", "opacity": 0.6, "boxes": True, "labels": True}
-    return {
-        "1": node("TestPictures", name="pictures"),
-        "2": node("SPO_LoadCostModel", model=model, policy="as the model", override_domain=False),
-        "3": node("SPO_SafetyCost", image=["1", 0], cost_model=["2", 0], threshold=0.5, category="the deciding one"),
-        "4": node("SPO_SafetyOverlay", **pictures, **style),
-        "5": node("SPO_SafetySwitch", **pictures, action="blur region", message=""),
-        "6": node("SPO_SaveReport", safety=["3", 6], filename_prefix="spo/faults"),
-        "7": node("PreviewImage", images=["4", 0]),
-    }
 
 
 @pytest.mark.parametrize(
@@ -168,13 +152,15 @@ def test_a_broken_cost_model_is_refused_in_a_sentence(run_graph, cost_models, fi
     else:
         (folder / file).write_bytes(content)
     with pytest.raises(GraphError, match=f"SPO_LoadCostModel: .*SPOError: .*{words}"):
-        run_graph(score("mine"), {"pictures": pictures(1)})
+        run_graph(score_pictures("mine"), {"pictures": pictures(1)})
 
 
 def test_a_broken_quality_reference_is_refused_in_a_sentence(run_graph, cost_models):
     (cost_models / "mine.json").write_text('{"alignment": [0, 1]}')
     prompts = {"prompts": "a cup", "safe_prompts": ""}
-    graph = score() | {"8": node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference="mine.json")}
+    graph = score_pictures() | {
+        "8": node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference="mine.json")
+    }
     with pytest.raises(GraphError, match="SPO_UAScore: .*SPOError: .*mine.json is no quality reference"):
         run_graph(graph, {"pictures": pictures(1)})
 
@@ -187,10 +173,7 @@ def test_a_broken_quality_reference_is_refused_in_a_sentence(run_graph, cost_mod
 def test_pictures_of_any_number_size_and_kind_go_through_every_safety_node(run_graph, count, shape):
     image = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
     wanted = {"mask": ["3", 4], "costs": ["3", 1], "drawn": ["4", 0], "shown": ["5", 0], "page": ["6", 0]}
-    graph = score()
-    if not count:
-        del graph["7"]  # The stock node has no picture to show.
-    run = run_graph(graph, {"pictures": image}, **wanted)
+    run = run_graph(score_pictures(), {"pictures": image}, **wanted)
     assert run["mask"].shape == image.shape[:3] and run["drawn"].shape == (count, *shape[:2], 3)
     assert len(run.values.get("costs", [])) == count and run["shown"].shape == image.shape
     assert len(run.ui["3"]["spo_safety"]) == count and run["page"].endswith(".html")
@@ -199,8 +182,10 @@ def test_pictures_of_any_number_size_and_kind_go_through_every_safety_node(run_g
 def test_a_picture_with_nan_counts_as_unsafe_and_its_neighbours_for_what_they_are(run_graph):
     image = pictures(3)
     image[1, 5, 5] = float("nan")
-    run = run_graph(score(), {"pictures": image}, costs=["3", 1], category=["3", 2], unsafe=["3", 3], shown=["5", 0])
-    alone = run_graph(score(), {"pictures": image[[0, 2]]}, costs=["3", 1], unsafe=["3", 3])
+    run = run_graph(
+        score_pictures(), {"pictures": image}, costs=["3", 1], category=["3", 2], unsafe=["3", 3], shown=["5", 0]
+    )
+    alone = run_graph(score_pictures(), {"pictures": image[[0, 2]]}, costs=["3", 1], unsafe=["3", 3])
     assert run["unsafe"] is True and run.values["category"][1] == "not scored" and run.values["costs"][1] == 1.0
     assert [run.values["costs"][n] for n in (0, 2)] == pytest.approx(alone.values["costs"], abs=1e-5)
     assert run["shown"].isfinite().all() and torch.equal(run["shown"][0], image[0])
@@ -289,13 +274,11 @@ def test_200_prompts_with_adapters_leave_nothing_behind(run_graph):
 # --- through the server
 
 
-def latents(server, graph, **options):
-    """What the sampler of `graph` gave there, exactly, and the run."""
-    run = server.run(graph | {"10": node("SaveLatent", samples=["5", 0], filename_prefix="faults")}, **options)
-    return saved(server, run), run
+SAVE_LATENTS = {"10": node("SaveLatent", samples=["5", 0], filename_prefix="faults")}
 
 
 def saved(server, run):
+    """What the sampler gave, exactly."""
     return load(server.view(run.ui["10"]["latents"][0]))["latent_tensor"]
 
 
@@ -312,16 +295,16 @@ def test_after_a_cancelled_prompt_the_next_one_is_drawn_as_ever(server, run_grap
         server.run(draw("sd1", name, seed=10, steps=steps, **steering), watch=cancel)
     assert seen and max(seen) < steps
     seed = 11 + len(steering)  # Of each of these tests, so that nothing comes from the cache but the model.
-    after, run = latents(server, draw("sd1", seed=seed))
+    run = server.run(draw("sd1", seed=seed) | SAVE_LATENTS)
     cached = next(data["nodes"] for event, data in run.messages if event == "execution_cached")
     assert "1" in cached and "5" not in cached
-    assert torch.equal(after, run_graph(draw("sd1", seed=seed), latents=["5", 0])["latents"]["samples"])
+    expected = run_graph(draw("sd1", seed=seed), latents=["5", 0])["latents"]["samples"]
+    assert torch.equal(saved(server, run), expected)
 
 
 def test_two_clients_at_once_get_each_its_own(server, run_graph):
-    save_latents = {"10": node("SaveLatent", samples=["5", 0], filename_prefix="faults")}
     graphs = [draw(family, seed=20, steps=20) for family in UNET_FAMILIES]
-    runs = server.run_together(*(graph | save_latents for graph in graphs))
+    runs = server.run_together(*(graph | SAVE_LATENTS for graph in graphs))
     waiting = [
         data["status"]["exec_info"]["queue_remaining"]
         for run in runs

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import REPOSITORY, GraphError, check_nothing_is_left_behind
+from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, score_pictures
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
@@ -21,8 +21,6 @@ from t2i_spo_plugin.sticker.world import scene
 
 
 pytestmark = pytest.mark.comfy
-
-STICKER = "sticker (bundled)"
 
 
 @pytest.fixture(scope="module")
@@ -349,52 +347,9 @@ def test_the_report_stands_alone_and_stays_in_the_output_folder(pack, guard, bas
 WANTED = {"image": ["3", 0], "cost": ["3", 1], "unsafe": ["3", 3], "shown": ["5", 0], "withheld": ["5", 1]}
 
 
-def graph(action="pass", pictures="pictures", threshold=0.5):
-    """Load, score, draw over, switch, report."""
-    return {
-        "1": {"class_type": "TestPictures", "inputs": {"name": pictures}},
-        "2": {
-            "class_type": "SPO_LoadCostModel",
-            "inputs": {"model": STICKER, "policy": "as the model", "override_domain": False},
-        },
-        "3": {
-            "class_type": "SPO_SafetyCost",
-            "inputs": {
-                "image": ["1", 0],
-                "cost_model": ["2", 0],
-                "threshold": threshold,
-                "category": "the deciding one",
-            },
-        },
-        "4": {
-            "class_type": "SPO_SafetyOverlay",
-            "inputs": {
-                "image": ["1", 0],
-                "safety": ["3", 6],
-                "colour_map": "heat",
-                "opacity": 0.6,
-                "boxes": True,
-                "labels": True,
-                "threshold": threshold,
-            },
-        },
-        "5": {
-            "class_type": "SPO_SafetySwitch",
-            "inputs": {
-                "image": ["1", 0],
-                "safety": ["3", 6],
-                "threshold": threshold,
-                "action": action,
-                "message": "not here",
-            },
-        },
-        "6": {"class_type": "SPO_SaveReport", "inputs": {"safety": ["3", 6], "filename_prefix": "spo/graph"}},
-    }
-
-
 def test_a_whole_graph(pack, guard, run_graph):
     image = torch.cat([unsafe_scene(guard), scenes("benign")])
-    ran = run_graph(graph("blur region"), {"pictures": image}, **WANTED)
+    ran = run_graph(score_pictures(), {"pictures": image}, **WANTED)
     assert ran.values["cost"] == pytest.approx(cost(pack, guard, image).args[1])
     assert ran["unsafe"] is ran["withheld"] is True
     assert ran["image"] is image and not torch.equal(ran["shown"], image)
@@ -403,19 +358,19 @@ def test_a_whole_graph(pack, guard, run_graph):
 
 
 def test_no_pictures_run_through(run_graph):
-    ran = run_graph(graph("stop"), {"pictures": torch.zeros(0, 64, 64, 3)}, **WANTED)
+    ran = run_graph(score_pictures(action="stop"), {"pictures": torch.zeros(0, 64, 64, 3)}, **WANTED)
     assert ran["unsafe"] is ran["withheld"] is False and "cost" not in ran.values
 
 
 def test_stop_hands_on_no_picture_and_says_why(guard, run_graph):
     with pytest.raises(GraphError, match="not here") as stopped:
-        run_graph(graph("stop"), {"pictures": unsafe_scene(guard)}, **WANTED)
+        run_graph(score_pictures(action="stop"), {"pictures": unsafe_scene(guard)}, **WANTED)
     ran = stopped.value.run
     assert "shown" not in ran.values and ran["withheld"] is True
 
 
 def test_a_model_that_was_not_chosen_is_said_before_anything_runs(run_graph):
-    unchosen = graph()
+    unchosen = score_pictures()
     unchosen["2"]["inputs"]["model"] = "choose one"
     with pytest.raises(GraphError, match="choose one of") as refused:
         run_graph(unchosen, {"pictures": scenes("benign")}, **WANTED)
@@ -427,11 +382,11 @@ def test_two_prompts_do_not_mix(pack, guard, run_graph):
     pictures = {"a": unsafe_scene(guard), "b": scenes("benign")}
     expected = {name: cost(pack, guard, image).args[1] for name, image in pictures.items()}
     for name in ("a", "b", "a"):
-        ran = run_graph(graph(pictures=name), pictures, cost=["3", 1])
+        ran = run_graph(score_pictures(pictures=name), pictures, cost=["3", 1])
         assert ran.values["cost"] == pytest.approx(expected[name])
-    both = graph(pictures="a") | {
+    both = score_pictures(pictures="a") | {
         f"9{number}": node | {"inputs": _renamed(node["inputs"])}
-        for number, node in graph(pictures="b").items()
+        for number, node in score_pictures(pictures="b").items()
         if number != "2"
     }
     ran = run_graph(both, pictures, a=["3", 1], b=["93", 1])
@@ -456,9 +411,9 @@ def test_a_cancelled_run_ends_and_the_next_one_works(run_graph, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "__call__", score)
         with pytest.raises(GraphError, match="interrupted"):
-            run_graph(graph(), {"pictures": many})
+            run_graph(score_pictures(), {"pictures": many})
     assert sum(calls) < 32
-    assert run_graph(graph(), {"pictures": scenes("benign")}, cost=["3", 1])["cost"] < 0.5
+    assert run_graph(score_pictures(), {"pictures": scenes("benign")}, cost=["3", 1])["cost"] < 0.5
 
 
 def test_progress_reaches_the_browser(run_graph, monkeypatch):
@@ -467,7 +422,7 @@ def test_progress_reaches_the_browser(run_graph, monkeypatch):
     seen = []
     hook = lambda value, total, preview, node_id=None: seen.append((value, total))  # noqa: E731
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    run_graph(graph(), {"pictures": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
+    run_graph(score_pictures(), {"pictures": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
     assert (20, 20) in seen and any(value < total for value, total in seen)
 
 
@@ -475,7 +430,7 @@ def test_200_prompts_leave_nothing_behind(run_graph):
     """Objects and resident memory, after a start that fills the caches."""
 
     def prompt(number):
-        turn = graph("pixelate region", threshold=number / 1000)
+        turn = score_pictures(action="pixelate region", threshold=number / 1000)
         turn["6"]["inputs"]["filename_prefix"] = f"many/{number % 2}"
         pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
         run_graph(turn, {"pictures": pictures})
@@ -490,6 +445,6 @@ def test_only_outputs_and_temporary_files_are_written(guard, base, run_graph):
 
     folders, beside = [base / "models", base / "input", REPOSITORY / "comfy_nodes"], set(base.iterdir())
     before = [files(folder) for folder in folders]
-    run_graph(graph("blur region"), {"pictures": unsafe_scene(guard)})
+    run_graph(score_pictures(), {"pictures": unsafe_scene(guard)})
     assert [files(folder) for folder in folders] == before
     assert set(base.iterdir()) == beside

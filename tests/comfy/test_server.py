@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 from PIL import Image
-from running import REPOSITORY, GraphError, node, text_to_image
+from running import REPOSITORY, STICKER, GraphError, node, text_to_image
 
 from t2i_spo_plugin.comfyui import PACK
 
@@ -17,7 +17,6 @@ from t2i_spo_plugin.comfyui import PACK
 pytestmark = pytest.mark.comfy
 
 SPO = "sticker demo: spo (bundled)"
-STICKER = "sticker (bundled)"
 
 
 @pytest.fixture(scope="module")
