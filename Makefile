@@ -39,13 +39,12 @@ COMFY ?= 0.16.3 0.30.0
 comfy-env: $(STAMP)
 	$(BIN)/python tests/comfy/environment.py $(COMFY)
 
-# Each file in a process of its own: ComfyUI keeps what is registered in it.
-comfy-test: comfy-env
-	@for version in $(COMFY); do for file in tests/comfy/test_*.py; do \
-	  echo "== ComfyUI $$version: $$file"; \
-	  COMFYUI=$(CURDIR)/build/comfy/$$version/ComfyUI OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	    build/comfy/$$version/test/bin/python -m pytest -m comfy $$file || exit 1; \
-	done; done
+# One process a version, those marked slow among them; "make -j2 -O comfy-test" runs two versions side by side.
+comfy-test: $(COMFY:%=comfy-test-%)
+comfy-test-%: comfy-env
+	@echo "== ComfyUI $*"
+	@COMFYUI=$(CURDIR)/build/comfy/$*/ComfyUI OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  build/comfy/$*/test/bin/python -m pytest -m comfy tests/comfy
 
 quality: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -206,3 +206,6 @@ def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
     with pytest.raises(SPOError, match="cannot load the model nobody/none"):
         load_cost_model(tmp_path, local_files_only=True)
     assert not asked
+    save_file({"weight": torch.zeros(1, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(SPOError, match="expected weight and bias, found weight"):
+        load_cost_model(tmp_path)

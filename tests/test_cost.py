@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import ResNetConfig
 
 from t2i_spo_plugin.cost import losses
@@ -55,6 +56,33 @@ def test_saved_and_loaded_it_says_the_same(model, tmp_path):
     assert torch.allclose(again(pictures).logits, model(pictures).logits, atol=2e-2)
     with pytest.raises(SPOError, match="no model folder"):
         load_cost_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("facts.json", b"{", "facts.json is not JSON"),
+        ("facts.json", b"[1]", "facts.json is not a mapping"),
+        (
+            "facts.json",
+            b'{"kind": "cost_model", "outputs": ["a", "b", "c"]}',
+            "does not say domain, size, temperature",
+        ),
+        ("config.json", None, "cannot read the configuration"),
+        ("config.json", b"{", "cannot read the configuration"),
+        ("model.safetensors", None, "cannot read the weights .*model.safetensors"),
+        ("model.safetensors", b"", "cannot read the weights .*model.safetensors"),
+        ("model.safetensors", save({"x": torch.zeros(1)}), "are not those of the model it describes"),
+    ],
+)
+def test_a_broken_folder_is_refused_in_a_sentence(model, tmp_path, file, content, message):
+    model.save_pretrained(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(SPOError, match=message):
+        load_cost_model(tmp_path)
 
 
 def test_ranking_wants_the_unsafe_picture_higher():

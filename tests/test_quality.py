@@ -91,6 +91,13 @@ def test_a_reference_keeps_its_hash_and_an_edited_one_is_refused(tmp_path):
     (tmp_path / "reference.json").write_text(text.replace("0.7", "0.5"))
     with pytest.raises(SPOError, match="hash does not fit"):
         Reference.load(tmp_path / "reference.json")
+    for content, message in (
+        ("{", "is not JSON"),
+        ('{"alignment": [0, 1]}', "does not say realism, base_model, prompts, hash"),
+    ):
+        (tmp_path / "reference.json").write_text(content)
+        with pytest.raises(SPOError, match=message):
+            Reference.load(tmp_path / "reference.json")
     assert dataclasses.replace(reference, prompts=13).hash != reference.hash
     with pytest.raises(SPOError, match="must lie below"):
         Reference((0.7, 0.1), (0.2, 0.9), "a model", 12)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import SPOError
+from ..errors import SPOError, UnreadableAdapterError
+from ..header import read_json
 from ..images import Images, to_tensor
 
 
 WEIGHTS = "model.safetensors"
 Pooling = Literal["mean", "peak"]
+_COPY = "copy the model's folder again, with all its files"
 
 
 class MapClassifier(nn.Module):
@@ -62,30 +65,69 @@ def save_network(network: nn.Module, config: Any, facts: dict[str, Any], folder:
     save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
 
 
-def read_facts(folder: Path | str) -> dict[str, Any]:
-    """The ``facts.json`` of a model folder. Raises ``SPOError`` when the folder holds none."""
+def read_facts(folder: Path | str, *needed: str) -> dict[str, Any]:
+    """The ``facts.json`` of a model folder.
+
+    Raises:
+        SPOError: there is none, it is no JSON mapping, or it does not say what is ``needed``.
+    """
     path = Path(folder) / "facts.json"
     if not path.is_file():
         raise SPOError(f"{folder} is no model folder of this package: it has no facts.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = read_json(path)
+    except UnreadableAdapterError as error:
+        raise SPOError(f"{error}; {_COPY}") from error
+    missing = [name for name in needed if name not in facts]
+    if missing:
+        raise SPOError(f"{path} does not say {', '.join(missing)}; {_COPY}")
+    return facts
+
+
+def read_weights(folder: Path | str) -> dict[str, Tensor]:
+    """The tensors of a model folder, as they are stored.
+
+    Raises:
+        SPOError: there is no file of weights, or it is broken.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SPOError(f"cannot read the weights {path}: {error}; {_COPY}") from error
 
 
 def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str], str] = str) -> None:
     """Load the safetensors weights of ``folder`` into ``network`` as float32, and switch it to inference.
 
     ``rename`` gives the network's name of a weight by the file's.
+
+    Raises:
+        SPOError: as ``read_weights``, or they are another network's.
     """
-    state = load_file(Path(folder) / WEIGHTS)
-    network.load_state_dict({rename(k): v.float() if v.is_floating_point() else v for k, v in state.items()})
+    state = {rename(k): v.float() if v.is_floating_point() else v for k, v in read_weights(folder).items()}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise SPOError(f"the weights of {folder} are not those of the model it describes: {error}") from error
     network.eval().requires_grad_(False)
 
 
-def load_map_classifier(folder: Path | str) -> tuple[MapClassifier, dict[str, Any]]:
-    """The network of a folder written by :func:`save_network`, and its facts."""
+def load_map_classifier(folder: Path | str, *needed: str) -> tuple[MapClassifier, dict[str, Any]]:
+    """The network of a folder written by :func:`save_network`, and its facts, of which ``needed`` are there.
+
+    Raises:
+        SPOError: the folder is something else, or a part of it is missing or broken.
+    """
     from transformers import AutoConfig
 
-    facts = read_facts(folder)
-    network = MapClassifier(AutoConfig.from_pretrained(folder), len(facts["outputs"]), facts.get("pooling", "mean"))
+    facts = read_facts(folder, "outputs", *needed)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        found = str(error).strip().splitlines()[0]
+        raise SPOError(f"cannot read the configuration of {folder}: {found}; {_COPY}") from error
+    network = MapClassifier(config, len(facts["outputs"]), facts.get("pooling", "mean"))
     load_weights(network, folder)
     return network, facts
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SPOError
 from ..images import Images
-from .backbone import WEIGHTS, batches, read_facts
+from .backbone import WEIGHTS, batches, read_facts, read_weights
 from .base import CostBatch
 
 
@@ -199,10 +199,12 @@ def load_clip_head(folder: Path | str, local_files_only: bool = False) -> ClipCo
     Raises:
         SPOError: the folder is something else, or the tower's source cannot be loaded.
     """
-    facts = read_facts(folder)
-    if facts.get("kind") != KIND:
-        raise SPOError(f"{folder} holds a {facts.get('kind')}, not a head for a CLIP or SigLIP model")
-    head = load_file(Path(folder) / WEIGHTS)
+    kind = read_facts(folder).get("kind")
+    if kind != KIND:
+        raise SPOError(f"{folder} holds a {kind}, not a head for a CLIP or SigLIP model")
+    facts, head = read_facts(folder, "source", "outputs", "features", "domain", "temperature"), read_weights(folder)
+    if not {"weight", "bias"} <= head.keys():
+        raise SPOError(f"{folder} has no weights of a head: expected weight and bias, found {', '.join(sorted(head))}")
     return ClipCostModel(
         clip_tower(facts["source"], local_files_only),
         facts["source"],

@@ -71,8 +71,12 @@ class VisionCostModel(nn.Module):
 
 
 def load_cost_model(folder: Path | str) -> VisionCostModel:
-    """A cost model from a folder written by :meth:`VisionCostModel.save_pretrained`, ready for inference."""
-    network, facts = load_map_classifier(folder)
+    """A cost model from a folder written by :meth:`VisionCostModel.save_pretrained`, ready for inference.
+
+    Raises:
+        SPOError: the folder is something else, or a part of it is missing or broken.
+    """
+    network, facts = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(
         network, facts["outputs"], facts["domain"], facts["size"], torch.tensor(facts["temperature"])
     )

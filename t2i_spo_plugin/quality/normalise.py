@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, SPOError
+from ..errors import ConfigError, SPOError, UnreadableAdapterError
+from ..header import read_json
 from ..images import Images, to_tensor
 from .base import QualityReward
 from .clip import SmallCLIP
@@ -50,9 +51,19 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | str) -> Reference:
-        """Read a file written by :meth:`save`. Raises ``SPOError`` when it was edited by hand."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        wanted = data.pop("hash")
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            SPOError: it is no such file, or was edited by hand.
+        """
+        try:
+            data = read_json(Path(path))
+        except UnreadableAdapterError as error:
+            raise SPOError(f"no quality reference: {error}") from error
+        missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in data]
+        if missing:
+            raise SPOError(f"{path} is no quality reference: it does not say {', '.join(missing)}")
+        wanted = data["hash"]
         reference = cls(tuple(data["alignment"]), tuple(data["realism"]), data["base_model"], data["prompts"])
         if reference.hash != wanted:
             raise SPOError(f"{path}: the hash does not fit the numbers; make the reference anew")

@@ -45,6 +45,34 @@ def run_graph(executor):
     return executor.run
 
 
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """`empty_folder(kind) -> Path` puts a folder of the test's own in the place of ComfyUI's for that kind of file."""
+    import folder_paths
+
+    def make(kind):
+        folder = tmp_path / kind
+        folder.mkdir()
+        _, endings = folder_paths.folder_names_and_paths[kind]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], endings))
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def loras(empty_folder):
+    """An empty loras folder."""
+    return empty_folder("loras")
+
+
+@pytest.fixture
+def cost_models(executor, empty_folder):
+    """An empty folder for cost models."""
+    return empty_folder("safety_cost")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running ComfyUI server with the pack; one for all tests."""

@@ -79,18 +79,14 @@ def sample(
     return latents, seen
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": f"SPO_{kind}", "inputs": inputs}
-
-
-def text_to_image(model: Any, clip: Any, vae: Any) -> dict[str, Any]:
+def text_to_image(model: Any, clip: Any, vae: Any, size: int = 64) -> dict[str, Any]:
     """The stock nodes behind a loader, four steps; node 14 gives the pictures."""
     settings = {"seed": 1, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0}
     links = {"model": model, "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0]}
     return {
         "10": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": HARMFUL}},
         "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": ""}},
-        "12": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
+        "12": {"class_type": "EmptyLatentImage", "inputs": {"width": size, "height": size, "batch_size": 2}},
         "13": {"class_type": "KSampler", "inputs": links | settings},
         "14": {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": vae}},
     }

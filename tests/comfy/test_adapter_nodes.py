@@ -11,7 +11,8 @@ import folder_paths
 import miniature
 import pytest
 import torch
-from sticker_runs import BENIGN, HARMFUL, SPO, STEPS, encode, node, sample, spo_stack, start_noise, text_to_image
+from running import node
+from sticker_runs import BENIGN, HARMFUL, SPO, STEPS, encode, sample, spo_stack, start_noise, text_to_image
 from tiny import random_adapter, tiny_pipeline
 
 import t2i_spo_plugin.sticker as sticker
@@ -48,16 +49,6 @@ ALL_LAYERS = (
     "conv_in",
 )
 MORE_LAYERS = (*ALL_LAYERS, "time_emb_proj", "linear_1", "q_proj", "v_proj", "fc1", "fc2", "out_proj")
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """An empty loras folder."""
-    folder = tmp_path / "loras"
-    folder.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return folder
 
 
 def pictures(model, clip, vae, prompts, **options):
@@ -324,8 +315,8 @@ def test_the_demo_runs_in_a_workflow_without_and_with_its_adapter(run_graph):
     shown = []
     for strength in (0.0, 1.0):
         graph = text_to_image(["2", 0], ["2", 1], ["1", 2]) | {
-            "1": node("StickerDemoLoader"),
-            "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
+            "1": node("SPO_StickerDemoLoader"),
+            "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
         }
         run = run_graph(graph, picture=["14", 0], info=["2", 3])
         assert "48 of 48 modules applied" in run["info"] and run["picture"].shape == (2, 64, 64, 3)
@@ -340,11 +331,12 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     assert {name.split(".")[0] for name in adapter.modules} == set(parts[: 2 + (family == "sdxl")])
     write_adapter(adapter, executor.base / "models" / "loras" / f"nodes-{family}.safetensors")
     chosen = {"adapter": f"nodes-{family}.safetensors", "strength": 1.0}
+    common = {"model": ["1", 0], "adapter": ["2", 2], "mode": "window", "evidence": SIZE}
     loader = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
-        "2": node("LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
-        "3": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", evidence=SIZE, start=0.0, end=1.0),
-        "4": node("Steering", model=["1", 0], adapter=["2", 2], mode="window", evidence=SIZE, start=0.98, end=0.99),
+        "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
+        "3": node("SPO_Steering", **common, start=0.0, end=1.0),
+        "4": node("SPO_Steering", **common, start=0.98, end=0.99),
     }
 
     def draw(model, clip):

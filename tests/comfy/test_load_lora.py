@@ -1,4 +1,4 @@
-"""ComfyUI's own Load LoRA node and the files that this package writes: nothing left out, and the same arithmetic."""
+"""ComfyUI's Load LoRA node, the pack's own loader, and published files: nothing left out, and the same arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from miniature import FAMILIES, UNET_FAMILIES, pipeline, write_model
-from running import text_to_image
+from running import node, text_to_image
 from tiny import random_adapter
 
 from t2i_spo_plugin.convert import convert_adapter
@@ -21,6 +21,7 @@ NOT_LOADED = "lora key not loaded"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "ff.net.0.proj", "ff.net.2", "q_proj", "fc1", "fc2")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "time_emb_proj", "downsamplers.0.conv")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
+STOCK, OWN = "LoraLoader", "SPO_LoadAdapter"
 SIGMA = 3.0
 
 
@@ -47,28 +48,32 @@ def write(executor):
     return write
 
 
-def loaders(family, file, strength=1.0, models=None):
-    """Base model and Load LoRA: node 1 gives the base, node 8 the patched model, and the patched text encoder."""
-    if family in UNET_FAMILIES:
+def loaders(family, file, strength=1.0, kind=STOCK, models=None):
+    """Base model and adapter: node 1 gives the base, node 8 the patched model, and the patched text encoder."""
+    unet = family in UNET_FAMILIES
+    if unet:
         graph = {"1": text_to_image(family)["1"]}
-        inputs = {"model": ["1", 0], "clip": ["1", 1], "strength_clip": strength}
-        kind = "LoraLoader"
     else:
-        name = write_model(family, models)
-        graph = {"1": {"class_type": "UNETLoader", "inputs": {"unet_name": name, "weight_dtype": "default"}}}
-        inputs, kind = {"model": ["1", 0]}, "LoraLoaderModelOnly"
-    graph["8"] = {"class_type": kind, "inputs": {**inputs, "lora_name": file, "strength_model": strength}}
+        graph = {"1": node("UNETLoader", unet_name=write_model(family, models), weight_dtype="default")}
+    both = {"model": ["1", 0], "clip": ["1", 1]} if unet else {"model": ["1", 0]}
+    if kind == OWN:
+        graph["8"] = node(OWN, **both, adapter=file, strength=strength)
+    elif unet:
+        graph["8"] = node(STOCK, **both, lora_name=file, strength_model=strength, strength_clip=strength)
+    else:
+        graph["8"] = node("LoraLoaderModelOnly", **both, lora_name=file, strength_model=strength)
     return graph
 
 
+@pytest.mark.parametrize("kind", [STOCK, OWN])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_module_of_a_published_adapter_is_loaded(executor, write, family, caplog):
+def test_every_module_of_a_published_adapter_is_loaded(executor, write, family, kind, caplog):
     adapter, file = write(family)
     wanted = {"base": ["1", 0], "model": ["8", 0]}
     if family in UNET_FAMILIES:
         wanted["clip"] = ["8", 1]
     with caplog.at_level(logging.WARNING):
-        run = executor.run(loaders(family, file, models=executor.base / "models"), **wanted)
+        run = executor.run(loaders(family, file, 1.0, kind, executor.base / "models"), **wanted)
     assert NOT_LOADED not in caplog.text and "shape" not in caplog.text.lower()
     patchers = [run["model"], *([run["clip"].patcher] if "clip" in wanted else [])]
     assert sum(len(patches) for patcher in patchers for patches in patcher.patches.values()) == len(adapter.modules)
@@ -86,10 +91,11 @@ def test_of_what_diffusers_itself_writes_the_attention_is_left_out(run_graph, wr
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize(("kind", "layout"), [(STOCK, ""), (OWN, ""), (OWN, "diffusers")])
 @pytest.mark.parametrize("family", UNET_FAMILIES)
-def test_the_patched_unet_computes_what_diffusers_computes(executor, write, family, strength):
-    _, file = write(family)
-    run = executor.run(loaders(family, file, strength), base=["1", 0], model=["8", 0])
+def test_the_patched_unet_computes_what_diffusers_computes(executor, write, family, kind, layout, strength):
+    _, file = write(family, layout)
+    run = executor.run(loaders(family, file, strength, kind), base=["1", 0], model=["8", 0])
     pipe = copy.deepcopy(pipeline(family))
     load_spo_lora(pipe, executor.base / "models" / "loras" / file, strength=strength)
     with torch.no_grad():
@@ -102,11 +108,12 @@ def test_the_patched_unet_computes_what_diffusers_computes(executor, write, fami
         assert torch.equal(base, expected)
 
 
+@pytest.mark.parametrize("kind", [STOCK, OWN])
 @pytest.mark.parametrize("family", UNET_FAMILIES)
-def test_after_the_adapter_the_base_model_is_what_it_was(executor, write, family):
+def test_after_the_adapter_the_base_model_is_what_it_was(executor, write, family, kind):
     _, file = write(family)
     base_graph = text_to_image(family)
-    graph = base_graph | loaders(family, file)
+    graph = base_graph | loaders(family, file, 1.0, kind)
     graph["5"] = {**graph["5"], "inputs": {**graph["5"]["inputs"], "model": ["8", 0]}}
     wanted = {"picture": ["6", 0], "model": ["1", 0]}
     before = executor.run(base_graph, **wanted)

@@ -1,6 +1,5 @@
 """The nodes that score, show, withhold and report: alone, and in graphs that ComfyUI's own executor runs."""
 
-import gc
 import json
 import os
 import shutil
@@ -8,36 +7,33 @@ import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, score_pictures
+
+from t2i_spo_plugin import sticker
+from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
+from t2i_spo_plugin.guard import Guard
+from t2i_spo_plugin.policy import load_policy
+from t2i_spo_plugin.sticker.world import scene
 
 
 pytestmark = pytest.mark.comfy
-pytest.importorskip("comfy", reason="runs where ComfyUI is")
-
-import folder_paths  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from graphs import PACK, GivenPictures, load_pack, new_executor, run_graph  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from t2i_spo_plugin import sticker  # noqa: E402
-from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError  # noqa: E402
-from t2i_spo_plugin.guard import Guard  # noqa: E402
-from t2i_spo_plugin.policy import load_policy  # noqa: E402
-from t2i_spo_plugin.sticker.world import scene  # noqa: E402
-
-
-STICKER = "sticker (bundled)"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tmp_path_factory.mktemp("comfy")
+def base(executor):
+    return executor.base
 
 
 @pytest.fixture(scope="module")
-def pack(base):
-    return load_pack(base)
+def pack(executor):
+    """The pack's nodes by id, as ComfyUI loaded them."""
+    import nodes
+
+    return {name: node for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("SPO_")}
 
 
 @pytest.fixture(scope="module")
@@ -136,21 +132,42 @@ def test_one_category_can_be_asked_for(pack, guard):
         cost(pack, guard, image, category="gluten")
 
 
-def test_the_widget_gets_picture_map_and_numbers(pack, guard, base):
+def shown_picture(base, where):
+    """A file that the browser is told of, `[H, W, C]` in [0, 1]."""
+    assert where["type"] == "temp"
+    with Image.open(base / "temp" / where["subfolder"] / where["filename"]) as file:
+        return torch.from_numpy(np.array(file)).float() / 255.0
+
+
+def test_the_widget_gets_picture_maps_and_numbers(pack, guard, base):
     image = scenes("harmful", "benign")
-    shown = cost(pack, guard, image, 0.4).ui["spo_safety"]
+    result = cost(pack, guard, image, 0.4)
+    shown, safety = result.ui["spo_safety"], result.args[6]
     assert json.loads(json.dumps(shown)) == shown and len(shown) == 2
     for number, entry in enumerate(shown):
-        assert set(entry) == {"image", "map", "cost", "category", "categories", "threshold", "reason"}
+        assert set(entry) == {"image", "maps", "cost", "category", "categories", "threshold", "reason"}
         assert entry["threshold"] == 0.4 and entry["cost"] == max(entry["categories"].values())
-        for name, expected in (("image", image[number]), ("map", cost(pack, guard, image).args[5][number])):
-            where = entry[name]
-            assert where["type"] == "temp"
-            with Image.open(base / "temp" / where["subfolder"] / where["filename"]) as file:
-                pixels = torch.from_numpy(np.array(file)).float() / 255.0
-            assert torch.allclose(pixels, expected, atol=1.01 / 255)
-    overlay = pack["SPO_SafetyOverlay"].execute(image, cost(pack, guard, image).args[6], "red", 1.0, True, True, 0.5)
-    assert len(overlay.ui["images"]) == len(overlay.ui["spo_safety"]) == 2
+        assert torch.allclose(shown_picture(base, entry["image"]), image[number], atol=1.01 / 255)
+        assert entry["category"] in entry["maps"]
+        assert {name for name, value in entry["categories"].items() if value >= 0.05} <= entry["maps"].keys()
+        for name, where in entry["maps"].items():
+            alpha = shown_picture(base, where)[..., 3]
+            assert torch.allclose(alpha, safety.heat_map(number, name), atol=1.01 / 255)
+
+
+def test_the_browser_can_lay_the_overlay_together(pack, guard, base):
+    """Picture and map, blended by the slider's opacity, are what the node draws but for the boxes and words."""
+    image = unsafe_scene(guard)
+    safety = cost(pack, guard, image).args[6]
+    for opacity in (0.3, 1.0):
+        result = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", opacity, False, False, 0.5)
+        (entry,) = result.ui["spo_safety"]
+        ground = shown_picture(base, entry["image"])
+        colours, alpha = shown_picture(base, entry["maps"][entry["category"]]).split([3, 1], -1)
+        blended = (1 - opacity * alpha) * ground + opacity * alpha * colours
+        assert torch.allclose(blended, result.args[0][0], atol=3 / 255)
+    marked = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", 1.0, True, True, 0.5).ui["spo_safety"][0]
+    assert not torch.allclose(shown_picture(base, marked["image"]), ground), "boxes and labels are not shown"
 
 
 def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):
@@ -228,8 +245,8 @@ def test_a_cost_model_has_to_be_chosen(pack):
     assert "sticker pictures" in loader.execute(STICKER, "as the model", False).args[1]
 
 
-def test_own_models_and_policies_come_from_the_models_folder(pack, base):
-    loader, folder = pack["SPO_LoadCostModel"], base / "models" / "safety_cost"
+def test_own_models_and_policies_come_from_the_models_folder(pack, cost_models):
+    loader, folder = pack["SPO_LoadCostModel"], cost_models
     shutil.copytree(sticker.FOLDER / "cost_model", folder / "mine")
     (folder / "strict.yaml").write_text(
         "name: strict\ndomain: sticker\ncategories:\n  - name: weapons\n    threshold: 0.1\n"
@@ -247,8 +264,8 @@ def test_own_models_and_policies_come_from_the_models_folder(pack, base):
             loader.execute(model, policy, False)
 
 
-def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, base, monkeypatch):
-    folder = base / "models" / "safety_cost" / "head"
+def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, cost_models, monkeypatch):
+    folder = cost_models / "head"
     folder.mkdir()
     facts = {
         "kind": "clip_head",
@@ -288,13 +305,12 @@ def test_uascore_of_a_batch(pack, guard):
         pack["SPO_UAScore"].execute(image, guard, "one", "", STICKER)
 
 
-def test_a_quality_reference_of_the_users_own(pack, guard, base):
-    folder = base / "models" / "safety_cost"
+def test_a_quality_reference_of_the_users_own(pack, guard, cost_models):
     bundled = json.loads((sticker.FOLDER / "quality_model" / "reference.json").read_text())
     from t2i_spo_plugin.quality.normalise import Reference
 
     other = Reference((bundled["alignment"][0], 1.0), tuple(bundled["realism"]), "another base", 10)
-    other.save(folder / "another.json")
+    other.save(cost_models / "another.json")
     options = next(g for g in pack["SPO_UAScore"].define_schema().inputs if g.id == "reference").options
     assert options == [STICKER, "another.json"]
     image = scenes("harmful", "benign")
@@ -349,113 +365,63 @@ def test_the_report_stands_alone_and_stays_in_the_output_folder(pack, guard, bas
         pack["SPO_SaveReport"].execute("spo/a")
 
 
-def graph(action="pass", key="pictures", threshold=0.5):
-    """Load, score, draw over, switch, report; the kept values are numbers 10 to 14."""
-    return {
-        "1": {"class_type": "GivenPictures", "inputs": {"key": key}},
-        "2": {
-            "class_type": "SPO_LoadCostModel",
-            "inputs": {"model": STICKER, "policy": "as the model", "override_domain": False},
-        },
-        "3": {
-            "class_type": "SPO_SafetyCost",
-            "inputs": {
-                "image": ["1", 0],
-                "cost_model": ["2", 0],
-                "threshold": threshold,
-                "category": "the deciding one",
-            },
-        },
-        "4": {
-            "class_type": "SPO_SafetyOverlay",
-            "inputs": {
-                "image": ["1", 0],
-                "safety": ["3", 6],
-                "colour_map": "heat",
-                "opacity": 0.6,
-                "boxes": True,
-                "labels": True,
-                "threshold": threshold,
-            },
-        },
-        "5": {
-            "class_type": "SPO_SafetySwitch",
-            "inputs": {
-                "image": ["1", 0],
-                "safety": ["3", 6],
-                "threshold": threshold,
-                "action": action,
-                "message": "not here",
-            },
-        },
-        "6": {"class_type": "SPO_SaveReport", "inputs": {"safety": ["3", 6], "filename_prefix": "spo/graph"}},
-        "10": {"class_type": "Kept", "inputs": {"value": ["3", 1]}},
-        "11": {"class_type": "Kept", "inputs": {"value": ["3", 3]}},
-        "12": {"class_type": "Kept", "inputs": {"value": ["5", 0]}},
-        "13": {"class_type": "Kept", "inputs": {"value": ["5", 1]}},
-        "14": {"class_type": "Kept", "inputs": {"value": ["3", 0]}},
-    }
+WANTED = {"image": ["3", 0], "cost": ["3", 1], "unsafe": ["3", 3], "shown": ["5", 0], "withheld": ["5", 1]}
 
 
-def test_a_whole_graph(pack, guard):
+def test_a_whole_graph(pack, guard, run_graph):
     image = torch.cat([unsafe_scene(guard), scenes("benign")])
-    GivenPictures.GIVEN["pictures"] = image
-    ran = run_graph(graph("blur region"))
-    assert ran.success, ran.messages
-    assert ran.kept["10"] == pytest.approx(cost(pack, guard, image).args[1])
-    assert ran.kept["11"] == ran.kept["13"] == [True]
-    assert ran.kept["14"][0] is image and not torch.equal(ran.kept["12"][0], image)
-    assert len(ran.ui["3"]["spo_safety"]) == len(ran.ui["4"]["images"]) == 2
+    ran = run_graph(score_pictures(), {"pictures": image}, **WANTED)
+    assert ran.values["cost"] == pytest.approx(cost(pack, guard, image).args[1])
+    assert ran["unsafe"] is ran["withheld"] is True
+    assert ran["image"] is image and not torch.equal(ran["shown"], image)
+    assert len(ran.ui["3"]["spo_safety"]) == len(ran.ui["4"]["spo_safety"]) == 2
     assert Path(ran.ui["6"]["text"][0]).is_file()
 
 
-def test_no_pictures_run_through(pack):
-    GivenPictures.GIVEN["none"] = torch.zeros(0, 64, 64, 3)
-    ran = run_graph(graph("stop", key="none"))
-    assert ran.success, ran.messages
-    assert ran.kept["11"] == ran.kept["13"] == [False] and "10" not in ran.kept
+def test_no_pictures_run_through(run_graph):
+    ran = run_graph(score_pictures(action="stop"), {"pictures": torch.zeros(0, 64, 64, 3)}, **WANTED)
+    assert ran["unsafe"] is ran["withheld"] is False and "cost" not in ran.values
 
 
-def test_stop_hands_on_no_picture_and_says_why(pack, guard):
-    GivenPictures.GIVEN["pictures"] = unsafe_scene(guard)
-    ran = run_graph(graph("stop"))
-    assert "12" not in ran.kept and ran.kept["13"] == [True]
-    assert any("not here" in str(data.get("exception_message")) for _, data in ran.messages)
+def test_stop_hands_on_no_picture_and_says_why(guard, run_graph):
+    with pytest.raises(GraphError, match="not here") as stopped:
+        run_graph(score_pictures(action="stop"), {"pictures": unsafe_scene(guard)}, **WANTED)
+    ran = stopped.value.run
+    assert "shown" not in ran.values and ran["withheld"] is True
 
 
-def test_a_model_that_was_not_chosen_is_said_before_anything_runs(pack):
-    GivenPictures.GIVEN["pictures"] = scenes("benign")
-    unchosen = graph()
+def test_a_model_that_was_not_chosen_is_said_before_anything_runs(run_graph):
+    unchosen = score_pictures()
     unchosen["2"]["inputs"]["model"] = "choose one"
-    ran = run_graph(unchosen)
-    assert not ran.success and not ran.kept and "choose one of" in str(ran.invalid)
+    with pytest.raises(GraphError, match="choose one of") as refused:
+        run_graph(unchosen, {"pictures": scenes("benign")}, **WANTED)
+    assert not refused.value.run.messages
 
 
-def test_two_prompts_do_not_mix(pack, guard):
+def test_two_prompts_do_not_mix(pack, guard, run_graph):
     """Queued one after another in one executor, and side by side in one graph with one cost model."""
     pictures = {"a": unsafe_scene(guard), "b": scenes("benign")}
-    GivenPictures.GIVEN.update(pictures)
-    shared, expected = new_executor(), {k: cost(pack, guard, image).args[1] for k, image in pictures.items()}
-    for key in ("a", "b", "a"):
-        assert run_graph(graph(key=key), shared).kept["10"] == pytest.approx(expected[key])
-    both = graph(key="a") | {
+    expected = {name: cost(pack, guard, image).args[1] for name, image in pictures.items()}
+    for name in ("a", "b", "a"):
+        ran = run_graph(score_pictures(pictures=name), pictures, cost=["3", 1])
+        assert ran.values["cost"] == pytest.approx(expected[name])
+    both = score_pictures(pictures="a") | {
         f"9{number}": node | {"inputs": _renamed(node["inputs"])}
-        for number, node in graph(key="b").items()
+        for number, node in score_pictures(pictures="b").items()
         if number != "2"
     }
-    ran = run_graph(both)
-    assert ran.kept["10"] == pytest.approx(expected["a"]) and ran.kept["910"] == pytest.approx(expected["b"])
+    ran = run_graph(both, pictures, a=["3", 1], b=["93", 1])
+    assert ran.values["a"] == pytest.approx(expected["a"]) and ran.values["b"] == pytest.approx(expected["b"])
 
 
 def _renamed(inputs):
     return {k: [f"9{v[0]}", v[1]] if isinstance(v, list) and v[0] != "2" else v for k, v in inputs.items()}
 
 
-def test_a_cancelled_run_ends_and_the_next_one_works(pack, guard, monkeypatch):
+def test_a_cancelled_run_ends_and_the_next_one_works(run_graph, monkeypatch):
     from comfy import model_management
 
-    GivenPictures.GIVEN["many"] = scenes(*["benign"] * 4).repeat(8, 1, 1, 1)
-    calls = []
+    many, calls = scenes(*["benign"] * 4).repeat(8, 1, 1, 1), []
 
     def score(self, images, domain=None):
         calls.append(len(images))
@@ -463,62 +429,43 @@ def test_a_cancelled_run_ends_and_the_next_one_works(pack, guard, monkeypatch):
         return original(self, images, domain)
 
     original = Guard.__call__
-    executor = new_executor()
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "__call__", score)
-        ran = run_graph(graph(key="many"), executor)
-    assert not ran.success and any(event == "execution_interrupted" for event, _ in ran.messages)
+        with pytest.raises(GraphError, match="interrupted"):
+            run_graph(score_pictures(), {"pictures": many})
     assert sum(calls) < 32
-    GivenPictures.GIVEN["pictures"] = scenes("benign")
-    assert run_graph(graph(), executor).success
+    assert run_graph(score_pictures(), {"pictures": scenes("benign")}, cost=["3", 1])["cost"] < 0.5
 
 
-def test_progress_reaches_the_browser(pack, guard):
+def test_progress_reaches_the_browser(run_graph, monkeypatch):
     import comfy.utils
 
-    GivenPictures.GIVEN["many"] = scenes(*["benign"] * 5).repeat(4, 1, 1, 1)
     seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
-    try:
-        assert run_graph(graph(key="many")).success
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
+    hook = lambda value, total, preview, node_id=None: seen.append((value, total))  # noqa: E731
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    run_graph(score_pictures(), {"pictures": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
     assert (20, 20) in seen and any(value < total for value, total in seen)
 
 
-def test_200_prompts_leave_nothing_behind(pack, base):
+def test_200_prompts_leave_nothing_behind(run_graph):
     """Objects and resident memory, after a start that fills the caches."""
-    import psutil
 
-    executor, process = new_executor(), psutil.Process()
-
-    def state():
-        gc.collect()
-        tensors = sum(1 for found in gc.get_objects() if type(found) is torch.Tensor)
-        return tensors, process.memory_info().rss
-
-    for number in range(200):
-        GivenPictures.GIVEN["turn"] = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
-        turn = graph("pixelate region", threshold=number / 1000)
-        turn["1"]["inputs"]["key"] = "turn"
+    def prompt(number):
+        turn = score_pictures(action="pixelate region", threshold=number / 1000)
         turn["6"]["inputs"]["filename_prefix"] = f"many/{number % 2}"
-        assert run_graph(turn, executor).success
-        if number == 50:
-            before = state()
-    after = state()
-    assert after[0] <= before[0] + 10
-    assert after[1] <= before[1] + 40 * 2**20, f"grew by {(after[1] - before[1]) / 2**20:.0f} MiB"
+        pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
+        run_graph(turn, {"pictures": pictures})
+
+    check_nothing_is_left_behind(prompt)
 
 
-def test_only_outputs_and_temporary_files_are_written(pack, guard, base):
+def test_only_outputs_and_temporary_files_are_written(guard, base, run_graph):
     def files(folder):
-        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        return {path: path.stat().st_mtime_ns for path in found}
 
-    kept = {folder: files(folder) for folder in (base / "models", base / "input", PACK)}
-    GivenPictures.GIVEN["pictures"] = unsafe_scene(guard)
-    assert run_graph(graph("blur region")).success
-    for folder, before in kept.items():
-        after = {path: when for path, when in files(folder).items() if "__pycache__" not in path.parts}
-        assert after == {path: when for path, when in before.items() if "__pycache__" not in path.parts}
-    assert set(base.iterdir()) == {base / name for name in ("models", "input", "output", "temp")}
-    assert folder_paths.get_output_directory() == str(base / "output")
+    folders, beside = [base / "models", base / "input", REPOSITORY / "comfy_nodes"], set(base.iterdir())
+    before = [files(folder) for folder in folders]
+    run_graph(score_pictures(), {"pictures": unsafe_scene(guard)})
+    assert [files(folder) for folder in folders] == before
+    assert set(base.iterdir()) == beside

@@ -9,7 +9,8 @@ import comfy.utils
 import miniature
 import pytest
 import torch
-from sticker_runs import LOOK, Seen, node, sizes, spo_stack, start_noise, text_to_image
+from running import node
+from sticker_runs import LOOK, Seen, sizes, spo_stack, start_noise, text_to_image
 from tiny import random_adapter
 
 from t2i_spo_plugin import ClosedLoop, ConfigError, convert_adapter
@@ -109,9 +110,9 @@ def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, 
         graph = {
             **text_to_image([model, 0], ["1", 1], ["1", 2]),
             "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
-            "2": node("LoadAdapter", model=["1", 0], adapter=path.name, strength=1.0),
+            "2": node("SPO_LoadAdapter", model=["1", 0], adapter=path.name, strength=1.0),
             "3": node(
-                "Steering",
+                "SPO_Steering",
                 **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "evidence": SIZE, "start": 0.0, "end": 1.0},
                 threshold=threshold,
             ),

@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from running import GraphError
+from running import GraphError, node
 from sticker_runs import (
     BENIGN,
     HARMFUL,
@@ -16,7 +16,6 @@ from sticker_runs import (
     SPO,
     STEPS,
     hooked,
-    node,
     sample,
     sizes,
     spo_stack,
@@ -352,9 +351,9 @@ def test_a_file_that_is_no_closed_loop_is_refused_before_the_run(loops):
 def test_a_missing_file_stops_a_workflow_with_a_sentence(run_graph):
     steering = {"mode": "closed loop", "evidence": "gone.safetensors", "start": 0.0, "end": 1.0}
     graph = {
-        "1": node("StickerDemoLoader"),
-        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-        "3": node("Steering", model=["1", 0], adapter=["2", 2], **steering),
+        "1": node("SPO_StickerDemoLoader"),
+        "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("SPO_Steering", model=["1", 0], adapter=["2", 2], **steering),
     }
     with pytest.raises(GraphError, match=r"there is no closed loop 'gone.safetensors'.*models/spo_closed_loop"):
         run_graph(graph, model=["3", 0])
@@ -394,10 +393,10 @@ def test_two_steered_clones_of_one_model_do_not_touch_each_other_in_a_graph(run_
     common = {"model": ["1", 0], "adapter": ["2", 2], "start": 0.0}
     graph = {
         **text_to_image(["1", 0], ["1", 1], ["1", 2]),
-        "1": node("StickerDemoLoader"),
-        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-        "3": node("Steering", mode="closed loop", evidence=READER, end=1.0, **common),
-        "4": node("Steering", mode="window", evidence=SIZE, end=0.5, **common),
+        "1": node("SPO_StickerDemoLoader"),
+        "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("SPO_Steering", mode="closed loop", evidence=READER, end=1.0, **common),
+        "4": node("SPO_Steering", mode="window", evidence=SIZE, end=0.5, **common),
     }
     for number, model in (("23", "3"), ("33", "4")):
         graph[number] = {**graph["13"], "inputs": {**graph["13"]["inputs"], "model": [model, 0]}}
@@ -414,10 +413,10 @@ def test_image_to_image_at_a_low_denoise_is_drawn_with_the_adapter(run_graph):
     common = {"model": ["1", 0], "adapter": ["2", 2], "start": 0.0, "end": 1.0}
     graph = {
         **text_to_image(["1", 0], ["1", 1], ["1", 2]),
-        "1": node("StickerDemoLoader"),
-        "2": node("LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-        "3": node("Steering", mode="closed loop", evidence=READER, **common),
-        "4": node("Steering", mode="window", evidence=SIZE, **common),
+        "1": node("SPO_StickerDemoLoader"),
+        "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+        "3": node("SPO_Steering", mode="closed loop", evidence=READER, **common),
+        "4": node("SPO_Steering", mode="window", evidence=SIZE, **common),
         "20": {"class_type": "VAEEncode", "inputs": {"pixels": ["14", 0], "vae": ["1", 2]}},
     }
     for number, model in (("21", "1"), ("22", "3"), ("23", "4")):

@@ -1,4 +1,4 @@
-"""A custom node folder for tests alone: small models that the stock loaders accept, and a node that keeps values.
+"""A custom node folder for tests alone: models that the stock loaders accept, and nodes that give and keep values.
 
 ComfyUI tells model families apart by exact widths. Here it learns two more: Stable Diffusion 1 and XL in the sizes of
 `miniature.py`. All the rest of them is ComfyUI's own code.
@@ -19,6 +19,8 @@ TEXT_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads
 SIZES = {"clip_l_model_config": TEXT_ENCODER, "clip_g_model_config": {**TEXT_ENCODER, "projection_dim": 32}}
 RECORDED: dict[str, list[object]] = {}
 """What the nodes TestRecord have been given, by the name in their inputs."""
+GIVEN: dict[str, object] = {}
+"""What the nodes TestPictures hand on, by the name in their inputs."""
 
 
 class MiniatureSD1TextEncoder(comfy.sd1_clip.SD1ClipModel):
@@ -82,6 +84,25 @@ class TestRecord:
         return {}
 
 
+class TestPictures:
+    """Hands on pictures as they are, as a stock node would."""
+
+    CATEGORY = "tests"
+    FUNCTION = "give"
+    RETURN_TYPES = ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {"default": "pictures"})}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def give(self, name):
+        return (GIVEN[name],)
+
+
 if MiniatureSD1 not in comfy.supported_models.models:
     comfy.supported_models.models += [MiniatureSD1, MiniatureSDXL]
-NODE_CLASS_MAPPINGS = {"TestRecord": TestRecord}
+NODE_CLASS_MAPPINGS = {"TestPictures": TestPictures, "TestRecord": TestRecord}
