@@ -97,8 +97,8 @@ def payload(
         costs = dict(safety.category_costs[number])
         asked = category_of(safety, number, category)
         named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
-        layers = [layer(heat_map(safety, number, name), colour_map) for name in named or [None]]
-        files = previews(torch.stack(layers).movedim(1, -1))
+        maps = [heat_map(safety, number, name) for name in named] or [heat_map(safety, number)]
+        files = previews(torch.stack([layer(found, colour_map) for found in maps]).movedim(1, -1))
         shown.append(
             {
                 "image": picture,

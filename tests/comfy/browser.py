@@ -31,6 +31,11 @@ _NOT_OURS = (
     # Pages of ComfyUI that are not installed here, or that are on the Internet.
     "/templates/",
     "/docs/Comfy",
+    # The server of 0.16.3 lists outputs that are text, which its front end refuses.
+    "[Jobs API]",
+    "core workflow templates",
+    "fuse options",
+    "fuse_options",
     "comfy.org",
     "googletagmanager",
     "userdata",
@@ -125,7 +130,9 @@ class Canvas:
                 for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
                     api.addEventListener(end, (event) =>
                         finish(end + ' ' + (event.detail?.exception_message ?? '')), { once: true });
-                if (!(await app.queuePrompt(0))) finish('refused: ' + JSON.stringify(app.lastNodeErrors));
+                await app.queuePrompt(0);
+                const refused = app.lastNodeErrors ?? {};
+                if (Object.keys(refused).length) finish('refused: ' + JSON.stringify(refused));
             })""",
             timeout,
         )
@@ -137,7 +144,7 @@ class Canvas:
         toggle = "() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')"
         self.page.evaluate(toggle)
         self.page.wait_for_timeout(300)
-        self.page.screenshot(path=path, clip=self.fit())
+        self.page.screenshot(path=path, clip=self.fit(), quality=80 if path.suffix == ".jpg" else None)
         self.page.evaluate(toggle)
 
     def saved(self) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def open_canvas(
     locale: str = "en",
     palette: str = "dark",
     size: tuple[int, int] = (1600, 1000),
+    sharpness: float = 1.0,
 ) -> Iterator[Canvas]:
     """ComfyUI in a fresh page, without a workflow."""
     settings = _SETTINGS | {
@@ -161,7 +169,8 @@ def open_canvas(
         "Comfy.ColorPalette": palette,
     }
     server.post("/settings", settings)
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, locale=locale)
+    viewport = {"width": size[0], "height": size[1]}
+    context = browser.new_context(viewport=viewport, device_scale_factor=sharpness, locale=locale)
     page = context.new_page()
     canvas = Canvas(page, server)
     try:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -408,8 +409,10 @@ _ALONE = """(wanted) => {
     return app.graph.serialize();
 }"""
 
-_BUILD = """([columns, gaps]) => {
-    app.graph.clear();
+_BUILD = """async ([columns, gaps]) => {
+    // A graph with an identity of its own: the front end keeps the values of the graph before under theirs.
+    const empty = { id: crypto.randomUUID(), version: 0.4, nodes: [], links: [], groups: [] };
+    await app.loadGraphData(empty, true, true, "new");
     const made = {};
     let x = 0;
     for (const column of columns) {
@@ -476,7 +479,7 @@ def main(names: list[str]) -> None:
                 workflow, alone = fold(canvas)
                 alone["definitions"]["subgraphs"][0] |= {"description": SUBGRAPH["description"], "category": "SPO"}
                 write(SUBGRAPHS / f"{SUBGRAPH['name']}.json", alone)
-            write(EXAMPLES / f"{name}.json", workflow)
+            write(EXAMPLES / f"{name}.json", workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, name))})
             canvas.load(workflow, name)
             canvas.run()
             picture = EXAMPLES / f"{name}.jpg"
