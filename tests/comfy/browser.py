@@ -116,6 +116,16 @@ class Canvas:
         self.page.wait_for_timeout(600)
         return area
 
+    def zoom(self, kind: str) -> None:
+        """Show the first node of a kind in its own size."""
+        script = """(kind) => {
+            const node = app.canvas.graph.nodes.find((each) => each.type === kind);
+            Object.assign(app.canvas.ds, { scale: 1, offset: [100 - node.pos[0], 100 - node.pos[1]] });
+            app.canvas.setDirty(true, true);
+        }"""
+        self.page.evaluate(script, kind)
+        self.page.wait_for_timeout(600)
+
     def run(self, timeout: float = 180.0) -> None:
         """Run the workflow as the button does, to its end.
 

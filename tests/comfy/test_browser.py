@@ -333,6 +333,7 @@ def test_pictures_of_the_guide(browser, server, shots):
         canvas.run()
         loaded(canvas)
         canvas.picture(shots / "comfyui-compare.jpg")
+        canvas.zoom("SPO_SafetyCost")
         canvas.page.locator(VIEW).first.screenshot(path=shots / "comfyui-view.jpg", quality=90)
         canvas.load(EXAMPLES["see_and_inpaint_the_region"])
         canvas.run()
