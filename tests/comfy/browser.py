@@ -14,6 +14,8 @@ from running import Server
 
 
 RENDERERS = ("classic", "nodes 2.0")
+OLDEST_NODES_2 = (0, 20)
+"""The version of ComfyUI from which on Nodes 2.0 are tested: in 0.16 they were a preview, and time is short."""
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingNodesWarning": True,
@@ -23,9 +25,13 @@ _SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Graph.CanvasMenu": False,
+    # There is no graphics card: drawing takes what the models need.
+    "LiteGraph.Canvas.MaximumFps": 10,
     # Text stays text, however small.
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.InstalledVersion": "1.0.0",
+    "Comfy.Locale": "en",
+    "Comfy.ColorPalette": "dark",
 }
 _NOT_OURS = (
     # Pages of ComfyUI that are not installed here, or that are on the Internet.
@@ -157,6 +163,12 @@ class Canvas:
         self.page.screenshot(path=path, clip=self.fit(), quality=80 if path.suffix == ".jpg" else None)
         self.page.evaluate(toggle)
 
+    def set(self, setting: str, value: Any) -> None:
+        """Change a setting as the settings dialog does."""
+        script = "([name, value]) => app.extensionManager.setting.set(name, value)"
+        self.page.evaluate(script, [setting, value])
+        self.page.wait_for_timeout(800)
+
     def saved(self) -> dict[str, Any]:
         """The workflow as the front end would save it now."""
         return self.page.evaluate("() => app.graph.serialize()")
@@ -167,20 +179,13 @@ def open_canvas(
     browser: Browser,
     server: Server,
     renderer: str = "classic",
-    locale: str = "en",
-    palette: str = "dark",
-    size: tuple[int, int] = (1600, 1000),
+    size: tuple[int, int] = (1200, 800),
     sharpness: float = 1.0,
 ) -> Iterator[Canvas]:
     """ComfyUI in a fresh page, without a workflow."""
-    settings = _SETTINGS | {
-        "Comfy.VueNodes.Enabled": renderer == "nodes 2.0",
-        "Comfy.Locale": locale,
-        "Comfy.ColorPalette": palette,
-    }
-    server.post("/settings", settings)
+    server.post("/settings", _SETTINGS | {"Comfy.VueNodes.Enabled": renderer == "nodes 2.0"})
     viewport = {"width": size[0], "height": size[1]}
-    context = browser.new_context(viewport=viewport, device_scale_factor=sharpness, locale=locale)
+    context = browser.new_context(viewport=viewport, device_scale_factor=sharpness)
     page = context.new_page()
     canvas = Canvas(page, server)
     try:

@@ -300,7 +300,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
             prompt("prompt", HARMFUL, "Prompt: harmful"),
             prompt("benign", BENIGN, "Prompt: harmless"),
             prompt("negative", "", "Negative prompt"),
-            latent(4),
+            latent(2),
         ],
         [
             sampler("one", ("demo", "model"), "KSampler: harmful prompt"),
@@ -322,8 +322,8 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
             node(
                 *("score", "SPO_UAScore", "", (400, 360)),
                 {
-                    "prompts": "\n".join([HARMFUL] * 4 + [BENIGN] * 4),
-                    "safe_prompts": "\n".join([HARMFUL.replace("skull", "panda")] * 4 + [""] * 4),
+                    "prompts": "\n".join([HARMFUL] * 2 + [BENIGN] * 2),
+                    "safe_prompts": "\n".join([HARMFUL.replace("skull", "panda")] * 2 + [""] * 2),
                 },
                 image=("batch", "IMAGE"),
                 cost_model=("costs", "cost_model"),
