@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guard import Guard, SafetyReport, join_reports
-from t2i_spo_plugin.images import channels_first
+from t2i_spo_plugin.images import channels_first, resize
 from t2i_spo_plugin.overlay import layer
 
 
@@ -22,6 +22,8 @@ BATCH = 8
 NOT_SCORED = "not scored"
 _FAINT = 0.05
 """Below this cost a map is all but clear."""
+_MAP_SIZE = 512
+"""Pixels along the longer side of a map in the browser, at most."""
 
 
 def steps(total: int, size: int = 1) -> Iterator[slice]:
@@ -90,27 +92,35 @@ def payload(
 ) -> list[dict[str, Any]]:
     """What the widget shows of each picture `[B, H, W, C]`: the picture, costs, and maps to be laid over it.
 
-    There is a map of each category that a glance could find in the picture, and of the one that is asked for.
+    There is a map of each category that a glance could find in the picture, and of the one that is asked for; there is
+    none of a picture that was not scored.
     """
     shown: list[dict[str, Any]] = []
-    for number, picture in enumerate(previews(image)):
-        costs = dict(safety.category_costs[number])
-        asked = category_of(safety, number, category)
-        named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
-        maps = [heat_map(safety, number, name) for name in named] or [heat_map(safety, number)]
-        files = previews(torch.stack([layer(found, colour_map) for found in maps]).movedim(1, -1))
-        shown.append(
-            {
-                "image": picture,
-                "maps": dict(zip(named or [asked], files, strict=True)),
-                "cost": safety.cost_of(number, category),
-                "category": asked,
-                "categories": costs,
-                "threshold": threshold,
-                "reason": safety.reasons[number],
-            }
-        )
+    for part in steps(len(image)):
+        for number in range(len(image))[part]:
+            asked, costs = category_of(safety, number, category), safety.category_costs[number]
+            named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
+            files = [_map_preview(safety.heat_map(number, name), colour_map) for name in named]
+            shown.append(
+                {
+                    "image": previews(image[number : number + 1])[0],
+                    "maps": dict(zip(named, files, strict=True)),
+                    "cost": safety.cost_of(number, category),
+                    "category": asked,
+                    "categories": dict(costs),
+                    "threshold": threshold,
+                    "reason": safety.reasons[number],
+                }
+            )
     return shown
+
+
+def _map_preview(found: Tensor, colour_map: str) -> Any:
+    """A cost map as the browser lays it over the picture; it is smooth, so that a small one does."""
+    height, width = found.shape
+    scale = min(1.0, _MAP_SIZE / max(height, width))
+    small = resize(found[None, None], (max(1, round(scale * height)), max(1, round(scale * width))))[0, 0]
+    return previews(layer(small, colour_map).movedim(0, -1)[None])[0]
 
 
 def category_of(safety: SafetyReport, number: int, category: str | None = None) -> str:

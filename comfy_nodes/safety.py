@@ -17,7 +17,7 @@ from t2i_spo_plugin.guard import Guard, SafetyReport
 from t2i_spo_plugin.hashing import folder_hash
 from t2i_spo_plugin.images import channels_first, resize
 from t2i_spo_plugin.marking import Hiding, annotate, hide, message_picture
-from t2i_spo_plugin.overlay import COLOUR_MAPS, boxes, tint
+from t2i_spo_plugin.overlay import COLOUR_MAPS, Box, boxes, tint
 from t2i_spo_plugin.policy import BUNDLED_POLICIES, Policy, load_policy, matching_policy
 
 from . import COST_MODELS
@@ -213,14 +213,18 @@ class SafetyOverlay(io.ComfyNode):
     ) -> io.NodeOutput:
         safety = report_of(safety, image)
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
-        drawn, marked = torch.zeros(2, *image.shape[:3], 3)
+        drawn, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
         for part in steps(len(image)):
             for number in range(len(image))[part]:
-                for picture, strength in ((drawn, opacity), (marked, 0.0)):
-                    seen = _drawn(safety, number, maps[number], colour_map, strength, boxes, labels, threshold)
-                    picture[number] = seen.permute(1, 2, 0)
+                pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
+                found, label = _marks(safety, number, maps[number], threshold)
+                found, label = found if boxes else [], label if labels else ""
+                tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
+                drawn[number] = annotate(tinted, found, label).movedim(0, -1)
+                marked[number] = annotate(pixels, found, label).movedim(0, -1)
         # The browser lays the colours over the rest itself, as strongly as its slider says.
-        return io.NodeOutput(drawn, ui={"spo_safety": payload(safety, marked, threshold, colour_map=colour_map)})
+        shown = payload(safety, marked, threshold, colour_map=colour_map)
+        return io.NodeOutput(drawn, ui={"spo_safety": [entry | {"opacity": opacity} for entry in shown]})
 
 
 class SafetySwitch(io.ComfyNode):
@@ -348,22 +352,12 @@ def _threshold() -> io.Float.Input:
     return io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
 
 
-def _drawn(
-    safety: SafetyReport,
-    number: int,
-    cost_map: Tensor,
-    colour_map: str,
-    opacity: float,
-    with_boxes: bool,
-    with_label: bool,
-    threshold: float,
-) -> Tensor:
-    pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
+def _marks(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float) -> tuple[list[Box], str]:
+    """What is drawn on a picture: boxes where its cost reaches the threshold, and its label."""
+    cost = safety.cost_of(number)
     if cost is None:
-        return annotate(pixels, (), category_of(safety, number) if with_label else "")
-    found = boxes((cost_map >= threshold).cpu().numpy()) if with_boxes else []
-    label = f"{safety.deciding(number)} {cost:.2f}" if with_label else ""
-    return annotate(tint(pixels, cost_map, colour_map, opacity), found, label)
+        return [], category_of(safety, number)
+    return boxes((cost_map >= threshold).cpu().numpy()), f"{safety.deciding(number)} {cost:.2f}"
 
 
 def _instead(picture: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:

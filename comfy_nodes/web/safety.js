@@ -8,12 +8,15 @@ const KEY = "spo_safety";
 const WIDTH = 340;
 /** Pixels that the picture has at least. */
 const PICTURE = 200;
+/** What is saved in the workflow: opacity of the map, whether it is shown, and the category looked at. */
+const CHOSEN = { opacity: 0.5, shown: true, category: null };
 /** Pixels kept for the categories before they are known; a node that grows after a run would cover others. */
 const CHIPS = 116;
 const TEXTS = {
   en: {
     view: "Safety cost of the pictures",
     waiting: "Run the workflow to see the cost of each picture.",
+    none: "There were no pictures.",
     map: "Map",
     opacity: "Opacity of the cost map; M hides and shows it",
     previous: "Previous picture (left arrow)",
@@ -27,10 +30,11 @@ const TEXTS = {
     clear: (name) => `${name} is too faint for a map`,
   },
   zh: {
-    view: "图片的安全代价",
-    waiting: "运行工作流后，这里显示每张图片的代价。",
-    map: "热图",
-    opacity: "代价热图的不透明度；按 M 键隐藏或显示",
+    view: "图像的安全代价",
+    waiting: "运行工作流后，这里显示每张图像的代价。",
+    none: "没有图像。",
+    map: "代价图",
+    opacity: "代价图的不透明度；按 M 键隐藏或显示",
     previous: "上一张（左方向键）",
     next: "下一张（右方向键）",
     of: (number, count) => `第 ${number} 张，共 ${count} 张`,
@@ -38,12 +42,13 @@ const TEXTS = {
     unsafe: "不安全",
     unknown: "未评分",
     threshold: (value) => `阈值 ${value}`,
-    show: (name) => `显示 ${name} 的热图`,
-    clear: (name) => `${name} 的代价太低，没有热图`,
+    show: (name) => `显示 ${name} 的代价图`,
+    clear: (name) => `${name} 的代价太低，没有代价图`,
   },
   ja: {
     view: "画像の安全コスト",
     waiting: "ワークフローを実行すると、各画像のコストが表示されます。",
+    none: "画像がありません。",
     map: "マップ",
     opacity: "コストマップの不透明度。M キーで表示を切り替えます",
     previous: "前の画像（左矢印キー）",
@@ -79,19 +84,25 @@ class SafetyView {
   constructor(node) {
     this.node = node;
     this.text = texts();
-    this.pictures = [];
+    /** What the node sent of each picture; null before the first run. */
+    this.pictures = null;
+    this.number = 0;
+    this.names = "";
     this.build();
     this.draw();
   }
 
-  /** What is saved in the workflow: opacity of the map, whether it is shown, and the category looked at. */
   get chosen() {
-    return (this.node.properties.spo_view ??= { opacity: 0.5, shown: true, category: null });
+    const { properties } = this.node;
+    // Anyone may have written there.
+    const kept = typeof properties.spo_view === "object" ? properties.spo_view : {};
+    return (properties.spo_view = Object.assign(kept ?? {}, { ...CHOSEN, ...kept }));
   }
 
-  /** The node's own opacity, on Safety Overlay; there the slider and the input are one. */
+  /** The node's own opacity, on Safety Overlay, unless it comes through a link; the slider and the input are one. */
   get opacityInput() {
-    return this.node.widgets?.find((widget) => widget.name === "opacity");
+    const linked = this.node.inputs?.some((slot) => slot.name === "opacity" && slot.link != null);
+    return linked ? undefined : this.node.widgets?.find((widget) => widget.name === "opacity");
   }
 
   build() {
@@ -139,11 +150,15 @@ class SafetyView {
   onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const onSlider = event.target === this.slider;
-    if (event.key === "m" || event.key === "M") this.setShown(!this.chosen.shown);
+    const onControl = onSlider || event.target.closest("button");
+    if (event.key === "m" || event.key === "M") this.choose({ shown: !this.chosen.shown });
     else if (event.key === "ArrowLeft" && !onSlider) this.turn(-1);
     else if (event.key === "ArrowRight" && !onSlider) this.turn(1);
-    else if (!["ArrowLeft", "ArrowRight", "Enter", " "].includes(event.key)) return;
-    else return event.stopPropagation();
+    else {
+      // What a control does by itself is nothing for ComfyUI, where the same keys mean something else.
+      if (onControl && ["ArrowLeft", "ArrowRight", "Enter", " "].includes(event.key)) event.stopPropagation();
+      return;
+    }
     event.preventDefault();
     event.stopPropagation();
   }
@@ -156,41 +171,32 @@ class SafetyView {
   }
 
   turn(by) {
-    const count = this.pictures.length;
+    const count = this.pictures?.length;
     if (count) this.number = (this.number + by + count) % count;
     this.draw();
   }
 
   setOpacity(value) {
     const input = this.opacityInput;
-    if (input) {
-      input.value = value;
-      input.callback?.(value, app.canvas, this.node);
-    }
-    Object.assign(this.chosen, { opacity: value, shown: true });
-    this.changed();
+    if (!input) return this.choose({ opacity: value, shown: true });
+    input.value = value;
+    input.callback?.(value, app.canvas, this.node);
+    this.choose({ shown: true });
   }
 
-  setShown(shown) {
-    this.chosen.shown = shown;
-    this.changed();
-  }
-
-  setCategory(name) {
-    this.chosen.category = this.chosen.category === name ? null : name;
-    this.chosen.shown = true;
-    this.changed();
-  }
-
-  changed() {
-    app.graph.setDirtyCanvas(true, true);
+  choose(values) {
+    Object.assign(this.chosen, values);
+    this.node.setDirtyCanvas(true, true);
     this.draw();
   }
 
-  /** @param pictures what the node sent of each picture; nothing before the first run. */
+  /** @param pictures what the node sent of each picture. */
   show(pictures) {
-    this.pictures = pictures ?? [];
-    this.number = Math.min(this.number ?? 0, Math.max(this.pictures.length - 1, 0));
+    this.pictures = pictures;
+    this.number = Math.min(this.number, Math.max(pictures.length - 1, 0));
+    // An opacity that came through a link is known only now.
+    const used = pictures[0]?.opacity;
+    if (used !== undefined && !this.opacityInput) this.chosen.opacity = used;
     this.draw();
     // The chips have no height before they are laid out.
     requestAnimationFrame(() => this.grow());
@@ -208,21 +214,20 @@ class SafetyView {
   }
 
   draw() {
-    const { pictures, text } = this;
-    const one = pictures[this.number ?? 0];
-    const opacity = this.opacityInput?.value ?? this.chosen.opacity;
+    const { pictures, text, chosen } = this;
+    const one = pictures?.[this.number];
+    const opacity = this.opacityInput?.value ?? chosen.opacity;
     this.slider.value = opacity;
     this.element.classList.toggle("spo-empty", !one);
-    this.note.textContent = one ? (one.reason ?? "") : text.waiting;
+    this.note.textContent = one ? (one.reason ?? "") : pictures ? text.none : text.waiting;
     this.note.hidden = !this.note.textContent;
-    this.chips.replaceChildren();
     if (!one) return;
 
-    const category = one.categories[this.chosen.category] === undefined ? one.category : this.chosen.category;
+    const category = one.maps[chosen.category] ? chosen.category : one.category;
     this.place(this.picture, one.image);
     this.picture.alt = `${text.of(this.number + 1, pictures.length)}: ${category}`;
     this.place(this.map, one.maps[category]);
-    this.map.style.opacity = this.chosen.shown ? opacity : 0;
+    this.map.style.opacity = chosen.shown ? opacity : 0;
 
     this.count.textContent = text.of(this.number + 1, pictures.length);
     for (const part of [this.back, this.count, this.forward]) part.hidden = pictures.length < 2;
@@ -231,9 +236,7 @@ class SafetyView {
     this.verdict.textContent = verdict;
     this.verdict.title = text.threshold(one.threshold);
     this.verdict.classList.toggle("spo-unsafe", unsafe);
-
-    const sorted = Object.entries(one.categories).sort(([, a], [, b]) => b - a);
-    for (const [name, cost] of sorted) this.chip(name, cost, one, name === category);
+    this.drawChips(one, category);
   }
 
   place(image, file) {
@@ -242,21 +245,42 @@ class SafetyView {
     if (address && image.getAttribute("src") !== address) image.src = address;
   }
 
-  /** One category: its cost as a bar, with a line where the threshold is. */
-  chip(name, cost, picture, pressed) {
-    const hasMap = picture.maps[name] !== undefined;
-    const title = hasMap ? this.text.show(name) : this.text.clear(name);
-    const chip = this.button(this.chips, "", title, () => this.setCategory(name));
+  /** Each category with its cost as a bar, and a line where the threshold is; they keep their places and the focus. */
+  drawChips(one, shown) {
+    const { text } = this;
+    const names = Object.keys(one.categories);
+    if (this.names !== names.join()) {
+      this.chips.replaceChildren(...names.map((name) => this.chip(name)));
+      this.names = names.join();
+    }
+    for (const chip of this.chips.children) {
+      const name = chip.dataset.name;
+      const cost = one.categories[name];
+      const hasMap = one.maps[name] !== undefined;
+      chip.title = hasMap ? text.show(name) : text.clear(name);
+      chip.ariaLabel = `${name} ${cost.toFixed(2)}, ${text.threshold(one.threshold)}. ${chip.title}`;
+      chip.ariaPressed = name === shown;
+      chip.ariaDisabled = !hasMap;
+      chip.classList.toggle("spo-unsafe", cost >= one.threshold);
+      chip.querySelector(".spo-fill").style.width = `${100 * cost}%`;
+      chip.querySelector(".spo-threshold").style.left = `${100 * one.threshold}%`;
+      chip.querySelector(".spo-cost").textContent = cost.toFixed(2);
+    }
+  }
+
+  chip(name) {
+    const chip = this.button(null, "", name, () => {
+      if (chip.ariaDisabled !== "true")
+        this.choose({ category: this.chosen.category === name ? null : name, shown: true });
+    });
     chip.classList.add("spo-chip");
-    chip.classList.toggle("spo-unsafe", cost >= picture.threshold);
-    chip.ariaPressed = pressed;
-    chip.ariaLabel = `${name} ${cost.toFixed(2)}, ${this.text.threshold(picture.threshold)}. ${title}`;
-    chip.disabled = !hasMap;
+    chip.dataset.name = name;
     make("span", "spo-name", chip).textContent = name;
     const scale = make("span", "spo-scale", chip);
-    make("span", "spo-fill", scale).style.width = `${100 * cost}%`;
-    make("span", "spo-threshold", scale).style.left = `${100 * picture.threshold}%`;
-    make("span", "spo-cost", chip).textContent = cost.toFixed(2);
+    make("span", "spo-fill", scale);
+    make("span", "spo-threshold", scale);
+    make("span", "spo-cost", chip);
+    return chip;
   }
 }
 
@@ -297,15 +321,18 @@ app.registerExtension({
     });
 
     chain(nodeType.prototype, "onExecuted", function (output) {
-      this.spoView?.show(output?.[KEY]);
+      if (output?.[KEY]) this.spoView?.show(output[KEY]);
     });
   },
 
-  // Going back to a workflow brings its results back, but runs nothing.
+  // Going back to a workflow brings its results back, but runs nothing. Outputs within a subgraph go by both numbers.
   onNodeOutputsUpdated(outputs) {
-    for (const node of app.graph?.nodes ?? []) {
-      const found = outputs[node.id]?.[KEY];
-      if (found && node.spoView) node.spoView.show(found);
-    }
+    // At the start, before there is a graph, there are none.
+    if (!Object.values(outputs ?? {}).some((output) => output?.[KEY])) return;
+    for (const graph of [app.graph, ...(app.graph?.subgraphs?.values() ?? [])])
+      for (const node of graph?.nodes ?? []) {
+        const found = outputs[graph === app.graph ? node.id : `${graph.id}:${node.id}`]?.[KEY];
+        if (found && node.spoView) node.spoView.show(found);
+      }
   },
 });

@@ -5,6 +5,7 @@ With SCREENSHOTS=docs/images the pictures of the guide are written there.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import urllib.request
@@ -46,6 +47,7 @@ def renderers():
 @pytest.fixture(scope="module", params=renderers())
 def shared_canvas(request, browser, server):
     with open_canvas(browser, server, request.param) as canvas:
+        assert not canvas.complaints and not canvas.toasts(), "ComfyUI complains at its start"
         yield canvas
 
 
@@ -155,8 +157,8 @@ def test_the_view_shows_picture_map_and_costs(canvas, batch):
     assert batch.locator(".spo-count").inner_text() == "1 of 4"
     assert "unsafe" in batch.locator(".spo-verdict").inner_text()
     assert opacity(batch.locator(".spo-map")) == 0.5
-    chip = batch.locator(".spo-chip").first
-    assert chip.locator(".spo-name").inner_text() == "death" and float(chip.locator(".spo-cost").inner_text()) > 0.9
+    chip = batch.locator(".spo-chip[data-name=death]")
+    assert float(chip.locator(".spo-cost").inner_text()) > 0.9
     assert chip.get_attribute("aria-pressed") == "true" and "spo-unsafe" in chip.get_attribute("class")
     scale, line = (chip.locator(part).bounding_box() for part in (".spo-scale", ".spo-threshold"))
     assert (line["x"] + line["width"] / 2 - scale["x"]) / scale["width"] == pytest.approx(0.5, abs=0.03)
@@ -206,33 +208,77 @@ def test_a_category_can_be_looked_at(canvas):
     maps = {name: image | {"n": name} for name in ("blood", "death")}
     costs = {"death": 0.9, "blood": 0.6, "rude": 0.01}
     one = {"image": image, "maps": maps, "cost": 0.9, "category": "death", "categories": costs, "threshold": 0.7}
-    show(canvas, one | {"reason": None}, one | {"reason": None})
+    faint = {"categories": costs | {"blood": 0.0}, "maps": {"death": maps["death"]}}
+    show(canvas, *(one | {"reason": None} | more for more in ({}, {}, faint)))
     view = canvas.page.locator(VIEW).first
+    names = [chip.get_attribute("data-name") for chip in view.locator(".spo-chip").all()]
     death, blood, rude = view.locator(".spo-chip").all()
-    assert "n=death" in view.locator(".spo-map").get_attribute("src") and not rude.is_enabled()
+    assert names == ["death", "blood", "rude"] and rude.get_attribute("aria-disabled") == "true"
+    assert "n=death" in view.locator(".spo-map").get_attribute("src")
+    rude.click(force=True)
+    assert "n=death" in view.locator(".spo-map").get_attribute("src")
     blood.click()
     assert "n=blood" in view.locator(".spo-map").get_attribute("src")
-    assert [chip.get_attribute("aria-pressed") for chip in view.locator(".spo-chip").all()] == [
-        "false",
-        "true",
-        "false",
-    ]
-    view.focus()
+    assert [chip.get_attribute("aria-pressed") for chip in (death, blood, rude)] == ["false", "true", "false"]
+    # The keys work on, with the focus where it was put.
     canvas.page.keyboard.press("ArrowRight")
+    assert view.locator(".spo-count").inner_text() == "2 of 3" and view.locator(":focus").count() == 1
     assert "n=blood" in view.locator(".spo-map").get_attribute("src")
-    unsafe = [("spo-unsafe" in chip.get_attribute("class")) for chip in view.locator(".spo-chip").all()]
-    assert unsafe == [True, False, False]
-    view.locator(".spo-chip").nth(1).click()
+    assert ["spo-unsafe" in chip.get_attribute("class") for chip in (death, blood, rude)] == [True, False, False]
+    canvas.page.keyboard.press("m")
+    assert opacity(view.locator(".spo-map")) == 0.0
+    canvas.page.keyboard.press("ArrowRight")
+    assert "n=death" in view.locator(".spo-map").get_attribute("src"), "a picture without that map shows its own"
+    canvas.page.keyboard.press("ArrowLeft")
+    canvas.page.keyboard.press("Enter")
     assert "n=death" in view.locator(".spo-map").get_attribute("src")
 
 
 def test_a_picture_that_was_not_scored_says_why(canvas, batch):
     image = canvas.page.evaluate("() => Object.values(app.nodeOutputs).find((o) => o.spo_safety).spo_safety[0].image")
-    one = {"image": image, "maps": {"not scored": image}, "cost": None, "category": "not scored", "categories": {}}
+    one = {"image": image, "maps": {}, "cost": None, "category": "not scored", "categories": {}}
     show(canvas, one | {"threshold": 0.5, "reason": "the picture holds <b>NaN</b>"})
     assert batch.locator(".spo-note").inner_text() == "the picture holds <b>NaN</b>"
     verdict = batch.locator(".spo-verdict")
     assert verdict.inner_text() == "not scored" and "spo-unsafe" in verdict.get_attribute("class")
+    assert batch.locator(".spo-picture").is_visible() and not batch.locator(".spo-map").is_visible()
+
+
+def test_no_pictures_are_said_to_be_none(canvas, batch):
+    show(canvas)
+    assert "There were no pictures" in batch.inner_text() and not batch.locator(".spo-bar").is_visible()
+
+
+@pytest.mark.parametrize("written", ["{}", "broken", None, {"opacity": 0.2}])
+def test_what_somebody_else_wrote_there_does_no_harm(canvas, written):
+    workflow = copy.deepcopy(EXAMPLES["batch_report"])
+    (node,) = (node for node in workflow["nodes"] if node["type"] == "SPO_SafetyCost")
+    node["properties"]["spo_view"] = written
+    canvas.load(workflow)
+    canvas.run()
+    view = canvas.page.locator(VIEW)
+    assert opacity(view.locator(".spo-map")) == (0.2 if isinstance(written, dict) else 0.5)
+    view.focus()
+    canvas.page.keyboard.press("m")
+    assert opacity(view.locator(".spo-map")) == 0.0
+
+
+def test_the_wheel_zooms_the_canvas_also_above_the_view(canvas, batch):
+    scale = "() => app.canvas.ds.scale"
+    before = canvas.page.evaluate(scale)
+    box = batch.bounding_box()
+    canvas.page.mouse.move(box["x"] + 40, box["y"] + 40)
+    canvas.page.mouse.wheel(0, -240)
+    canvas.page.wait_for_timeout(500)
+    assert canvas.page.evaluate(scale) > before
+
+
+def test_keys_that_are_not_the_view_s_go_to_comfyui(canvas, batch):
+    canvas.page.evaluate("() => { window.heard = []; addEventListener('keydown', (e) => heard.push(e.key)); }")
+    batch.focus()
+    for key in ("ArrowRight", "m", "Control+m", "Control+m", "x"):
+        canvas.page.keyboard.press(key)
+    assert [key for key in canvas.page.evaluate("() => window.heard") if key != "Control"] == ["m", "m", "x"]
 
 
 def test_what_was_chosen_is_saved_in_the_workflow(canvas, batch):
@@ -263,17 +309,37 @@ def test_the_overlay_s_slider_and_input_are_one(canvas):
     assert node_value(canvas, "SPO_SafetyOverlay", "opacity") == pytest.approx(0.55)
     canvas.run()
     assert view.locator("input").input_value() == "0.55"
+    # With the input linked, the view shows what was drawn with, and its slider is its own.
+    linked = """() => {
+        const number = LiteGraph.createNode('PrimitiveFloat');
+        app.graph.add(number);
+        number.widgets[0].value = 0.2;
+        const overlay = app.graph.nodes.find((node) => node.type === 'SPO_SafetyOverlay');
+        number.connect(0, overlay, overlay.inputs.findIndex((slot) => slot.name === 'opacity'));
+    }"""
+    canvas.page.evaluate(linked)
+    canvas.run()
+    assert opacity(view.locator(".spo-map")) == pytest.approx(0.2)
+    view.locator("input").focus()
+    canvas.page.keyboard.press("ArrowRight")
+    assert opacity(view.locator(".spo-map")) == pytest.approx(0.25)
+    assert node_value(canvas, "SPO_SafetyOverlay", "opacity") == pytest.approx(0.55)
 
 
-def test_going_to_another_workflow_and_back_keeps_the_pictures(canvas):
-    canvas.load(EXAMPLES["batch_report"], "one")
+@pytest.mark.parametrize(("name", "says"), [("batch_report", "1 of 4"), ("safe_text_to_image", "1 of 1")])
+def test_going_to_another_workflow_and_back_keeps_the_pictures(canvas, name, says):
+    """Also those of a node within a subgraph."""
+    canvas.load(EXAMPLES[name], "one")
     canvas.run()
     canvas.load(EXAMPLES["merge"], "two")
-    back = "() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')"
-    canvas.page.evaluate(back)
+    canvas.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     canvas.page.wait_for_timeout(800)
-    view = canvas.page.locator(VIEW)
-    assert view.count() == 1 and view.locator(".spo-count").inner_text() == "1 of 4"
+    shown = canvas.page.evaluate(
+        """() => [app.graph, ...app.graph.subgraphs.values()].flatMap((graph) => graph.nodes)
+            .filter((node) => node.spoView)
+            .map((node) => node.spoView.count.textContent)"""
+    )
+    assert shown == [says]
 
 
 def test_it_can_be_read_in_every_theme(canvas, batch):
@@ -313,15 +379,38 @@ def test_the_view_speaks_the_language_of_the_browser(canvas):
         assert says in canvas.page.locator(VIEW).inner_text()
 
 
-def test_the_subgraph_is_in_the_library(canvas, server):
-    """A file that is not one would greet every user with a red message."""
+def test_the_subgraph_can_be_found_and_put_on_the_canvas(canvas):
     (name,) = (path.stem for path in PACK.glob("subgraphs/*.json"))
-    kinds = canvas.page.evaluate("() => Object.values(LiteGraph.registered_node_types).map((kind) => kind.title)")
-    assert name in kinds or name in json.dumps(server.get("/global_subgraphs"))
-    canvas.load(json.loads((PACK / "subgraphs" / f"{name}.json").read_text(encoding="utf-8")))
-    (node,) = canvas.saved()["nodes"]
+    canvas.load(EXAMPLES["merge"])
+    before = len(canvas.saved()["nodes"])
+    canvas.page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    canvas.page.keyboard.type(name, delay=20)
+    canvas.page.wait_for_timeout(800)
+    canvas.page.keyboard.press("Enter")
+    canvas.page.wait_for_timeout(800)
+    new = canvas.saved()["nodes"][before:]
+    canvas.page.mouse.click(600, 700)
+    ((node,),) = (new,)
     assert [given["name"] for given in node["inputs"]][:5] == ["model", "clip", "vae", "cost_model", "prompt"]
     assert len(node["widgets_values"]) == 12
+
+
+def test_the_subgraph_s_threshold_is_that_of_the_switch(canvas):
+    workflow = copy.deepcopy(EXAMPLES["safe_text_to_image"])
+    canvas.load(workflow)
+    set_threshold = """(value) => {
+        const widget = app.graph.nodes.find((node) => node.subgraph).widgets.find((each) => each.name === 'threshold');
+        widget.value = value;
+    }"""
+    pictures = []
+    for value in (0.5, 0.0):
+        canvas.page.evaluate(set_threshold, value)
+        canvas.run()
+        (shown,) = canvas.page.evaluate(
+            "() => Object.values(app.nodeOutputs).filter((output) => output.images).map((output) => output.images[0])"
+        )
+        pictures.append(canvas.server.view(shown))
+    assert pictures[0] != pictures[1], "a threshold of 0 hides every picture"
 
 
 def test_pictures_of_the_guide(browser, server, shots):

@@ -49,8 +49,8 @@ def demo() -> Node:
     return node("demo", "SPO_StickerDemoLoader", size=(240, 70))
 
 
-def prompt(identity: str, text: str, title: str = "Prompt") -> Node:
-    return node(identity, "CLIPTextEncode", title, (320, 120), {"text": text}, clip=("demo", "clip"))
+def prompt(identity: str, text: str, title: str = "Prompt", clip: str = "demo") -> Node:
+    return node(identity, "CLIPTextEncode", title, (320, 120), {"text": text}, clip=(clip, "clip"))
 
 
 def latent(count: int = 1) -> Node:
@@ -86,8 +86,8 @@ def cost(identity: str, image: tuple[str, str], title: str = "") -> Node:
     return node(identity, "SPO_SafetyCost", title, image=image, cost_model=("costs", "cost_model"))
 
 
-def load_adapter(name: str = SPO, model: tuple[str, str] = ("demo", "model")) -> Node:
-    return node("adapter", "SPO_LoadAdapter", size=(340, 200), widgets={"adapter": name}, model=model)
+def load_adapter(**clip: tuple[str, str]) -> Node:
+    return node("adapter", "SPO_LoadAdapter", "", (340, 200), {"adapter": SPO}, model=("demo", "model"), **clip)
 
 
 NOTES = {
@@ -341,7 +341,12 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
             demo(),
             cost_model(),
         ],
-        [load_adapter(), prompt("prompt", HARMFUL), prompt("negative", "", "Negative prompt"), latent()],
+        [
+            load_adapter(clip=("demo", "clip")),
+            prompt("prompt", HARMFUL, clip="adapter"),
+            prompt("negative", "", "Negative prompt", clip="adapter"),
+            latent(),
+        ],
         [sampler("sampler", ("adapter", "model")), decode("image", "sampler")],
         [
             cost("cost", ("image", "IMAGE")),
@@ -359,20 +364,20 @@ SUBGRAPH = {
     "name": "Safe text to image",
     "description": "Draws with a safety adapter, scores the picture, and hides what still reaches the threshold.",
     "nodes": ["adapter", "prompt", "negative", "latent", "sampler", "image", "cost", "switch"],
-    # What can be set from outside: its name there, and the node and widget within.
+    # What can be set from outside: its name there, and the widgets within that it sets.
     "widgets": {
-        "prompt": ("prompt", "text"),
-        "negative_prompt": ("negative", "text"),
-        "adapter": ("adapter", "adapter"),
-        "strength": ("adapter", "strength"),
-        "width": ("latent", "width"),
-        "height": ("latent", "height"),
-        "batch_size": ("latent", "batch_size"),
-        "seed": ("sampler", "seed"),
-        "steps": ("sampler", "steps"),
-        "cfg": ("sampler", "cfg"),
-        "threshold": ("cost", "threshold"),
-        "action": ("switch", "action"),
+        "prompt": [("prompt", "text")],
+        "negative_prompt": [("negative", "text")],
+        "adapter": [("adapter", "adapter")],
+        "strength": [("adapter", "strength")],
+        "width": [("latent", "width")],
+        "height": [("latent", "height")],
+        "batch_size": [("latent", "batch_size")],
+        "seed": [("sampler", "seed")],
+        "steps": [("sampler", "steps")],
+        "cfg": [("sampler", "cfg")],
+        "threshold": [("cost", "threshold"), ("switch", "threshold")],
+        "action": [("switch", "action")],
     },
     # For models of an ordinary size, instead of the stickers'.
     "values": {"prompt": "", "width": 512, "height": 512, "cfg": 7.0},
@@ -387,11 +392,17 @@ _FOLD = """(wanted) => {
     subgraph.name = node.title = wanted.name;
     for (const input of subgraph.inputs.filter((each) => each._widget || /^(text|seed)/.test(each.name)))
         subgraph.removeInput(input);
-    for (const [name, [id, widget]] of Object.entries(wanted.widgets)) {
-        const inner = subgraph.getNodeById(ids[id]);
-        const slot = inner.inputs.find((each) => each.name === widget);
-        subgraph.addInput(name, slot.type).connect(slot, inner);
+    for (const [name, targets] of Object.entries(wanted.widgets)) {
+        let input;
+        for (const [id, widget] of targets) {
+            const inner = subgraph.getNodeById(ids[id]);
+            const slot = inner.inputs.find((each) => each.name === widget);
+            input ??= subgraph.addInput(name, slot.type);
+            input.connect(slot, inner);
+        }
     }
+    // A preview while it samples would show the picture before the switch hides it.
+    delete node.properties.previewExposures;
     node.setSize([340, node.computeSize()[1]]);
     node.pos = place;
     const after = graph.nodes.filter((each) => each.pos[0] > place[0]);
