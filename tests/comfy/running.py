@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import torch
 from environment import BUILD, REPOSITORY
-from miniature import UNET_FAMILIES, write_model
 
 from t2i_spo_plugin.comfyui import PACK
 
@@ -86,6 +85,8 @@ def make_base(path: Path) -> Path:
 
 def with_miniatures(base: Path) -> Path:
     """Add the miniature checkpoints to a base directory; this imports ComfyUI, which has to know its settings."""
+    from miniature import UNET_FAMILIES, write_model
+
     for family in UNET_FAMILIES:
         write_model(family, base / "models")
     return base

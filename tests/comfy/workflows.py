@@ -477,7 +477,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(names: list[str]) -> None:
-    tree = Path(os.environ["COMFYUI"])
+    tree = Path(os.environ["COMFYUI"]).resolve()
     with (
         tempfile.TemporaryDirectory() as folder,
         start_server(tree, make_base(Path(folder))) as server,
