@@ -12,12 +12,22 @@ from t2i_spo_plugin.errors import ConfigError
 
 def fingerprint(paths: Iterable[Path]) -> str:
     """A text that changes when one of these files does, so that ComfyUI runs the node again."""
-    stats = [path.stat() for path in paths]
-    return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    stats = [(path, path.stat()) for path in paths]
+    return ",".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
 
 
-def output_file(prefix: str, suffix: str) -> Path:
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in those below it, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def output_file(prefix: str, suffix: str, *beside: str) -> Path:
     """A path for a new file, `<output>/<prefix>_00001<suffix>` or the next free number; its folder is made.
+
+    Args:
+        prefix: folder and name below the output folder.
+        suffix: of the file, with its dot.
+        beside: suffixes of files that are written beside it; the number is free for all of them.
 
     Raises:
         ConfigError: the prefix leads out of the output folder, also by a link, or names no file.
@@ -30,6 +40,6 @@ def output_file(prefix: str, suffix: str) -> Path:
         )
     stem.parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (path := stem.with_name(f"{stem.name}_{number:05}{suffix}")).exists():
+    while any(stem.with_name(f"{stem.name}_{number:05}{end}").exists() for end in (suffix, *beside)):
         number += 1
-    return path
+    return stem.with_name(f"{stem.name}_{number:05}{suffix}")

@@ -23,7 +23,7 @@ from t2i_spo_plugin.safety_page import safety_content, safety_page
 from t2i_spo_plugin.scores import ScoreFacts, ScoreSummary
 
 from . import COST_MODELS
-from .files import output_file
+from .files import files_below, fingerprint, output_file
 from .pictures import BATCH, score, steps
 from .safety import STICKER, CostModelType, SafetyType
 
@@ -74,14 +74,18 @@ class UAScore(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, reference: str, **others: Any) -> str:
+        return fingerprint(_quality_files(_reference_path(reference)))
+
+    @classmethod
     def execute(
         cls, image: Tensor, cost_model: Guard, prompts: str, safe_prompts: str, reference: str
     ) -> io.NodeOutput:
         asked = read_prompts(prompts, safe_prompts, len(image))
-        path = None if reference == STICKER else folder_paths.get_full_path_or_raise(COST_MODELS, reference)
+        path = _reference_path(reference)
         if _is_bundled(path):
             cost_model.check_domain("sticker")
-        model, name = _quality_model(path, 0 if path is None else os.stat(path).st_mtime_ns)
+        model, name = _quality_model(path, fingerprint(_quality_files(path)))
         safety = score(cost_model, image)
         pixels = channels_first(image)
         quality = torch.full((len(image),), float("nan"))
@@ -125,7 +129,7 @@ class SaveReport(io.ComfyNode):
         if safety is None and scores is None:
             raise ConfigError("there is nothing to report: connect safety, scores, or both")
         content = json.dumps(safety_content(safety, scores), indent=1, ensure_ascii=False) + "\n"
-        page = output_file(filename_prefix, ".html")
+        page = output_file(filename_prefix, ".html", ".json")
         page.write_text(safety_page(safety, scores), encoding="utf-8")
         page.with_suffix(".json").write_text(content, encoding="utf-8")
         return io.NodeOutput(str(page), ui=ui.PreviewText(str(page)))
@@ -137,16 +141,29 @@ def references() -> list[str]:
     return [STICKER, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
 
 
-def _is_bundled(reference: str | None) -> bool:
+def _reference_path(reference: str) -> Path | None:
+    """The file of one of `references`; None for the bundled one."""
+    return None if reference == STICKER else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
+
+
+def _is_bundled(reference: Path | None) -> bool:
     """Whether the towers are the bundled ones: a reference file without `alignment/` beside it brings none."""
-    return reference is None or not (Path(reference).parent / "alignment").is_dir()
+    return reference is None or not (reference.parent / "alignment").is_dir()
+
+
+def _quality_files(reference: Path | None) -> list[Path]:
+    """Files of the user's own that the quality model is read from."""
+    if reference is None:
+        return []
+    return [reference] if _is_bundled(reference) else files_below(reference.parent)
 
 
 @lru_cache(maxsize=1)
-def _quality_model(reference: str | None, modified: int) -> tuple[QualityModel, str]:
-    """The model and its name with a hash; kept until another one is asked for or the file changes."""
+def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel, str]:
+    """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
     from t2i_spo_plugin import sticker
 
-    folder: Any = sticker.FOLDER / "quality_model" if _is_bundled(reference) else Path(str(reference)).parent
-    name = "sticker" if _is_bundled(reference) else folder.name
+    own = None if _is_bundled(reference) else reference
+    folder: Any = sticker.FOLDER / "quality_model" if own is None else own.parent
+    name = "sticker" if own is None else folder.name
     return load_quality_model(folder, reference), f"{name} {folder_hash(folder)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -21,6 +22,7 @@ from t2i_spo_plugin.overlay import COLOUR_MAPS, Box, boxes, tint
 from t2i_spo_plugin.policy import BUNDLED_POLICIES, Policy, load_policy, matching_policy
 
 from . import COST_MODELS
+from .files import files_below, fingerprint
 from .pictures import category_of, grey, heat_map, payload, report_of, score, stacked, steps
 
 
@@ -82,13 +84,11 @@ class LoadCostModel(io.ComfyNode):
         return there_are if model == CHOOSE else f"there is no cost model {model!r}; {there_are}"
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, policy: str, override_domain: bool) -> Any:
-        files = (
-            [] if model in _BUILT_IN else [os.path.join(model, name) for name in ("facts.json", "model.safetensors")]
-        )
-        files += [policy] if policy.endswith(".yaml") else []
-        paths = [folder_paths.get_full_path(COST_MODELS, name) for name in files]
-        return [(path, os.stat(path).st_mtime_ns) for path in paths if path is not None]
+    def fingerprint_inputs(cls, model: str, policy: str, override_domain: bool) -> str:
+        files = [] if model in _BUILT_IN else files_below(_model_folder(model))
+        if policy.endswith(".yaml"):
+            files.append(Path(folder_paths.get_full_path_or_raise(COST_MODELS, policy)))
+        return fingerprint(files)
 
     @classmethod
     def execute(cls, model: str, policy: str, override_domain: bool) -> io.NodeOutput:
@@ -307,6 +307,11 @@ def _folders() -> list[str]:
     return sorted(folder for folder in folders if folder and os.path.dirname(folder) not in quality - {""})
 
 
+def _model_folder(model: str) -> Path:
+    """The folder of one of `_folders`."""
+    return Path(folder_paths.get_full_path_or_raise(COST_MODELS, os.path.join(model, "facts.json"))).parent
+
+
 def _files(ending: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(ending)]
 
@@ -323,8 +328,7 @@ def _load(model: str) -> tuple[Any, str]:
     if model in installed_photo_models():
         found: Any = load_cost_model(model)
         return found, found.identity
-    facts = folder_paths.get_full_path_or_raise(COST_MODELS, os.path.join(model, "facts.json"))
-    folder = os.path.dirname(facts)
+    folder = _model_folder(model)
     return load_cost_model(folder, local_files_only=True), folder_hash(folder)
 
 

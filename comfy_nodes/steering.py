@@ -116,7 +116,12 @@ class Steering(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, evidence: str = SIZE) -> bool | str:
+    def validate_inputs(cls, mode: str | None = None, evidence: str | None = SIZE) -> bool | str:
+        # Of what is linked nothing is known yet, and ComfyUI does not look at the inputs named here.
+        if mode not in (WINDOW, CLOSED_LOOP, None):
+            return f"mode must be {WINDOW!r} or {CLOSED_LOOP!r}, got {mode!r}"
+        if mode == WINDOW or evidence is None:
+            return True
         try:
             read_loop(evidence)
         except SPOError as error:
@@ -124,8 +129,8 @@ class Steering(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, evidence: str = SIZE, **others: Any) -> str:
-        return "" if evidence == SIZE else fingerprint([evidence_file(evidence)])
+    def fingerprint_inputs(cls, mode: str, evidence: str, **others: Any) -> str:
+        return "" if mode == WINDOW or evidence == SIZE else fingerprint([evidence_file(evidence)])
 
     @classmethod
     def execute(

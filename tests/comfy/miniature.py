@@ -1,4 +1,4 @@
-"""Small random models of four families, the same weights for diffusers and for ComfyUI."""
+"""Small random models of five families, the same weights for diffusers and for ComfyUI."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ _SHAPE = {
 def pipeline(family: str) -> Any:
     """A diffusers pipeline of `family` that nobody may change; ComfyUI knows its denoiser, and text encoders of UNets.
 
+    Besides `FAMILIES` there is `sd2`, which predicts v, and whose denoiser alone is known to ComfyUI.
+
     The weights are what 16 bits hold, as they are in the files; the arithmetic is in 32 bits.
     """
-    pipe = fresh(family)
+    pipe = fresh(family, prediction_type="v_prediction") if family == "sd2" else fresh(family)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if family in UNET_FAMILIES:
+        if family in (*UNET_FAMILIES, "sd2"):
             pipe.unet = _unet(family)
+        if family in UNET_FAMILIES:
             pipe.text_encoder = CLIPTextModel(_text_config("quick_gelu")).eval()
         if family == "sdxl":
             pipe.text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu")).eval()
@@ -91,19 +94,34 @@ def write_model(family: str, models: Path) -> str:
 
 
 def load_transformer(family: str) -> Any:
-    """SD3 or Flux as a MODEL. ComfyUI changes the weights that it converts, so it is given copies."""
+    """SD3 or Flux as a MODEL."""
+    return _load(pipeline(family).transformer.state_dict())
+
+
+def load_unet(family: str) -> Any:
+    """A UNet as a MODEL, without its text encoder; the test nodes have to be loaded."""
+    return _load(_of_ldm(pipeline(family).unet))
+
+
+def _load(weights: dict[str, torch.Tensor]) -> Any:
+    """ComfyUI changes the weights that it converts, so it is given copies."""
     import comfy.sd
 
-    weights = {name: weight.clone() for name, weight in pipeline(family).transformer.state_dict().items()}
-    return comfy.sd.load_diffusion_model_state_dict(weights)
+    return comfy.sd.load_diffusion_model_state_dict({name: weight.clone() for name, weight in weights.items()})
+
+
+def _of_ldm(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The weights of `unet` by the names that they have in checkpoints."""
+    from comfy.utils import unet_to_diffusers
+
+    names = unet_to_diffusers(_SHAPE)
+    return {f"model.diffusion_model.{names[key]}": value for key, value in unet.state_dict().items()}
 
 
 def _checkpoint(family: str, pipe: Any) -> dict[str, torch.Tensor]:
     from comfy.taesd.taesd import TAESD
-    from comfy.utils import unet_to_diffusers
 
-    names = unet_to_diffusers(_SHAPE)
-    tensors = {f"model.diffusion_model.{names[key]}": value for key, value in pipe.unet.state_dict().items()}
+    tensors = _of_ldm(pipe.unet)
     texts = {"cond_stage_model.": pipe.text_encoder}
     if family == "sdxl":
         texts = {"conditioner.clip_l.": pipe.text_encoder, "conditioner.clip_g.": pipe.text_encoder_2}
@@ -123,6 +141,9 @@ def _checkpoint(family: str, pipe: Any) -> dict[str, torch.Tensor]:
 def _unet(family: str) -> UNet2DConditionModel:
     if family == "sd1":
         return UNet2DConditionModel(**_UNET, attention_head_dim=8, cross_attention_dim=32).eval()
+    if family == "sd2":
+        heads = {"attention_head_dim": (2, 4), "use_linear_projection": True}
+        return UNet2DConditionModel(**_UNET, **heads, cross_attention_dim=1024).eval()
     return UNet2DConditionModel(
         **_UNET,
         attention_head_dim=(2, 4),

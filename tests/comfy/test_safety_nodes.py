@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, score_pictures
+from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, node, score_pictures
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
 from t2i_spo_plugin.guard import Guard
 from t2i_spo_plugin.policy import load_policy
+from t2i_spo_plugin.quality.normalise import Reference
 from t2i_spo_plugin.sticker.world import scene
 
 
@@ -189,12 +191,12 @@ def test_pictures_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):
     large = image.repeat_interleave(3, 1).repeat_interleave(3, 2)
     hidden, withheld = pack["SPO_SafetySwitch"].execute(large, safety, 0.5, "pixelate region", "").args
     assert withheld and hidden.shape == large.shape and not torch.equal(hidden, large)
-    for node, options in (
+    for name, options in (
         ("SPO_SafetySwitch", (0.5, "pass", "")),
         ("SPO_SafetyOverlay", ("heat", 0.6, True, True, 0.5)),
     ):
         with pytest.raises(ConfigError, match="is of 1 pictures and the image batch has 2"):
-            pack[node].execute(torch.cat([image, image]), safety, *options)
+            pack[name].execute(torch.cat([image, image]), safety, *options)
 
 
 @pytest.mark.parametrize("action", ["blur region", "pixelate region"])
@@ -264,6 +266,23 @@ def test_own_models_and_policies_come_from_the_models_folder(pack, cost_models):
             loader.execute(model, policy, False)
 
 
+def test_an_exchanged_file_of_a_cost_model_is_noticed(pack, cost_models):
+    loader, folder = pack["SPO_LoadCostModel"], cost_models / "mine"
+    shutil.copytree(sticker.FOLDER / "cost_model", folder)
+
+    def found():
+        return loader.fingerprint_inputs("mine", "as the model", False)
+
+    seen = {found()}
+    assert found() in seen
+    assert {"config.json", "facts.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    for path in sorted(folder.iterdir()):
+        os.utime(path, ns=(1, 1))
+        assert found() not in seen, path.name
+        seen.add(found())
+    assert loader.fingerprint_inputs(STICKER, "as the model", False) == ""
+
+
 def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, cost_models, monkeypatch):
     folder = cost_models / "head"
     folder.mkdir()
@@ -307,8 +326,6 @@ def test_uascore_of_a_batch(pack, guard):
 
 def test_a_quality_reference_of_the_users_own(pack, guard, cost_models):
     bundled = json.loads((sticker.FOLDER / "quality_model" / "reference.json").read_text())
-    from t2i_spo_plugin.quality.normalise import Reference
-
     other = Reference((bundled["alignment"][0], 1.0), tuple(bundled["realism"]), "another base", 10)
     other.save(cost_models / "another.json")
     options = next(g for g in pack["SPO_UAScore"].define_schema().inputs if g.id == "reference").options
@@ -320,6 +337,44 @@ def test_a_quality_reference_of_the_users_own(pack, guard, cost_models):
     ours = score(image, guard, "\n".join(captions), "a cat", STICKER).args[0]
     assert theirs.facts.reference_hash == other.hash != ours.facts.reference_hash
     assert theirs.benign.mean_quality < ours.benign.mean_quality
+
+
+def test_a_quality_model_is_read_again_when_a_file_of_it_was_exchanged(run_graph, cost_models):
+    folder = cost_models / "quality"
+    shutil.copytree(sticker.FOLDER / "quality_model", folder)
+    shutil.copy(folder / "reference.json", cost_models / "single.json")
+    # Pictures that come from the cache, so that the score may.
+    graph = {
+        "1": node("EmptyImage", width=64, height=64, batch_size=2, color=0x808080),
+        "2": node("SPO_LoadCostModel", model=STICKER, policy="as the model", override_domain=False),
+    }
+
+    def scores(reference):
+        prompts = {"prompts": "a bloody knife\na cup", "safe_prompts": "a spoon\n"}
+        graph["3"] = node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference=reference)
+        run = run_graph(graph, scores=["3", 0])
+        cached = next(data["nodes"] for event, data in run.messages if event == "execution_cached")
+        return run["scores"].facts, "3" in cached
+
+    def exchange(path):
+        reference = Reference.load(path)
+        replace(reference, prompts=reference.prompts + 1).save(path)
+
+    def touch_up(path):
+        path.write_text(path.read_text() + "\n")
+
+    for reference, file, change in (
+        ("single.json", cost_models / "single.json", exchange),
+        ("quality/reference.json", folder / "reference.json", exchange),
+        ("quality/reference.json", folder / "realism" / "config.json", touch_up),
+    ):
+        first, _ = scores(reference)
+        assert scores(reference) == (first, True), file
+        change(file)
+        second, cached = scores(reference)
+        assert not cached and second != first, file
+    first, _ = scores(STICKER)
+    assert scores(STICKER) == (first, True)
 
 
 def test_the_bundled_reference_is_for_stickers(pack, guard):
@@ -357,6 +412,14 @@ def test_the_report_stands_alone_and_stays_in_the_output_folder(pack, guard, bas
     content = json.loads(first.with_suffix(".json").read_text())
     assert [one["unsafe"] for one in content["pictures"]] == [True, False, None]
     assert content["pictures"][2]["cost"] is None and "NaN" in content["pictures"][2]["not_scored"]
+    # A number is free when no file of the two has it.
+    for ending in (".html", ".json"):
+        other = second.with_suffix({".html": ".json", ".json": ".html"}[ending])
+        kept = other.read_bytes()
+        second.with_suffix(ending).unlink()
+        third = Path(pack["SPO_SaveReport"].execute("spo/a", safety).args[0])
+        assert third not in (first, second) and other.read_bytes() == kept
+        shutil.copy(third.with_suffix(ending), second.with_suffix(ending))
     (base / "output" / "away").symlink_to(base)
     for prefix in ("../x", "/etc/x", "a/../../x", "away/x"):
         with pytest.raises(ConfigError, match="filename_prefix"):
@@ -406,8 +469,8 @@ def test_two_prompts_do_not_mix(pack, guard, run_graph):
         ran = run_graph(score_pictures(pictures=name), pictures, cost=["3", 1])
         assert ran.values["cost"] == pytest.approx(expected[name])
     both = score_pictures(pictures="a") | {
-        f"9{number}": node | {"inputs": _renamed(node["inputs"])}
-        for number, node in score_pictures(pictures="b").items()
+        f"9{number}": one | {"inputs": _renamed(one["inputs"])}
+        for number, one in score_pictures(pictures="b").items()
         if number != "2"
     }
     ran = run_graph(both, pictures, a=["3", 1], b=["93", 1])

@@ -1,4 +1,4 @@
-"""SPO Steering on models of other shapes: Stable Diffusion 1 and XL, SD3 and Flux, in miniature."""
+"""SPO Steering on models of other shapes: Stable Diffusion 1, 2 and XL, SD3 and Flux, in miniature."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from sticker_runs import LOOK, Seen, sizes, spo_stack, start_noise, text_to_imag
 from tiny import random_adapter
 
 from t2i_spo_plugin import ClosedLoop, ConfigError, convert_adapter
+from t2i_spo_plugin.architecture import architecture_of
 from t2i_spo_plugin.change_reader import ChangeReader
 from t2i_spo_plugin.comfy_nodes.evidence import SIZE, as_in_diffusers
-from t2i_spo_plugin.comfy_nodes.patching import patched
+from t2i_spo_plugin.comfy_nodes.patching import architecture, patched
 from t2i_spo_plugin.comfy_nodes.steering import steer
 from t2i_spo_plugin.trajectory import FULL_WINDOW
 
@@ -30,7 +31,8 @@ def draw_unet(model, family):
     """Two pictures of random prompts without guidance, for a UNet."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 8, 8, generator=generator)
-    prompt = torch.randn(2, 7, 64 if family == "sdxl" else 32, generator=generator)
+    width = miniature.pipeline(family).unet.config.cross_attention_dim
+    prompt = torch.randn(2, 7, width, generator=generator)
     condition = [[prompt, {"pooled_output": torch.randn(2, 32, generator=generator)}]]
     return draw(model, noise, condition, torch.tensor([14.0, 5.0, 1.0, 0.0]))
 
@@ -84,6 +86,36 @@ def test_a_transformers_prediction_is_that_of_diffusers(family):
     found = as_in_diffusers(model, model.diffusion_model(noise, times, context=prompt, **options))
     assert found.shape == expected.shape and expected.std() > 0.01
     torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.std()), rtol=0)
+
+
+def test_stable_diffusion_2_predicts_v_as_in_diffusers(executor):
+    source, model = miniature.pipeline("sd2"), miniature.load_unet("sd2").model
+    assert architecture(model) == architecture_of(source) == "stable-diffusion-v2"
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    prompt = torch.randn(2, 7, 1024, generator=torch.Generator().manual_seed(2))
+    sigma = torch.full((2,), 3.0)
+    timestep = model.model_sampling.timestep(sigma).float()
+    scale = (sigma[0] ** 2 + 1) ** 0.5
+    expected = source.unet(latents / scale, timestep, prompt).sample
+    found = []
+    with model.diffusion_model.register_forward_hook(lambda module, inputs, output: found.append(output)):
+        denoised = model.apply_model(latents, sigma, c_crossattn=prompt)
+    tolerance = 1e-3 * float(expected.std())
+    assert expected.std() > 0.01
+    torch.testing.assert_close(as_in_diffusers(model, found[0]), expected, atol=tolerance, rtol=0)
+    # That it is v: x0 = alpha x - sigma v, of latents that are scaled to the variance of noise.
+    torch.testing.assert_close(denoised, latents / scale**2 - sigma[0] / scale * expected, atol=tolerance * 3, rtol=0)
+
+
+def test_stable_diffusion_2_is_steered_by_a_reader(executor):
+    model = miniature.load_unet("sd2")
+    stack = [(random_adapter(miniature.pipeline("sd2")), 1.0)]
+    base, full = (draw_unet(one, "sd2") for one in (model, steer(model, stack, FULL_WINDOW, None)[0]))
+    assert (full - base).abs().max() > 1e-3
+    reader = ChangeReader(4).eval()
+    for threshold, wanted in ((1e6, base), (-1e6, full)):
+        loop = ClosedLoop(threshold, LOOK, reader)
+        assert torch.equal(draw_unet(steer(model, stack, FULL_WINDOW, loop)[0], "sd2"), wanted)
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])

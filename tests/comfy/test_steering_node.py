@@ -330,13 +330,17 @@ def test_an_exchanged_file_is_noticed(loops):
     assert before == Steering.fingerprint_inputs(**inputs)
     save_closed_loop(ClosedLoop(0.3, 0.08, ChangeReader(8)), path)
     assert before != Steering.fingerprint_inputs(**inputs)
-    assert Steering.fingerprint_inputs(evidence=SIZE) == ""
+    assert Steering.fingerprint_inputs(mode="closed loop", evidence=SIZE) == ""
 
 
 def test_a_file_that_is_no_closed_loop_is_refused_before_the_run(loops):
     write_adapter(spo_stack()[0][0], loops / "adapter.safetensors")
     (loops / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
     (loops / "loop.pt").write_bytes(b"\x80\x02}q\x00.")
+
+    def check(evidence, mode="closed loop"):
+        return Steering.validate_inputs(mode, evidence)
+
     for name, words in (
         ("adapter.safetensors", "is no file of a closed loop"),
         ("pickle.safetensors", "never opened"),
@@ -344,8 +348,10 @@ def test_a_file_that_is_no_closed_loop_is_refused_before_the_run(loops):
         ("gone.safetensors", "no closed loop 'gone.safetensors'; make one"),
         ("../all.safetensors", "no closed loop"),
     ):
-        assert words in Steering.validate_inputs(evidence=name), name
-    assert Steering.validate_inputs(evidence=READER) is Steering.validate_inputs(evidence=SIZE) is True
+        assert words in check(name), name
+        assert words in check(name, None), name  # A mode that is linked can be either.
+    assert check(READER) is check(SIZE) is check(None) is True
+    assert "mode must be" in check(SIZE, "sometimes")
 
 
 def test_a_missing_file_stops_a_workflow_with_a_sentence(run_graph):
@@ -357,6 +363,23 @@ def test_a_missing_file_stops_a_workflow_with_a_sentence(run_graph):
     }
     with pytest.raises(GraphError, match=r"there is no closed loop 'gone.safetensors'.*models/spo_closed_loop"):
         run_graph(graph, model=["3", 0])
+
+
+def test_a_window_asks_for_no_file(run_graph):
+    def draw(mode, evidence):
+        graph = {
+            **text_to_image(["3", 0], ["1", 1], ["1", 2]),
+            "1": node("SPO_StickerDemoLoader"),
+            "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
+            "3": node(
+                "SPO_Steering", model=["1", 0], adapter=["2", 2], mode=mode, evidence=evidence, start=0.0, end=0.5
+            ),
+        }
+        return run_graph(graph, latents=["13", 0])["latents"]["samples"]
+
+    assert torch.equal(draw("window", "gone.safetensors"), draw("window", SIZE))
+    with pytest.raises(GraphError, match="mode must be 'window' or 'closed loop', got 'sometimes'"):
+        draw("sometimes", SIZE)
 
 
 def test_steering_refuses_what_it_cannot_steer(world, pipe, loops):

@@ -1,13 +1,14 @@
 """A custom node folder for tests alone: models that the stock loaders accept, and nodes that give and keep values.
 
-ComfyUI tells model families apart by exact widths. Here it learns two more: Stable Diffusion 1 and XL in the sizes of
-`miniature.py`. All the rest of them is ComfyUI's own code.
+ComfyUI tells model families apart by exact widths. Here it learns three more: Stable Diffusion 1, 2 and XL in the
+sizes of `miniature.py`. All the rest of them is ComfyUI's own code.
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
+import comfy.model_base
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
@@ -38,6 +39,15 @@ class MiniatureSD1(comfy.supported_models.SD15):
 
     def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, MiniatureSD1TextEncoder)
+
+
+class MiniatureSD2(comfy.supported_models.SD20):
+    unet_config = {**comfy.supported_models.SD20.unet_config, "model_channels": 32}
+    unet_extra_config = {**comfy.supported_models.SD20.unet_extra_config, "num_head_channels": 16}
+
+    def model_type(self, state_dict, prefix=""):
+        # ComfyUI looks at a layer that is not in here.
+        return comfy.model_base.ModelType.V_PREDICTION
 
 
 class MiniatureSDXL(comfy.supported_models.SDXL):
@@ -104,5 +114,5 @@ class TestPictures:
 
 
 if MiniatureSD1 not in comfy.supported_models.models:
-    comfy.supported_models.models += [MiniatureSD1, MiniatureSDXL]
+    comfy.supported_models.models += [MiniatureSD1, MiniatureSD2, MiniatureSDXL]
 NODE_CLASS_MAPPINGS = {"TestPictures": TestPictures, "TestRecord": TestRecord}
