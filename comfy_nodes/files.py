@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from t2i_spo_plugin.errors import ConfigError
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A text that changes when one of these files does, so that ComfyUI runs the node again."""
+    """A text that changes when one of these files does, so that ComfyUI runs the node again.
+
+    A hash, so that it does not tell where the files lie: ComfyUI writes it into every picture that it saves.
+    """
     stats = [(path, path.stat()) for path in paths]
-    return ",".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
+    found = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
+    return hashlib.sha256(found.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def files_below(folder: Path) -> list[Path]:
