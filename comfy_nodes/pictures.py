@@ -26,22 +26,23 @@ _MAP_SIZE = 512
 """Pixels along the longer side of a map in the browser, at most."""
 
 
-def steps(total: int, size: int = 1) -> Iterator[slice]:
-    """Slices of at most `size` that cover `total` pictures, with a progress bar; one empty slice when there are none.
+def steps(total: int, size: int = 1, progress: ProgressBar | None = None) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` pictures; one empty slice when there are none.
 
-    Ends at once when the run is cancelled.
+    Moves on the progress bar, its own unless it is one part of a longer one. Ends at once when the run is cancelled.
     """
-    progress = ProgressBar(total)
+    bar = progress or ProgressBar(total)
     for start in range(0, max(total, 1), size):
         throw_exception_if_processing_interrupted()
-        yield slice(start, min(start + size, total))
-        progress.update(size)
+        part = slice(start, min(start + size, total))
+        yield part
+        bar.update(part.stop - part.start)
 
 
-def score(guard: Guard, image: Tensor) -> SafetyReport:
+def score(guard: Guard, image: Tensor, progress: ProgressBar | None = None) -> SafetyReport:
     """What `guard` says about every picture of `image` `[B, H, W, C]`."""
     pixels = channels_first(image)
-    return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH)])
+    return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH, progress)])
 
 
 def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
@@ -87,6 +88,7 @@ def payload(
     safety: SafetyReport,
     image: Tensor,
     threshold: float,
+    progress: ProgressBar,
     category: str | None = None,
     colour_map: str = "heat",
 ) -> list[dict[str, Any]]:
@@ -96,7 +98,7 @@ def payload(
     none of a picture that was not scored.
     """
     shown: list[dict[str, Any]] = []
-    for part in steps(len(image)):
+    for part in steps(len(image), progress=progress):
         for number in range(len(image))[part]:
             asked, costs = category_of(safety, number, category), safety.category_costs[number]
             named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]

@@ -8,6 +8,7 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.utils import ProgressBar
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -148,7 +149,8 @@ class SafetyCost(io.ComfyNode):
         if wanted is not None and wanted not in [enabled.name for enabled in cost_model.policy.enabled]:
             known = ", ".join(enabled.name for enabled in cost_model.policy.enabled)
             raise ConfigError(f"there is no category {wanted!r}; write {DECIDING!r} or one of {known}")
-        safety = score(cost_model, image)
+        progress = ProgressBar(2 * len(image))
+        safety = score(cost_model, image, progress)
         numbers = range(len(image))
         unsafe = safety.unsafe(threshold, wanted)
         maps = stacked([heat_map(safety, number, wanted) for number in numbers], image)
@@ -164,7 +166,7 @@ class SafetyCost(io.ComfyNode):
             mask,
             grey(maps),
             safety,
-            ui={"spo_safety": payload(safety, image, threshold, wanted)},
+            ui={"spo_safety": payload(safety, image, threshold, progress, wanted)},
         )
 
 
@@ -213,8 +215,9 @@ class SafetyOverlay(io.ComfyNode):
     ) -> io.NodeOutput:
         safety = report_of(safety, image)
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
+        progress = ProgressBar(2 * len(image))
         drawn, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
-        for part in steps(len(image)):
+        for part in steps(len(image), progress=progress):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
                 found, label = _marks(safety, number, maps[number], threshold)
@@ -223,7 +226,7 @@ class SafetyOverlay(io.ComfyNode):
                 drawn[number] = annotate(tinted, found, label).movedim(0, -1)
                 marked[number] = annotate(pixels, found, label).movedim(0, -1)
         # The browser lays the colours over the rest itself, as strongly as its slider says.
-        shown = payload(safety, marked, threshold, colour_map=colour_map)
+        shown = payload(safety, marked, threshold, progress, colour_map=colour_map)
         return io.NodeOutput(drawn, ui={"spo_safety": [entry | {"opacity": opacity} for entry in shown]})
 
 

@@ -325,14 +325,21 @@ app.registerExtension({
     });
   },
 
-  // Going back to a workflow brings its results back, but runs nothing. Outputs within a subgraph go by both numbers.
+  // Going back to a workflow brings its results back, but runs nothing.
   onNodeOutputsUpdated(outputs) {
     // At the start, before there is a graph, there are none.
     if (!Object.values(outputs ?? {}).some((output) => output?.[KEY])) return;
     for (const graph of [app.graph, ...(app.graph?.subgraphs?.values() ?? [])])
       for (const node of graph?.nodes ?? []) {
-        const found = outputs[graph === app.graph ? node.id : `${graph.id}:${node.id}`]?.[KEY];
+        const found = outputOf(node, graph, outputs)?.[KEY];
         if (found && node.spoView) node.spoView.show(found);
       }
   },
 });
+
+/** Outputs within a subgraph go by its own identity, or, in older front ends, by the node that stands for it. */
+function outputOf(node, graph, outputs) {
+  if (graph === app.graph) return outputs[node.id];
+  const holder = app.graph.nodes.find((each) => each.subgraph === graph);
+  return outputs[`${graph.id}:${node.id}`] ?? outputs[`${holder?.id}:${node.id}`];
+}

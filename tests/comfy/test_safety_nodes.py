@@ -508,7 +508,7 @@ def test_progress_reaches_the_browser(run_graph, monkeypatch):
     hook = lambda value, total, preview, node_id=None: seen.append((value, total))  # noqa: E731
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     run_graph(score_pictures(), {"pictures": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
-    assert (20, 20) in seen and any(value < total for value, total in seen)
+    assert (40, 40) in seen and any(value < total for value, total in seen)
 
 
 def test_200_prompts_leave_nothing_behind(run_graph):
