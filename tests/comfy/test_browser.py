@@ -51,6 +51,10 @@ def shared_canvas(request, browser, server):
         yield canvas
 
 
+IN_ONE = pytest.mark.parametrize("shared_canvas", RENDERERS[:1], indirect=True)
+"""For what is the same in every renderer."""
+
+
 @pytest.fixture
 def canvas(shared_canvas):
     """A page in one of the renderers, without complaints at the beginning and at the end."""
@@ -128,12 +132,14 @@ def values(workflow):
     return {node["id"]: node.get("widgets_values") or [] for node in nodes}
 
 
+@IN_ONE
 def test_an_example_keeps_what_it_says_when_it_is_saved_again(canvas):
     for workflow in EXAMPLES.values():
         canvas.load(workflow)
         assert values(canvas.saved()) == values(workflow)
 
 
+@IN_ONE
 def test_the_examples_are_those_that_are_written_down(canvas):
     """Also when the sockets of a node have changed since: then `workflows.py` has to write them again."""
     assert WORKFLOWS.keys() == EXAMPLES.keys()
@@ -249,7 +255,8 @@ def test_no_pictures_are_said_to_be_none(canvas, batch):
     assert "There were no pictures" in batch.inner_text() and not batch.locator(".spo-bar").is_visible()
 
 
-@pytest.mark.parametrize("written", ["{}", "broken", None, {"opacity": 0.2}])
+@IN_ONE
+@pytest.mark.parametrize("written", ["broken", None, {"opacity": 0.2}])
 def test_what_somebody_else_wrote_there_does_no_harm(canvas, written):
     workflow = copy.deepcopy(EXAMPLES["batch_report"])
     (node,) = (node for node in workflow["nodes"] if node["type"] == "SPO_SafetyCost")
@@ -372,6 +379,7 @@ def test_it_can_be_read_in_every_theme(canvas, batch):
         assert len(contrasts) > 10 and min(contrasts) >= 4.5, (palette, contrasts)
 
 
+@IN_ONE
 def test_the_view_speaks_the_language_of_the_browser(canvas):
     for language, says in (("zh", "运行工作流后"), ("ja", "ワークフローを実行"), ("en", "Run the workflow")):
         canvas.set("Comfy.Locale", language)
@@ -395,6 +403,7 @@ def test_the_subgraph_can_be_found_and_put_on_the_canvas(canvas):
     assert len(node["widgets_values"]) == 12
 
 
+@IN_ONE
 def test_the_subgraph_s_threshold_is_that_of_the_switch(canvas):
     workflow = copy.deepcopy(EXAMPLES["safe_text_to_image"])
     canvas.load(workflow)
