@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -175,7 +176,8 @@ class Canvas:
 
     def saved(self) -> dict[str, Any]:
         """The workflow as the front end would save it now."""
-        return self.page.evaluate("() => app.graph.serialize()")
+        # What JavaScript has not defined is left out of a file, but would come here as None.
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
 
 @contextmanager

@@ -408,7 +408,7 @@ _FOLD = """(wanted) => {
     const after = graph.nodes.filter((each) => each.pos[0] > place[0]);
     const closer = Math.min(...after.map((each) => each.pos[0])) - place[0] - node.size[0] - 70;
     for (const each of after) each.pos = [each.pos[0] - closer, each.pos[1]];
-    return graph.serialize();
+    return JSON.stringify(graph.serialize());
 }"""
 
 _ALONE = """(wanted) => {
@@ -417,7 +417,7 @@ _ALONE = """(wanted) => {
     for (const [name, value] of Object.entries(wanted.values))
         node.widgets.find((each) => each.name === name).value = value;
     node.pos = [0, 0];
-    return app.graph.serialize();
+    return JSON.stringify(app.graph.serialize());
 }"""
 
 _BUILD = """async ([columns, gaps]) => {
@@ -457,18 +457,19 @@ _BUILD = """async ([columns, gaps]) => {
             source.connect(out, target, into);
         }
     window.spoMade = Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
-    return app.graph.serialize();
+    return JSON.stringify(app.graph.serialize());
 }"""
 
 
 def build(canvas: Canvas, columns: list[list[Node]]) -> dict[str, Any]:
     """The workflow as ComfyUI saves it."""
-    return canvas.page.evaluate(_BUILD, [columns, [70, 70]])
+    return json.loads(canvas.page.evaluate(_BUILD, [columns, [70, 70]]))
 
 
 def fold(canvas: Canvas) -> tuple[dict[str, Any], dict[str, Any]]:
     """The workflow that was just built, with a part of it as a subgraph, and that subgraph alone."""
-    return canvas.page.evaluate(_FOLD, SUBGRAPH), canvas.page.evaluate(_ALONE, SUBGRAPH)
+    whole, alone = (json.loads(canvas.page.evaluate(script, SUBGRAPH)) for script in (_FOLD, _ALONE))
+    return whole, alone
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
