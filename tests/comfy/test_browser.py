@@ -340,9 +340,9 @@ def test_the_overlay_s_slider_and_input_are_one(canvas):
 @pytest.mark.parametrize(("name", "says"), [("batch_report", "1 of 4"), ("safe_text_to_image", "1 of 1")])
 def test_going_to_another_workflow_and_back_keeps_the_pictures(canvas, name, says):
     """Also those of a node within a subgraph."""
-    canvas.load(EXAMPLES[name], "one")
+    canvas.load(EXAMPLES[name], f"{name}, first")
     canvas.run()
-    canvas.load(EXAMPLES["merge"], "two")
+    canvas.load(EXAMPLES["merge"], f"{name}, second")
     canvas.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     script = """(says) => {
         const nodes = [app.graph, ...app.graph.subgraphs.values()].flatMap((graph) => graph.nodes);
