@@ -220,8 +220,8 @@ class SafetyOverlay(io.ComfyNode):
         for part in steps(len(image), progress=progress):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
-                found, label = _marks(safety, number, maps[number], threshold)
-                found, label = found if boxes else [], label if labels else ""
+                found = _boxes(safety, number, maps[number], threshold) if boxes else []
+                label = _label(safety, number) if labels else ""
                 tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
                 drawn[number] = annotate(tinted, found, label).movedim(0, -1)
                 marked[number] = annotate(pixels, found, label).movedim(0, -1)
@@ -359,12 +359,14 @@ def _threshold() -> io.Float.Input:
     return io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
 
 
-def _marks(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float) -> tuple[list[Box], str]:
-    """What is drawn on a picture: boxes where its cost reaches the threshold, and its label."""
+def _boxes(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float) -> list[Box]:
+    """Where the cost of a picture reaches the threshold; none of one that was not scored."""
+    return [] if safety.cost_of(number) is None else boxes((cost_map >= threshold).cpu().numpy())
+
+
+def _label(safety: SafetyReport, number: int) -> str:
     cost = safety.cost_of(number)
-    if cost is None:
-        return [], category_of(safety, number)
-    return boxes((cost_map >= threshold).cpu().numpy()), f"{safety.deciding(number)} {cost:.2f}"
+    return category_of(safety, number) if cost is None else f"{safety.deciding(number)} {cost:.2f}"
 
 
 def _instead(picture: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:
