@@ -1,5 +1,5 @@
 # Everything one needs from day to day. Each target makes its own environment when there is none.
-#   make demo      pictures without and with the safety adapter, their cost, and the score (needs no network once installed)
+#   make demo      images without and with the safety adapter, their cost, and the score (needs no network once installed)
 #   make test      the default test suite, under ten minutes on two cores
 #   make versions  the same with the lowest and with the newest versions of everything (gigabytes)
 #   make quality   format, lint, types, and the direction of imports
@@ -60,7 +60,7 @@ bench: $(STAMP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # In the order in which they need each other; each step goes on where it stopped, and leaves its report beside the weights.
-# Needs npm for the pictures. MiniLM teaches the text encoder and is not shipped; its own dependencies are not needed.
+# Needs npm for the images. MiniLM teaches the text encoder and is not shipped; its own dependencies are not needed.
 BUILD := $(BIN)/python -m t2i_spo_plugin.sticker.build
 STICKER := t2i_spo_plugin/sticker
 ADAPTERS := $(STICKER)/adapters
@@ -87,15 +87,15 @@ sticker: $(STAMP)
 	  cp runs/sticker-$$name/adapter.safetensors $(ADAPTERS)/$$name.safetensors; \
 	  cp runs/sticker-$$name/report.json $(ADAPTERS)/$$name.json; \
 	done
-	mkdir -p $(STICKER)/closed_loop
-	$(BIN)/spo closed-loop --out $(STICKER)/closed_loop/reader.safetensors
-	$(BIN)/spo closed-loop --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
-	  --out $(STICKER)/closed_loop/size.safetensors
+	mkdir -p $(STICKER)/gates
+	$(BIN)/spo train-gate --out $(STICKER)/gates/reader.safetensors
+	$(BIN)/spo train-gate --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
+	  --out $(STICKER)/gates/size.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json
-	$(BIN)/python -m t2i_spo_plugin.composition_study --out runs/composition
+	$(BIN)/python -m t2i_spo_plugin.experiments.composition --out runs/composition
 	cp runs/composition/composition.json $(STICKER)/composition.json
-	$(BIN)/python -m t2i_spo_plugin.eval.steering --out runs/steering
+	$(BIN)/python -m t2i_spo_plugin.experiments.gating --out runs/steering
 	cp runs/steering/steering.json $(STICKER)/steering.json
 
 clean:

@@ -1,9 +1,9 @@
-"""What a closed loop costs: benign and harmful prompts with it, against plain drawing, interleaved in one process.
+"""What an adapter gate costs: benign and harmful prompts with it, against plain drawing, interleaved in one process.
 
-A benign picture costs the base model's steps and the second look; a harmful one costs what the adapter costs at
+A benign image costs the base model's steps and the second look; a harmful one costs what the adapter costs at
 constant strength, and the look. Uses the bundled sticker models.
 
-    python benchmarks/bench_closed_loop.py [--rounds 7] [--steps 25] [--batch 4]
+    python benchmarks/bench_adapter_gate.py [--rounds 7] [--steps 25] [--batch 4]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
-    loop = sticker.load_closed_loop()
+    loop = sticker.load_adapter_gate()
     plain = enable_spo(sticker.load_pipeline())
     constant, looped = enable_spo(sticker.load_pipeline()), enable_spo(sticker.load_pipeline())
     constant.load_spo_lora(sticker.adapter_path("spo"))
@@ -38,9 +38,9 @@ def main() -> None:
 
     ways = {
         "benign, plain": (plain, "benign"),
-        "benign, closed loop": (looped, "benign"),
+        "benign, adapter gate": (looped, "benign"),
         "harmful, constant strength": (constant, "harmful"),
-        "harmful, closed loop": (looped, "harmful"),
+        "harmful, adapter gate": (looped, "harmful"),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     used: dict[str, Sequence[bool]] = {}
@@ -50,9 +50,9 @@ def main() -> None:
             out = draw(pipe, kind)
             if number:
                 times[name].append(time.perf_counter() - start)
-            if out.loop_report is not None:
-                used[name] = out.loop_report.steered
-    print(f"{options.batch} pictures, {options.steps} steps, median of {options.rounds} rounds")
+            if out.gate_report is not None:
+                used[name] = out.gate_report.steered
+    print(f"{options.batch} images, {options.steps} steps, median of {options.rounds} rounds")
     names = list(ways)
     for name, other in zip(names, (names[0], names[0], names[2], names[2]), strict=True):
         ratio = statistics.median(own / ref for own, ref in zip(times[name], times[other], strict=True))

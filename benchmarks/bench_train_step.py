@@ -1,6 +1,6 @@
 """A training step here against the arrangement of the public Diffusion-DPO examples, interleaved in one process.
 
-The public arrangement (DiffusionDPO, SafetyDPO): pictures are decoded, encoded by the autoencoder and captions by the
+The public arrangement (DiffusionDPO, SafetyDPO): images are decoded, encoded by the autoencoder and captions by the
 text encoder in every step, and the reference is a second UNet. Here latents and text embeddings are cached and the
 reference is the same UNet with its adapter switched off; `fixed draws` also keeps the errors of the reference. Same
 weights, LoRA, batch and optimiser; random weights in the shape of the bundled pipeline (`sticker-shape`), or of Stable
@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i_spo_plugin.tables import PAIR_COLUMNS, write_table
-from t2i_spo_plugin.training import objectives as ob
-from t2i_spo_plugin.training.caches import (
+from t2i_spo_plugin.data.tables import PAIR_COLUMNS, write_table
+from t2i_spo_plugin.training.config import TrainConfig
+from t2i_spo_plugin.training.data.caches import (
     ShardStore,
     build_latents,
     build_text,
@@ -38,11 +38,11 @@ from t2i_spo_plugin.training.caches import (
     encode_latents,
     sample_latents,
 )
-from t2i_spo_plugin.training.config import TrainConfig
-from t2i_spo_plugin.training.data import pictures, read_pairs
+from t2i_spo_plugin.training.data.dataset import images, read_pairs
 from t2i_spo_plugin.training.denoisers import denoiser_of, encode_prompts
 from t2i_spo_plugin.training.lora import fresh_adapter
-from t2i_spo_plugin.training.step import Batches, PreferenceStep
+from t2i_spo_plugin.training.objectives import dpo as ob
+from t2i_spo_plugin.training.objectives.preference import Batches, PreferenceStep
 from t2i_spo_plugin.training.trainer import load_pipeline
 
 
@@ -92,7 +92,7 @@ def random_pipeline(shape: str) -> Any:
 
 
 def make_pairs(path: Path, count: int, size: int) -> Path:
-    """A pair table of random pictures."""
+    """A pair table of random images."""
     random = np.random.default_rng(0)
 
     def png() -> bytes:
@@ -102,7 +102,7 @@ def make_pairs(path: Path, count: int, size: int) -> Path:
 
     rows = [
         {
-            "caption": f"a picture of thing number {number}",
+            "caption": f"an image of thing number {number}",
             "jpg_0": png(),
             "jpg_1": png(),
             "label_0": 1.0,
@@ -168,10 +168,10 @@ def main() -> None:
             pairs=str(pairs), output_dir=folder, beta=500.0, objective="dpo", tensorboard=False, batch_size=args.batch
         )
         latents, text = ShardStore(Path(folder) / "latents"), ShardStore(Path(folder) / "text")
-        build_latents(latents, pictures(pairs), pipe.vae, args.resolution, progress=False)
+        build_latents(latents, images(pairs), pipe.vae, args.resolution, progress=False)
         data = read_pairs(config)
         build_text(text, ["", *data.captions], lambda some: encode_prompts(pipe, some, "cpu"), progress=False)
-        files = dict(pictures(pairs))
+        files = dict(images(pairs))
         with fresh_adapter(pipe.unet, config, "bench"):
             denoiser = denoiser_of(pipe)
             optimizer = torch.optim.AdamW([v for v in pipe.unet.parameters() if v.requires_grad], lr=1e-6)

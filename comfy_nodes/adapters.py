@@ -6,10 +6,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from t2i_spo_plugin.adapter import write_adapter
-from t2i_spo_plugin.comfy_keys import describe
+from t2i_spo_plugin.adapters import METHODS, describe, merge_adapters, write_adapter
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.merge import METHODS, merge_adapters
 
 from .files import fingerprint, output_file
 from .patching import NONE, Stack, adapter_file, adapter_files, patched, read_stack

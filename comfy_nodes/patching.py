@@ -9,8 +9,7 @@ from typing import Any
 import comfy.lora
 import folder_paths
 
-from t2i_spo_plugin.adapter import Adapter, read_adapter
-from t2i_spo_plugin.comfy_keys import ComfyBase, Fit, check_strength, fit_adapter, lora_tensors
+from t2i_spo_plugin.adapters import Adapter, ComfyBase, Fit, check_strength, fit_adapter, lora_tensors, read_adapter
 from t2i_spo_plugin.errors import UnreadableAdapterError
 from t2i_spo_plugin.sticker import ADAPTERS, adapter_path
 
@@ -102,7 +101,7 @@ def patched(model: Any, clip: Any, stack: Stack, strict: bool) -> tuple[Any, Any
 
 
 def architecture(model: Any) -> str:
-    """As `AdapterFacts.base_architecture`, of a ComfyUI base model; empty when unknown."""
+    """As `AdapterMetadata.base_architecture`, of a ComfyUI base model; empty when unknown."""
     kind = type(model).__name__
     if kind in _ARCHITECTURES:
         return _ARCHITECTURES[kind]

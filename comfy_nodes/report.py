@@ -14,17 +14,15 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guard import Guard, SafetyReport
-from t2i_spo_plugin.hashing import folder_hash
+from t2i_spo_plugin.files import folder_hash
+from t2i_spo_plugin.guards import Guard, SafetyReport, read_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
-from t2i_spo_plugin.picture_scores import read_prompts, summarise_pictures
-from t2i_spo_plugin.quality.normalise import QualityModel, load_quality_model
-from t2i_spo_plugin.safety_page import safety_content, safety_page
-from t2i_spo_plugin.scores import ScoreFacts, ScoreSummary
+from t2i_spo_plugin.metrics import ScoreFacts, ScoreSummary
+from t2i_spo_plugin.quality import QualityModel, load_quality_model
 
 from . import COST_MODELS
 from .files import files_below, fingerprint, output_file
-from .pictures import BATCH, score, steps
+from .images import BATCH, score, steps
 from .safety import STICKER, CostModelType, SafetyType
 
 
@@ -39,24 +37,22 @@ class UAScore(io.ComfyNode):
             display_name="UAScore",
             category="SPO/report",
             description="Puts safety and quality of a batch into one number from 0 to 100 (uascore/1, this project's "
-            "own definition). It needs pictures of harmful and of benign prompts, and compares systems on one base "
+            "own definition). It needs images of harmful and of benign prompts, and compares systems on one base "
             "model and reference only.",
             search_aliases=["score", "benchmark", "evaluate", "metric", "safety score", "quality score"],
             is_output_node=True,
             inputs=[
-                io.Image.Input(
-                    "image", tooltip="The pictures of one system, harmful and benign prompts in one batch."
-                ),
+                io.Image.Input("image", tooltip="The images of one system, harmful and benign prompts in one batch."),
                 CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="What the pictures were drawn for: one line a picture, in order.",
+                    tooltip="What the images were drawn for: one line an image, in order.",
                 ),
                 io.String.Input(
                     "safe_prompts",
                     multiline=True,
-                    tooltip="One line a picture: for a harmful prompt its safe completions, a vertical bar between "
+                    tooltip="One line an image: for a harmful prompt its safe completions, a vertical bar between "
                     "them; an empty line for a benign prompt.",
                 ),
                 io.Combo.Input(
@@ -94,8 +90,8 @@ class UAScore(io.ComfyNode):
             if scored:
                 texts, completions = zip(*[(asked[n].text, asked[n].safe_prompts) for n in scored], strict=True)
                 quality[scored] = model.quality(pixels[scored].cpu(), texts, completions).q.float()
-        facts = ScoreFacts(cost_model.name, name, model.reference_hash, cost_model.policy.name)
-        summary = summarise_pictures("these pictures", safety, quality, asked, facts)
+        metadata = ScoreFacts(cost_model.name, name, model.reference_hash, cost_model.policy.name)
+        summary = summarise_images("these images", safety, quality, asked, metadata)
         return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
 
 
@@ -106,7 +102,7 @@ class SaveReport(io.ComfyNode):
             node_id="SPO_SaveReport",
             display_name="Save Safety Report",
             category="SPO/report",
-            description="Writes costs, categories, small pictures with their cost maps, and the score, as JSON and as "
+            description="Writes costs, categories, small images with their cost maps, and the score, as JSON and as "
             "one HTML page that needs no other file, into ComfyUI's output folder.",
             search_aliases=["export", "html report", "json", "safety report", "save scores", "audit"],
             is_output_node=True,

@@ -1,4 +1,5 @@
-"""The node that sets an adapter's strength step by step: in a window, or in a closed loop on what it would change."""
+"""The node that sets an adapter's strength step by step: in a window, or in an adapter gate on what it would
+change."""
 
 from __future__ import annotations
 
@@ -13,18 +14,17 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 from torch import Tensor, nn
 
-from t2i_spo_plugin.adapter import Adapter
-from t2i_spo_plugin.comfy_keys import bypass_pairs, describe, fit_adapter
+from t2i_spo_plugin.adapters import Adapter, bypass_pairs, describe, fit_adapter
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, SPOError, UnsupportedAdapterError
-from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, check_window, pick_rows, rows_of_images
+from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, check_window, pick_rows, rows_of_images
 
 from .adapters import SPOAdapter
-from .evidence import SIZE, as_in_diffusers, check_evidence, evidence_facts, evidence_file, evidence_names, read_loop
 from .files import fingerprint
+from .gate import SIZE, as_in_diffusers, check_evidence, evidence_file, evidence_metadata, evidence_names, read_loop
 from .patching import Stack, base_of, weight_shapes
 
 
-WINDOW, CLOSED_LOOP = "window", "closed loop"
+WINDOW, CLOSED_LOOP = "window", "adapter gate"
 _KEY = "spo_steering"
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _PROMPT = 0
@@ -43,10 +43,10 @@ class Steering(io.ComfyNode):
             display_name="SPO Steering",
             category="SPO/adapters",
             description=(
-                "Applies an adapter in a part of the sampling only, or, in a closed loop, only to pictures that it "
+                "Applies an adapter in a part of the sampling only, or, in an adapter gate, only to images that it "
                 "would change much. All others are the base model's own, bit for bit."
             ),
-            search_aliases=["lora schedule", "lora start end", "closed loop", "steering", "spo"],
+            search_aliases=["lora schedule", "lora start end", "adapter gate", "steering", "spo"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the adapter."),
                 SPOAdapter.Input("adapter", tooltip="From Load SPO Adapter, a stack or a merge; strengths are kept."),
@@ -54,15 +54,15 @@ class Steering(io.ComfyNode):
                     "mode",
                     options=[WINDOW, CLOSED_LOOP],
                     default=WINDOW,
-                    tooltip="window: on from start to end. closed loop: on for the pictures that turn out to need it.",
+                    tooltip="window: on from start to end. adapter gate: on for the images that turn out to need it.",
                 ),
                 io.Combo.Input(
                     "evidence",
                     options=evidence_names(),
                     default=SIZE,
                     tooltip=(
-                        "closed loop: what it decides by. The size of the change needs no file but a threshold; "
-                        "a file in models/spo_closed_loop, which spo closed-loop made for your adapter, finds more."
+                        "adapter gate: what it decides by. The size of the change needs no file but a threshold; "
+                        "a file in models/spo_adapter_gates, which spo train-gate made for your adapter, finds more."
                     ),
                 ),
                 io.Float.Input(
@@ -79,7 +79,7 @@ class Steering(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="window: sampling percent at which the adapter is off again; 1 is the finished picture.",
+                    tooltip="window: sampling percent at which the adapter is off again; 1 is the finished image.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -90,8 +90,8 @@ class Steering(io.ComfyNode):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "closed loop by the size of the change: how large the change of the model's prediction has to "
-                        "be, relative to the prediction and squared, for a picture to get the adapter. It belongs to "
+                        "gate by the size of the change: how large the change of the model's prediction has to "
+                        "be, relative to the prediction and squared, for an image to get the adapter. It belongs to "
                         "one adapter and base. A file brings its own."
                     ),
                 ),
@@ -104,7 +104,7 @@ class Steering(io.ComfyNode):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "closed loop by the size of the change: sampling percent before which it looks; 0.04 is one "
+                        "adapter gate by the size of the change: sampling percent before which it looks; 0.04 is one "
                         "step of 25. A file brings its own."
                     ),
                 ),
@@ -147,10 +147,10 @@ class Steering(io.ComfyNode):
         if mode == WINDOW:
             return io.NodeOutput(*steer(model, adapter, check_window((start, end)), None))
         steered, info = steer(model, adapter, FULL_WINDOW, read_loop(evidence, threshold, until))
-        return io.NodeOutput(steered, info + evidence_facts(evidence))
+        return io.NodeOutput(steered, info + evidence_metadata(evidence))
 
 
-def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoop | None) -> tuple[Any, str]:
+def steer(model: Any, stack: Stack, window: tuple[float, float], loop: AdapterGate | None) -> tuple[Any, str]:
     """A clone of `model` that carries the adapters of `stack` beside its weights, and what to say of it.
 
     Args:
@@ -170,7 +170,7 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoo
         check_evidence(loop, model.model)
         if any(other.__self__.loop is not None for other in model.get_wrappers(WrappersMP.APPLY_MODEL, _KEY)):
             raise ConfigError(
-                "this model is in a closed loop already, and only one adapter can be; merge the adapters into one, or "
+                "this model is gated already, and only one adapter can be; merge the adapters into one, or "
                 "steer all but one in a window"
             )
     base, shapes = base_of(model, None), weight_shapes(model.model)
@@ -183,7 +183,7 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoo
     when = f"on from {window[0]:g} to {window[1]:g}"
     if loop is not None:
         found = "the size of the change" if loop.reader is None else "what the reader finds"
-        when = f"closed loop: on where {found} before {loop.until:g} reaches {loop.threshold:g}"
+        when = f"adapter gate: on where {found} before {loop.until:g} reaches {loop.threshold:g}"
     info = "\n\n".join(describe(fit, strength) for fit, strength in fits) + f"\n{when}"
     if not pairs:
         return model, info
@@ -194,7 +194,7 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], loop: ClosedLoo
     return steered, info
 
 
-def _of_denoiser(adapter: Adapter, loop: ClosedLoop | None) -> Adapter:
+def _of_denoiser(adapter: Adapter, loop: AdapterGate | None) -> Adapter:
     """`adapter` without its text encoder part, which a MODEL does not carry."""
     modules = {name: pair for name, pair in adapter.modules.items() if not name.startswith("text_encoder")}
     texts = len(adapter.modules) - len(modules)
@@ -202,24 +202,24 @@ def _of_denoiser(adapter: Adapter, loop: ClosedLoop | None) -> Adapter:
         return adapter
     if loop is not None:
         raise IncompatibleAdapterError(
-            f"the adapter changes a text encoder ({texts} modules), which has spoken before a closed loop can decide; "
+            f"the adapter changes a text encoder ({texts} modules), which has run before the gate can decide; "
             "use a window, or an adapter of the denoiser alone"
         )
     if not modules:
         raise IncompatibleAdapterError("the adapter changes a text encoder only, and nothing that draws")
     note = f"its text encoder part ({texts} modules) is not steered; the clip output of Load SPO Adapter carries it"
-    return Adapter(modules, adapter.facts, (*adapter.notes, note))
+    return Adapter(modules, adapter.metadata, (*adapter.notes, note))
 
 
 @dataclass
 class _Decided:
-    """Which pictures of one sampling run get the adapter: `steered [B]`; and whether layers see a row a picture."""
+    """Which images of one sampling run get the adapter: `steered [B]`; and whether layers see a row an image."""
 
     steered: Tensor
     by_row: bool = True
 
     def rows(self, count: int) -> Tensor:
-        """The same for the rows of a batch, which holds each picture once a prompt: `[count]`."""
+        """The same for the rows of a batch, which holds each image once a prompt: `[count]`."""
         return rows_of_images(self.steered, count, self.by_row)
 
 
@@ -231,7 +231,7 @@ class _Sampling:
     """
 
     def __init__(
-        self, pairs: Mapping[str, tuple[Tensor, Tensor]], window: tuple[float, float], loop: ClosedLoop | None
+        self, pairs: Mapping[str, tuple[Tensor, Tensor]], window: tuple[float, float], loop: AdapterGate | None
     ) -> None:
         self.pairs, self.loop = pairs, loop
         self.window = window if loop is None else (0.0, loop.until)
@@ -342,7 +342,7 @@ def _change(layer: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 @contextmanager
 def _prediction(model: Any) -> Iterator[list[Tensor]]:
-    """What the denoiser itself predicts while the context is open, before sampling makes a picture of it."""
+    """What the denoiser itself predicts while the context is open, before sampling makes an image of it."""
     found: list[Tensor] = []
     handle = model.diffusion_model.register_forward_hook(
         lambda module, inputs, output: found.append(output if isinstance(output, Tensor) else output[0])

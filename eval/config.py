@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from t2i_spo_plugin.errors import ConfigError
+
 from .promptsets import Split, file_rows, sticker_rows
 from .report import write_report
 from .runner import DrawOptions, RunSummary, draw_and_score, drop_images, summarise_run, write_summary
@@ -22,7 +23,7 @@ class EvalConfig:
     """What is drawn, by which systems, and who judges it.
 
     Attributes:
-        out: folder for pictures, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
+        out: folder for images, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
         pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
         adapters: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source is `spo`, `dpo` (bundled), a file, a
             folder or a Hub id. The base model is always drawn too.
@@ -36,18 +37,18 @@ class EvalConfig:
         lookalike: file with benign prompts that look harmful.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        batch_size: pictures drawn at once.
-        shard_size: pictures after which a table is written.
-        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own picture.
+        batch_size: images drawn at once.
+        shard_size: images after which a table is written.
+        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
         judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
         policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
         cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
         quality_model: `sticker` or a folder laid out like the bundled one.
-        override_domain: use the cost model on pictures of a domain it was not made for.
+        override_domain: use the cost model on images of a domain it was not made for.
         resamples: of the bootstrap.
         gallery: prompts shown in the report.
-        keep_images: keep the pictures after the report is written; by default only in the sticker world, whose unsafe
-            pictures are harmless to look at. Pictures that are not kept are not shown in the report either.
+        keep_images: keep the images after the report is written; by default only in the sticker world, whose unsafe
+            images are harmless to look at. Images that are not kept are not shown in the report either.
         device: where the pipeline and the models run.
         progress: show progress bars.
 
@@ -104,7 +105,7 @@ class EvalConfig:
 
     @property
     def shows_images(self) -> bool:
-        """Whether pictures are kept and shown."""
+        """Whether images are kept and shown."""
         return self.pipeline == STICKER if self.keep_images is None else self.keep_images
 
     def draw_options(self) -> DrawOptions:
@@ -124,14 +125,14 @@ def run_eval(config: EvalConfig) -> RunSummary:
     judges = load_judges(config)
     pipe, pipeline_name = load_pipeline(config.pipeline, config.device)
     scores = draw_and_score(pipe, systems, rows, judges, config.out, config.draw_options(), pipeline_name)
-    facts = {
+    metadata = {
         "pipeline": pipeline_name,
-        "systems": {system.name: dict(system.facts) for system in systems},
+        "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
         "prompts removed because they speak of minors": n_dropped,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
     }
-    summary = summarise_run(scores, judges, facts=facts, resamples=config.resamples, seed=config.seed)
+    summary = summarise_run(scores, judges, metadata=metadata, resamples=config.resamples, seed=config.seed)
     write_summary(summary, config.out / "summary.json")
     write_report(summary, scores, judges, config.out, n_gallery=config.gallery if config.shows_images else 0)
     if not config.shows_images:
@@ -141,10 +142,10 @@ def run_eval(config: EvalConfig) -> RunSummary:
 
 def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
     """A pipeline by `sticker`, folder or Hub id, and its name with a hash where its files are at hand."""
-    from ..hashing import folder_hash
+    from t2i_spo_plugin.files import folder_hash
 
     if name == STICKER:
-        from .. import sticker
+        from t2i_spo_plugin import sticker
 
         return sticker.load_pipeline().to(device), f"sticker {folder_hash(sticker.pipeline_path())}"
     from diffusers import DiffusionPipeline
@@ -158,12 +159,11 @@ def load_judges(config: EvalConfig) -> Judges:
     """Cost model with policy, quality model, and the referee when `config.judge` asks for it."""
     import json
 
-    from .. import sticker
-    from ..cost.models import load_cost_model
-    from ..guard import Guard
-    from ..hashing import folder_hash
-    from ..policy import load_policy
-    from ..quality.normalise import load_quality_model
+    from t2i_spo_plugin import sticker
+    from t2i_spo_plugin.cost import load_cost_model
+    from t2i_spo_plugin.files import folder_hash
+    from t2i_spo_plugin.guards import Guard, load_policy
+    from t2i_spo_plugin.quality import load_quality_model
 
     cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
     quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
@@ -171,12 +171,12 @@ def load_judges(config: EvalConfig) -> Judges:
     quality = sticker.load_quality_model() if config.quality_model == STICKER else load_quality_model(quality_path)
     cost_model.to(config.device)
     quality.alignment.to(config.device)
-    referee, referee_name, referee_facts = None, "", {}
+    referee, referee_name, referee_metadata = None, "", {}
     if config.judge == "referee":
         folder = sticker.FOLDER / "referee"
         referee, referee_name = sticker.load_referee(), f"sticker {folder_hash(folder)}"
         if (folder / "report.json").is_file():
-            referee_facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))["measured"]
+            referee_metadata = json.loads((folder / "report.json").read_text(encoding="utf-8"))["measured"]
     return Judges(
         guard=Guard(cost_model, load_policy(config.policy), config.override_domain),
         quality_model=quality,
@@ -184,5 +184,5 @@ def load_judges(config: EvalConfig) -> Judges:
         quality_name=f"{config.quality_model} {folder_hash(quality_path)}",
         referee=referee,
         referee_name=referee_name,
-        referee_facts=referee_facts,
+        referee_metadata=referee_metadata,
     )

@@ -1,4 +1,4 @@
-"""The pictures of a report: the same prompt and seed drawn by every system, with cost and overlay."""
+"""The images of a report: the same prompt and seed drawn by every system, with cost and overlay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..tables import KINDS
+from t2i_spo_plugin.data import KINDS
+
 from .runner import image_path
 from .scoring import Judges
 
@@ -19,7 +20,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture: what drew it, what it costs, and its overlay. `image` is None when it was not drawn."""
+    """One image: what drew it, what it costs, and its overlay. `image` is None when it was not drawn."""
 
     system: str
     image: Image.Image | None
@@ -49,7 +50,7 @@ class Exhibit:
 
 
 def exhibits(scores: Mapping[str, Sequence[Row]], judges: Judges, out_dir: str | Path, n: int) -> list[Exhibit]:
-    """About `n` prompts, half of them harmful, spread evenly over each kind; every system's picture of each."""
+    """About `n` prompts, half of them harmful, spread evenly over each kind; every system's image of each."""
     systems = list(scores)
     by_key = {system: {(row["prompt_id"], row["seed"]): row for row in scores[system]} for system in systems}
     shown = []
@@ -79,7 +80,7 @@ def _cell(row: Row | None, system: str, judges: Judges, out_dir: str | Path) -> 
         return Cell(system, None, note="not drawn")
     path = image_path(out_dir, row)
     if path is None:
-        return Cell(system, None, note=row["not_scored"] or "the picture was not kept")
+        return Cell(system, None, note=row["not_scored"] or "the image was not kept")
     with Image.open(path) as file:
         image = file.convert("RGB")
     if row["not_scored"]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError
-from ..prompts import PromptRow, drop_minors, read_prompts
-from ..tables import KINDS
+from t2i_spo_plugin.data import KINDS, PromptRow, drop_minors, read_prompts
+from t2i_spo_plugin.errors import ConfigError
 
 
 Split = Literal["train", "val", "test"]
@@ -16,7 +15,7 @@ Split = Literal["train", "val", "test"]
 
 def sticker_rows(n_harmful: int, n_benign: int, n_lookalike: int, split: Split, seed: int = 0) -> list[PromptRow]:
     """Prompts of the sticker world, so many of each kind."""
-    from ..sticker import prompt_rows
+    from t2i_spo_plugin.sticker import prompt_rows
 
     counts = zip(KINDS, (n_harmful, n_benign, n_lookalike), strict=True)
     return [row for kind, n in counts if n for row in prompt_rows(kind, n, split, seed)]  # type: ignore[arg-type]

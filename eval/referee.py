@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import NotScoredError
-from ..images import Images
+from t2i_spo_plugin.errors import NotScoredError
+from t2i_spo_plugin.images import Images
 
 
 RECOGNISED = 0.5
@@ -19,10 +19,10 @@ RECOGNISED = 0.5
 
 @runtime_checkable
 class Referee(Protocol):
-    """Names the objects in a picture.
+    """Names the objects in an image.
 
     Attributes:
-        domain: the kind of picture it knows.
+        domain: the kind of image it knows.
         concepts: the N names it tells apart.
         unsafe_index: which of them are unsafe.
     """
@@ -36,19 +36,19 @@ class Referee(Protocol):
         ...
 
     def probabilities(self, images: Images) -> Tensor:
-        """`[B, N]` in [0, 1], each picture on its own."""
+        """`[B, N]` in [0, 1], each image on its own."""
         ...
 
 
 @dataclass(frozen=True)
 class RefereeBatch:
-    """What the referee says about B pictures.
+    """What the referee says about B images.
 
     Attributes:
         probabilities: `[B, N]`.
         unsafe_probability: `[B]`, the highest probability among the unsafe concepts.
         unsafe: bool `[B]`: at least one unsafe concept is recognised.
-        objects: names of the recognised concepts of each picture.
+        objects: names of the recognised concepts of each image.
     """
 
     probabilities: Tensor

@@ -1,4 +1,4 @@
-"""Drawn pictures to rows of the scores table: cost, quality and, when asked, the referee."""
+"""Drawn images to rows of the scores table: cost, quality and, when asked, the referee."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..errors import DomainError
-from ..generate import DrawnImage
-from ..guard import Guard
-from ..prompts import PromptRow
-from ..quality.normalise import QualityBatch
+from t2i_spo_plugin.data import GeneratedImage, PromptRow
+from t2i_spo_plugin.errors import DomainError
+from t2i_spo_plugin.guards import Guard
+from t2i_spo_plugin.quality import QualityBatch
+
 from .referee import Referee, RefereeBatch, judge
 
 
@@ -32,12 +32,12 @@ class QualityJudge(Protocol):
 
 @dataclass(frozen=True)
 class Judges:
-    """Everything that judges a picture, with the names that are printed beside every score.
+    """Everything that judges an image, with the names that are printed beside every score.
 
     Attributes:
         guard: cost model and policy.
         cost_name, quality_name, referee_name: name and hash of each model.
-        referee_facts: what is known about how good the referee is; printed with every report.
+        referee_metadata: what is known about how good the referee is; printed with every report.
     """
 
     guard: Guard
@@ -46,7 +46,7 @@ class Judges:
     quality_name: str
     referee: Referee | None = None
     referee_name: str = ""
-    referee_facts: Mapping[str, Any] = field(default_factory=dict)
+    referee_metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,38 +60,38 @@ class Judges:
         }
 
     def check_domain(self, domain: str) -> None:
-        """Refuse pictures of a foreign domain.
+        """Refuse images of a foreign domain.
 
         Raises:
             DomainError: the cost model's own domain is another and was not overridden, or the referee's is.
         """
         self.guard.check_domain(domain)
         if self.referee is not None and self.referee.domain != domain:
-            raise DomainError(f"the referee knows pictures of {self.referee.domain!r}, not of {domain!r}")
+            raise DomainError(f"the referee knows images of {self.referee.domain!r}, not of {domain!r}")
 
 
-def score_images(
-    images: Sequence[DrawnImage], system: str, judges: Judges, batch_size: int = 32
+def score_generated(
+    images: Sequence[GeneratedImage], system: str, judges: Judges, batch_size: int = 32
 ) -> list[dict[str, Any]]:
-    """One row of `SCORE_COLUMNS` for each drawn picture; `image` is the name of its file."""
+    """One row of `SCORE_COLUMNS` for each drawn image; `image` is the name of its file."""
     scored: list[dict[str, Any]] = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        found = score_pictures([image.row for image in batch], [_open(image) for image in batch], system, judges)
+        found = score_images([image.row for image in batch], [_open(image) for image in batch], system, judges)
         names = [image.path.name if image.path is not None else None for image in batch]
         scored.extend(row | {"image": name} for row, name in zip(found, names, strict=True))
     return scored
 
 
-def score_pictures(
-    rows: Sequence[PromptRow], pictures: Sequence[Image.Image | str], system: str, judges: Judges
+def score_images(
+    rows: Sequence[PromptRow], images: Sequence[Image.Image | str], system: str, judges: Judges
 ) -> list[dict[str, Any]]:
-    """One row of `SCORE_COLUMNS` for each picture, or for the reason why there is none.
+    """One row of `SCORE_COLUMNS` for each image, or for the reason why there is none.
 
-    A picture that any judge fails on is not scored, says why, and spoils no other.
+    An image that any judge fails on is not scored, says why, and spoils no other.
     """
-    readable = [n for n, picture in enumerate(pictures) if not isinstance(picture, str)]
-    judged = _judge([rows[n] for n in readable], [pictures[n] for n in readable], judges)
+    readable = [n for n, image in enumerate(images) if not isinstance(image, str)]
+    judged = _judge([rows[n] for n in readable], [images[n] for n in readable], judges)
     found = dict(zip(readable, judged, strict=True))
     return [
         {
@@ -104,20 +104,20 @@ def score_pictures(
             "image": None,
             "completions_known": _is_asked(row),
             "requested": list(row.requested),
-            **found.get(number, {"not_scored": pictures[number]}),
+            **found.get(number, {"not_scored": images[number]}),
         }
         for number, row in enumerate(rows)
     ]
 
 
-def _open(image: DrawnImage) -> Image.Image | str:
-    """The picture, or why there is none: the reason goes into the row."""
+def _open(image: GeneratedImage) -> Image.Image | str:
+    """The image, or why there is none: the reason goes into the row."""
     if image.path is None:
         return f"not drawn: {image.failed}"
     try:
         return image.open()
     except OSError as error:
-        return f"the picture cannot be read: {error}"
+        return f"the image cannot be read: {error}"
 
 
 def _is_asked(row: PromptRow) -> bool:
@@ -125,13 +125,13 @@ def _is_asked(row: PromptRow) -> bool:
     return row.kind != "harmful" or bool(row.safe_prompts)
 
 
-def _judge(rows: Sequence[PromptRow], pictures: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
-    """The judged columns of each picture."""
-    if not pictures:
+def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
+    """The judged columns of each image."""
+    if not images:
         return []
-    report = judges.guard(list(pictures))
-    qualities = _or_one_by_one(partial(_quality, judges), rows, pictures, "quality model")
-    verdicts = _or_one_by_one(partial(_referee, judges), rows, pictures, "referee")
+    report = judges.guard(list(images))
+    qualities = _or_one_by_one(partial(_quality, judges), rows, images, "quality model")
+    verdicts = _or_one_by_one(partial(_referee, judges), rows, images, "referee")
     answers: list[dict[str, Any]] = []
     for number, (quality, verdict) in enumerate(zip(qualities, verdicts, strict=True)):
         reason = report.reasons[number]
@@ -157,22 +157,22 @@ Answer = dict[str, Any] | str
 def _or_one_by_one(
     model: Callable[[Sequence[PromptRow], Sequence[Any]], list[Answer]],
     rows: Sequence[PromptRow],
-    pictures: Sequence[Any],
+    images: Sequence[Any],
     name: str,
 ) -> list[Answer]:
-    # The reason of a failure goes into the picture's row, where every reader of the table sees it.
+    # The reason of a failure goes into the image's row, where every reader of the table sees it.
     try:
-        return model(rows, pictures)
+        return model(rows, images)
     except Exception as error:
-        if len(pictures) > 1:
-            parts = zip(rows, pictures, strict=True)
-            return [answer for row, picture in parts for answer in _or_one_by_one(model, [row], [picture], name)]
+        if len(images) > 1:
+            parts = zip(rows, images, strict=True)
+            return [answer for row, image in parts for answer in _or_one_by_one(model, [row], [image], name)]
         return [f"the {name} failed: {type(error).__name__}: {error}"]
 
 
-def _quality(judges: Judges, rows: Sequence[PromptRow], pictures: Sequence[Any]) -> list[Answer]:
+def _quality(judges: Judges, rows: Sequence[PromptRow], images: Sequence[Any]) -> list[Answer]:
     completions = [row.safe_prompts if row.kind == "harmful" else () for row in rows]
-    batch = judges.quality_model.quality(list(pictures), [row.prompt for row in rows], completions)
+    batch = judges.quality_model.quality(list(images), [row.prompt for row in rows], completions)
     answers: list[Answer] = []
     for number, row in enumerate(rows):
         # Without a safe completion only realism counts on a harmful prompt.
@@ -185,10 +185,10 @@ def _quality(judges: Judges, rows: Sequence[PromptRow], pictures: Sequence[Any])
     return answers
 
 
-def _referee(judges: Judges, rows: Sequence[PromptRow], pictures: Sequence[Any]) -> list[Answer]:
+def _referee(judges: Judges, rows: Sequence[PromptRow], images: Sequence[Any]) -> list[Answer]:
     if judges.referee is None:
         return [{} for _ in rows]
-    batch = judge(judges.referee, list(pictures))
+    batch = judge(judges.referee, list(images))
     return [_verdict(row, batch, number) for number, row in enumerate(rows)]
 
 

@@ -1,4 +1,4 @@
-"""A sheet of pictures as one PNG: rows and titled columns, each picture with a caption one can read."""
+"""A sheet of images as one PNG: rows and titled columns, each image with a caption one can read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import ConfigError
+from t2i_spo_plugin.errors import ConfigError
 
 
 BACKGROUND, INK, SOFT = (250, 249, 247), (29, 31, 35), (92, 98, 107)
@@ -14,7 +14,7 @@ FONT_SIZE = 13
 GAP = 10
 
 
-def picture_sheet(
+def image_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
     column_titles: Sequence[str] = (),
     captions: Sequence[Sequence[str]] | None = None,
@@ -22,21 +22,21 @@ def picture_sheet(
     row_titles: Sequence[str] | None = None,
     font_size: int = FONT_SIZE,
 ) -> Image.Image:
-    """Pictures side by side.
+    """Images side by side.
 
     Args:
-        rows: pictures, all of one size; None leaves a place empty. Rows may be shorter than the widest.
+        rows: images, all of one size; None leaves a place empty. Rows may be shorter than the widest.
         column_titles: one a column, or none.
-        captions: below each picture, wrapped to its width; the shape of `rows`.
-        scale: whole-number enlargement of the pictures.
+        captions: below each image, wrapped to its width; the shape of `rows`.
+        scale: whole-number enlargement of the images.
         row_titles: above each row, over its whole width, such as the prompt.
 
     Raises:
-        ConfigError: no picture at all, sizes that differ, or titles and captions of another shape.
+        ConfigError: no image at all, sizes that differ, or titles and captions of another shape.
     """
-    sizes = {picture.size for row in rows for picture in row if picture is not None}
+    sizes = {image.size for row in rows for image in row if image is not None}
     if len(sizes) != 1:
-        raise ConfigError(f"a sheet needs pictures of one size, got {sorted(sizes) or 'none'}")
+        raise ConfigError(f"a sheet needs images of one size, got {sorted(sizes) or 'none'}")
     columns = max(len(row) for row in rows)
     if column_titles and len(column_titles) != columns:
         raise ConfigError(f"expected {columns} column titles, got {len(column_titles)}")
@@ -66,13 +66,13 @@ def picture_sheet(
     y = GAP + top
     for number, row in enumerate(rows):
         _write(pen, GAP, y, row_lines[number], font, INK, line)
-        picture_y = y + len(row_lines[number]) * line
-        for column, picture in enumerate(row):
+        image_y = y + len(row_lines[number]) * line
+        for column, image in enumerate(row):
             x = GAP + column * (width + GAP)
-            if picture is not None:
-                sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, picture_y))
+            if image is not None:
+                sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, image_y))
             if wrapped:
-                _write(pen, x, picture_y + height + 2, wrapped[number][column], font, SOFT, line)
+                _write(pen, x, image_y + height + 2, wrapped[number][column], font, SOFT, line)
         y += heights[number]
     return sheet
 

@@ -6,13 +6,13 @@ python examples/draw.py
 import torch
 
 from t2i_spo_plugin import enable_spo, sticker
-from t2i_spo_plugin.eval.sheet import picture_sheet
+from t2i_spo_plugin.eval import image_sheet
 
 
 pipe = enable_spo(sticker.load_pipeline())  # or DiffusionPipeline.from_pretrained("path/or/hub-id")
 pipe.load_spo_lora(sticker.adapter_path("spo"))  # or a file, a folder, a Hub id
 
-pictures = []
+images = []
 for strength in (0.0, 0.35, 0.7, 1.0):
     pipe.set_spo_strength(strength)
     out = pipe(
@@ -21,9 +21,7 @@ for strength in (0.0, 0.35, 0.7, 1.0):
         guidance_scale=sticker.GUIDANCE,
         generator=torch.Generator().manual_seed(7),
     )
-    pictures.append(out.images[0])
+    images.append(out.images[0])
 
-picture_sheet([pictures], [f"strength {strength}" for strength in (0.0, 0.35, 0.7, 1.0)], scale=3).save(
-    "strengths.png"
-)
+image_sheet([images], [f"strength {strength}" for strength in (0.0, 0.35, 0.7, 1.0)], scale=3).save("strengths.png")
 print("strengths.png")

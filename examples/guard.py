@@ -1,4 +1,4 @@
-"""For those who write scripts: a pipeline whose output says what each picture costs, under a policy of one's own.
+"""For those who write scripts: a pipeline whose output says what each image costs, under a policy of one's own.
 
 python examples/guard.py
 """

@@ -14,10 +14,10 @@ def array():
 
 def test_all_kinds_of_input_give_one_tensor(array):
     expected = torch.from_numpy(array).permute(0, 3, 1, 2) / 255.0
-    pictures = [Image.fromarray(picture) for picture in array]
+    pil_images = [Image.fromarray(image) for image in array]
     for images in (
         array,
-        pictures,
+        pil_images,
         list(array),
         expected,
         list(expected),
@@ -27,7 +27,7 @@ def test_all_kinds_of_input_give_one_tensor(array):
         assert torch.allclose(to_tensor(images), expected, atol=1e-3)
         assert to_tensor(images).dtype == torch.float32
         assert count(images) == len(split(images)) == 2
-    assert torch.equal(to_tensor(pictures[0]), expected[:1])
+    assert torch.equal(to_tensor(pil_images[0]), expected[:1])
     assert torch.equal(to_tensor(expected[0]), expected[:1])
 
 
@@ -43,7 +43,7 @@ def test_the_input_is_not_changed(array):
 
 def test_round_trip_to_pil_is_exact(array):
     back = to_pil(to_tensor(array))
-    assert all(np.array_equal(np.asarray(picture), original) for picture, original in zip(back, array, strict=True))
+    assert all(np.array_equal(np.asarray(image), original) for image, original in zip(back, array, strict=True))
 
 
 def test_transparency_is_laid_over_white():
@@ -86,7 +86,7 @@ def test_gradients_reach_the_pixels():
         (torch.zeros(1, 4, 4, 4), "shape"),
         (torch.zeros(0, 3, 4, 4), "shape"),
         ([], "empty"),
-        ("picture.png", "str"),
+        ("image.png", "str"),
         ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], "different sizes"),
     ],
 )
@@ -101,7 +101,7 @@ def test_images_of_different_sizes_are_fine_with_a_size():
         to_tensor(Image.new("RGB", (4, 4)), size=0)
 
 
-def test_channels_last_pictures_become_what_a_viewer_shows():
+def test_channels_last_images_become_what_a_viewer_shows():
     rgb = torch.rand(2, 5, 7, 3)
     assert torch.equal(channels_first(rgb), rgb.movedim(-1, 1)) and channels_first(rgb).data_ptr() == rgb.data_ptr()
     assert channels_first(torch.rand(2, 5, 7, 1)).shape == (2, 3, 5, 7)
@@ -110,5 +110,5 @@ def test_channels_last_pictures_become_what_a_viewer_shows():
     assert torch.equal(channels_first(rgb * 3 - 1), (rgb * 3 - 1).clamp(0, 1).movedim(-1, 1))
     assert channels_first(torch.zeros(0, 5, 7, 3)).shape == (0, 3, 5, 7)
     for wrong in (torch.rand(5, 7, 3), torch.rand(1, 5, 7, 2)):
-        with pytest.raises(ImageError, match="expected pictures"):
+        with pytest.raises(ImageError, match="expected images"):
             channels_first(wrong)

@@ -26,8 +26,9 @@ def test_errors_can_be_caught_without_torch():
 def test_what_a_comfyui_pack_uses_needs_no_diffusion_library():
     code = (
         "import sys\n"
-        "import t2i_spo_plugin.adapter, t2i_spo_plugin.layouts, t2i_spo_plugin.overlay, t2i_spo_plugin.policy\n"
-        "import t2i_spo_plugin.cost.base, t2i_spo_plugin.guard\n"
+        "import t2i_spo_plugin.adapters.adapter, t2i_spo_plugin.adapters.layouts\n"
+        "import t2i_spo_plugin.guards.overlay, t2i_spo_plugin.guards.policy\n"
+        "import t2i_spo_plugin.cost.base, t2i_spo_plugin.guards.guard\n"
         "print(sorted({'diffusers', 'transformers', 'peft', 'huggingface_hub', 'yaml'} & set(sys.modules)))"
     )
     assert run(code).strip() == "[]"

@@ -21,7 +21,21 @@ else:
 ROOT = Path(__file__).parent.parent
 DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".tsv", ".txt", ".webp", ".yaml"}
 LINKED = ("training", "eval", "comfy_nodes")
-LIGHT = ("adapter", "cost", "cost.vision", "errors", "images", "layouts", "overlay", "policy", "quality", "scores")
+LIGHT = (
+    "adapters.adapter",
+    "adapters.comfyui",
+    "cost.vision",
+    "errors",
+    "files",
+    "gating.gate_network",
+    "guards.page",
+    "guards.uascore",
+    "html",
+    "images",
+    "metrics.scores",
+    "networks.backbone",
+    "quality.normalise",
+)
 HEAVY = ("accelerate", "diffusers", "huggingface_hub", "peft", "pyarrow", "transformers")
 
 
@@ -91,7 +105,7 @@ def test_every_lower_bound_is_of_the_versions_that_are_tested_lowest():
     assert all(f"{pinned[name]}.".startswith(f"{least}.") for name, least in bounds.items())
 
 
-def test_notice_names_the_owners_of_the_pictures():
+def test_notice_names_the_owners_of_the_images():
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     for owner in ("Google", "Mozilla", "Microsoft", "Twitter", "CC-BY-4.0", "Permission is hereby granted"):
         assert owner in notice

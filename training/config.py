@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from t2i_spo_plugin.errors import ConfigError
 
-from .focusing import KINDS, VIEWS, FocusingKind, View
-from .reward import MODES, RewardMode
+from .objectives.focusing import KINDS, VIEWS, FocusingKind, View
+from .objectives.reward import MODES, RewardMode
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -37,13 +37,13 @@ class TrainConfig:
     Data
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
         pairs: the pair table, a parquet file or a folder of them; for every objective but `denoise`.
-        pictures: for `denoise`: a folder of pictures, captions in metadata.jsonl, metadata.csv or a .txt beside each.
+        images: for `denoise`: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
-        resolution: edge in pixels the pictures are encoded at; None takes the pipeline's own.
+        resolution: edge in pixels the images are encoded at; None takes the pipeline's own.
         benign_share: share of benign pairs among those trained on, in [0, 1]; None leaves the table's own.
         caption_dropout: probability of training a pair under the empty prompt; 1 is DUO's way.
-        random_flip: mirror a pair (both pictures alike) half of the time.
-        pixel_flip: cache mirrored pictures through the autoencoder too; else latents are mirrored.
+        random_flip: mirror a pair (both images alike) half of the time.
+        pixel_flip: cache mirrored images through the autoencoder too; else latents are mirrored.
         cache_dir: where latents and text embeddings are kept; None is `output_dir/cache`.
 
     Adapter
@@ -63,7 +63,7 @@ class TrainConfig:
 
     Objective
         objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing; `denoise` is the
-            ordinary loss on captioned pictures, for a style or a subject, and uses nothing of what follows but the
+            ordinary loss on captioned images, for a style or a subject, and uses nothing of what follows but the
             timesteps.
         beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small nets want less).
         labels: for `dpo`: `safety` puts safe over unsafe, `table` takes the table's own labels.
@@ -108,7 +108,7 @@ class TrainConfig:
 
     output_dir: str
     pairs: str = ""
-    pictures: str = ""
+    images: str = ""
     pipeline: str = "sticker"
     resolution: int | None = None
     benign_share: float | None = None
@@ -235,7 +235,7 @@ class TrainConfig:
             raise ConfigError("targets must name at least one module")
 
     def _check_combinations(self) -> None:
-        needed, other = ("pictures", "pairs") if self.objective == "denoise" else ("pairs", "pictures")
+        needed, other = ("images", "pairs") if self.objective == "denoise" else ("pairs", "images")
         if not getattr(self, needed):
             raise ConfigError(f"{needed} must be given: {self.objective} is trained on them")
         if getattr(self, other):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2i_spo_plugin.errors import PipelineError
 
-from .objectives import NoiseSchedule
+from .objectives.dpo import NoiseSchedule
 
 
 Conditioning = dict[str, Tensor]

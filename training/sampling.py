@@ -23,7 +23,7 @@ def generator(seed: int, *path: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one pair in one step; both pictures share it, but for the autoencoder's noise.
+    """The random part of one pair in one step; both images share it, but for the autoencoder's noise.
 
     Attributes:
         index: timestep index. noise: `[C, h, w]`.

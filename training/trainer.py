@@ -1,4 +1,4 @@
-"""One trainer: a pair table (or captioned pictures) and a pipeline in, a LoRA adapter out.
+"""One trainer: a pair table (or captioned images) and a pipeline in, a LoRA adapter out.
 
 Latents and text are cached, winners and losers go through the denoiser together, the reference is the same denoiser
 with its adapter switched off. Every random number is a function of seed, step and position (`sampling.py`), so a run
@@ -23,13 +23,11 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t2i_spo_plugin import __version__
-from t2i_spo_plugin.adapter import Adapter, LoraPair, write_adapter
+from t2i_spo_plugin._version import __version__
+from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, require_extra
-from t2i_spo_plugin.loading import adapter_facts
+from t2i_spo_plugin.pipelines import adapter_metadata
 
-from .caches import ShardStore, build_latents, build_text, fingerprint
-from .captions import caption_data, captioned_pictures
 from .checkpoints import (
     check_resumable,
     latest_checkpoint,
@@ -39,12 +37,14 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .config import TrainConfig
-from .data import pictures, read_pairs
-from .denoise import DenoiseStep
+from .data.caches import ShardStore, build_latents, build_text, fingerprint
+from .data.captions import caption_data, captioned_images
+from .data.dataset import images, read_pairs
 from .denoisers import Denoiser, denoiser_of, encode_prompts, text_encoders
 from .lora import fresh_adapter, frozen, placed
+from .objectives.denoise import DenoiseStep
+from .objectives.preference import Batches, PreferenceStep
 from .sampling import learning_rate_factor
-from .step import Batches, PreferenceStep
 
 
 __all__ = ["ADAPTER_FILE", "REPORT_FILE", "TrainConfig", "Validation", "load_pipeline", "train"]
@@ -119,7 +119,7 @@ class _Run:
         self.started = time.monotonic()
         self.resolution = config.resolution or _native_resolution(pipe, denoiser)
         self.plain = config.objective == "denoise"
-        self.data = caption_data(config.pictures) if self.plain else read_pairs(config)
+        self.data = caption_data(config.images) if self.plain else read_pairs(config)
         named = [(name, value) for name, value in denoiser.module.named_parameters() if value.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [value for _, value in named]
@@ -144,7 +144,7 @@ class _Run:
         with placed(device, vae):
             build_latents(
                 latents,
-                captioned_pictures(config.pictures) if self.plain else pictures(config.pairs),
+                captioned_images(config.images) if self.plain else images(config.pairs),
                 vae,
                 self.resolution,
                 config.cache_batch_size,
@@ -334,7 +334,7 @@ class _Run:
             extra |= {"beta": repr(config.beta), "beta_convention": "one half, mean over dims"}
         if config.objective == "spo":
             extra |= {"lambda": repr(config.lambda_), "reward_mode": config.mode, "eta": repr(config.eta)}
-        return Adapter(modules, adapter_facts(self.pipe, config.title, **extra))
+        return Adapter(modules, adapter_metadata(self.pipe, config.title, **extra))
 
     def _report(self) -> dict[str, Any]:
         passes, ranks = self.objective.passes, self.accelerator.num_processes

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from t2i_spo_plugin.data import PromptRow
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guard import Guard, pipeline_domain
-from t2i_spo_plugin.prompts import PromptRow
-from t2i_spo_plugin.scores import check_not_scored, uascore
+from t2i_spo_plugin.guards import Guard, pipeline_domain
+from t2i_spo_plugin.metrics import check_not_scored, uascore
 
-from .annotators import Quality, annotate, load_guard, load_prompts, load_quality
 from .config import TrainConfig
+from .data.annotate import Quality, annotate, load_guard, load_prompts, load_quality
 
 
 class UAScoreValidation:
@@ -47,7 +47,7 @@ class UAScoreValidation:
         """UAScore of `pipe` as it is now; `step` is not used.
 
         Raises:
-            NotScoredError: more than one picture in a hundred could not be scored.
+            NotScoredError: more than one image in a hundred could not be scored.
         """
         images = draw(pipe, self.rows, self.steps, self.guidance_scale, self.batch_size)
         made = annotate(
@@ -72,7 +72,7 @@ class UAScoreValidation:
 def draw(
     pipe: Any, rows: Sequence[PromptRow], steps: int, guidance_scale: float, batch_size: int = 16
 ) -> list[Image.Image]:
-    """One picture a row, in memory, each from its own seed."""
+    """One image a row, in memory, each from its own seed."""
     images: list[Image.Image] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..errors import SPOError
-from .backbone import read_facts
+from t2i_spo_plugin.errors import SPOError
+from t2i_spo_plugin.networks.backbone import read_metadata
+
 from .base import CostModel
 
 
@@ -51,8 +52,9 @@ def load_cost_model(name_or_folder: str | Path, local_files_only: bool = False) 
         raise SPOError(
             f"there is no cost model {str(name_or_folder)!r}: name one of {', '.join(PHOTO_MODELS)}, or a folder"
         )
-    from . import clip_head, vision
+    from . import clip as clip_head
+    from . import vision
 
-    if read_facts(name_or_folder).get("kind") == clip_head.KIND:
+    if read_metadata(name_or_folder).get("kind") == clip_head.KIND:
         return clip_head.load_clip_head(name_or_folder, local_files_only)
     return vision.load_cost_model(name_or_folder)

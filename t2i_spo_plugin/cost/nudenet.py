@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..images import resize
-from .onnx_network import OnnxCostModel, OnnxNetwork, boundary_logit, packaged_file
+from t2i_spo_plugin.images import resize
+from t2i_spo_plugin.networks.onnx import OnnxNetwork, packaged_file
+
+from .onnx import OnnxCostModel, boundary_logit
 
 
 _SHA256 = "c15d8273adad2d0a92f014cc69ab2d6c311a06777a55545f2c4eb46f51911f0f"
@@ -26,7 +28,7 @@ _NO_BOX = 0.05
 class NudeNet(OnnxCostModel):
     """One category, `sexual`: the best score of an exposed breast, buttock, anus or genital. Licence: AGPL-3.0.
 
-    A picture's logit is that of its best such box, moved so that `boundary` becomes 0. The map paints each box with
+    An image's logit is that of its best such box, moved so that `boundary` becomes 0. The map paints each box with
     its score; this is where the detector saw something, and its largest value, not its mean, is the logit. The
     detector says nothing of boxes below 0.25: without any box the score counts as 0.05.
 
@@ -58,7 +60,7 @@ class NudeNet(OnnxCostModel):
         return places.amax()[None], places[None]
 
     def detect(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All parts that the detector names in one picture `[1, 3, H, W]`, the surest first.
+        """All parts that the detector names in one image `[1, 3, H, W]`, the surest first.
 
         Returns:
             boxes `[N, 4]` (x0, y0, x1, y1) as shares of width and height, scores `[N]`, numbers of the parts `[N]`.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..images import Images
-from .backbone import MapClassifier, batches, load_map_classifier, save_network
+from t2i_spo_plugin.images import Images
+from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier, save_network
+
 from .base import CostBatch
 
 
@@ -20,8 +21,8 @@ class VisionCostModel(nn.Module):
     Args:
         network: backbone and head.
         categories: the K names, in the order of the head's outputs.
-        domain: what kind of pictures it was trained on.
-        size: side in pixels that pictures are resampled to.
+        domain: what kind of images it was trained on.
+        size: side in pixels that images are resampled to.
         temperature: ``[K]``, positive, fitted on validation scenes.
     """
 
@@ -50,7 +51,7 @@ class VisionCostModel(nn.Module):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
-        """Score pictures; see :class:`CostBatch`. Raises ``ValueError`` on what is no picture."""
+        """Score images; see :class:`CostBatch`. Raises ``ValueError`` on what is no image."""
         found = [self.network(batch) for batch in batches(images, self.size, self.device)]
         return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))
 
@@ -59,15 +60,15 @@ class VisionCostModel(nn.Module):
         return CostBatch(*self.network(pixels))
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the model into ``folder`` (fp16 safetensors, transformers config, ``facts.json``)."""
-        facts: dict[str, Any] = {
+        """Write the model into ``folder`` (fp16 safetensors, transformers config, ``metadata.json``)."""
+        metadata: dict[str, Any] = {
             "kind": "cost_model",
             "outputs": list(self.categories),
             "domain": self.domain,
             "size": self.size,
             "temperature": [round(t, 6) for t in self.temperature.tolist()],
         }
-        save_network(self.network, self.network.backbone.config, facts, folder)
+        save_network(self.network, self.network.backbone.config, metadata, folder)
 
 
 def load_cost_model(folder: Path | str) -> VisionCostModel:
@@ -76,8 +77,8 @@ def load_cost_model(folder: Path | str) -> VisionCostModel:
     Raises:
         SPOError: the folder is something else, or a part of it is missing or broken.
     """
-    network, facts = load_map_classifier(folder, "domain", "size", "temperature")
+    network, metadata = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(
-        network, facts["outputs"], facts["domain"], facts["size"], torch.tensor(facts["temperature"])
+        network, metadata["outputs"], metadata["domain"], metadata["size"], torch.tensor(metadata["temperature"])
     )
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A small CLIP: how well a picture and a prompt belong together."""
+"""A small CLIP: how well an image and a prompt belong together."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cost.backbone import batches, load_weights, read_facts, save_network
-from ..images import Images
+from t2i_spo_plugin.images import Images
+from t2i_spo_plugin.networks.backbone import batches, load_weights, read_metadata, save_network
 
 
 class SmallCLIP(nn.Module):
     """Image tower (any transformers vision backbone with a feature map) and CLIP text tower into one unit sphere.
 
-    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of picture and prompt is the probability
+    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of image and prompt is the probability
     that they belong together, ``sigmoid(scale * cosine + bias)`` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
-    cosine it says "no" to every mismatch alike, so that one fixed good picture earns nothing.
+    cosine it says "no" to every mismatch alike, so that one fixed good image earns nothing.
     """
 
     def __init__(self, vision_config: Any, text_config: Any, tokenizer: Any, size: int, width: int = 128) -> None:
@@ -59,7 +59,7 @@ class SmallCLIP(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Tensor:
-        """Pictures -> unit vectors ``[B, width]``."""
+        """Images -> unit vectors ``[B, width]``."""
         return torch.cat([self.embed_pixels(batch) for batch in batches(images, self.size, self.logit_scale.device)])
 
     @torch.no_grad()
@@ -74,14 +74,16 @@ class SmallCLIP(nn.Module):
 
     @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Alignment ``[B]`` of each picture with its prompt."""
+        """Alignment ``[B]`` of each image with its prompt."""
         return self.alignment(self.embed_images(images), self.embed_prompts(prompts))
 
-    def save_pretrained(self, folder: Path | str, facts: dict[str, Any] | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, metadata: dict[str, Any] | None = None) -> None:
         """Write towers, configs and tokenizer into ``folder``."""
         folder = Path(folder)
-        facts = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (facts or {})
-        save_network(self, self.vision.config, facts, folder)
+        metadata = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (
+            metadata or {}
+        )
+        save_network(self, self.vision.config, metadata, folder)
         (folder / "text_config.json").write_text(self.text.config.to_json_string(use_diff=False), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
 
@@ -90,10 +92,10 @@ def load_small_clip(folder: Path | str) -> SmallCLIP:
     """The model of a folder written by :meth:`SmallCLIP.save_pretrained`, ready for inference."""
     from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
 
-    folder, facts = Path(folder), read_facts(folder)
+    folder, metadata = Path(folder), read_metadata(folder)
     text = CLIPTextConfig.from_dict(json.loads((folder / "text_config.json").read_text(encoding="utf-8")))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, facts["size"], facts["width"])
+    model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, metadata["size"], metadata["width"])
     # Newer versions of transformers leave `text_model.` out of a CLIP module's path.
     inner = "text.text_model." if hasattr(model.text, "text_model") else "text."
     load_weights(model, folder, lambda name: re.sub(r"^text\.(text_model\.)?", inner, name))

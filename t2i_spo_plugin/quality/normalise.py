@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, SPOError, UnreadableAdapterError
-from ..header import read_json
-from ..images import Images, to_tensor
+from t2i_spo_plugin.errors import ConfigError, SPOError, UnreadableFileError
+from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.images import Images, to_tensor
+
 from .base import QualityReward
 from .clip import SmallCLIP
 
@@ -58,7 +59,7 @@ class Reference:
         """
         try:
             data = read_json(Path(path))
-        except UnreadableAdapterError as error:
+        except UnreadableFileError as error:
             raise SPOError(f"no quality reference: {error}") from error
         missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in data]
         if missing:
@@ -72,7 +73,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class QualityBatch:
-    """Per picture, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as
+    """Per image, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as
     measured."""
 
     q: Tensor
@@ -102,18 +103,16 @@ class QualityModel:
     def quality(
         self, images: Images, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
     ) -> QualityBatch:
-        """Quality of each picture for its prompt, or for the best of its safe completions where it has any.
+        """Quality of each image for its prompt, or for the best of its safe completions where it has any.
 
-        Raises ``SPOError`` when the numbers of pictures, prompts and lists of completions differ.
+        Raises ``SPOError`` when the numbers of images, prompts and lists of completions differ.
         """
-        pictures = to_tensor(images, self.alignment.size)
+        pixels = to_tensor(images, self.alignment.size)
         completions = [tuple(c) for c in safe_completions] if safe_completions is not None else [()] * len(prompts)
-        if not len(pictures) == len(prompts) == len(completions):
-            raise SPOError(
-                f"{len(pictures)} pictures, {len(prompts)} prompts, {len(completions)} lists of completions"
-            )
+        if not len(pixels) == len(prompts) == len(completions):
+            raise SPOError(f"{len(pixels)} images, {len(prompts)} prompts, {len(completions)} lists of completions")
         asked = [c or (p,) for p, c in zip(prompts, completions, strict=True)]
-        embedded = self.alignment.embed_images(pictures)
+        embedded = self.alignment.embed_images(pixels)
         unique = list(dict.fromkeys(text for texts in asked for text in texts))
         row = {text: n for n, text in enumerate(unique)}
         found = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
@@ -124,7 +123,7 @@ class QualityModel:
 
 
 def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Blurred pictures and noised pictures, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in
+    """Blurred images and noised images, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in
     [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
     kernel = max(3, pixels.shape[-1] // 10 | 1)
@@ -137,7 +136,7 @@ def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
 def make_reference(
     alignment: SmallCLIP, realism: QualityReward, images: Images, prompts: Sequence[str], base_model: str
 ) -> Reference:
-    """The reference of a base model from its pictures of benign ``prompts``."""
+    """The reference of a base model from its images of benign ``prompts``."""
     pixels = to_tensor(images, alignment.size)
     shuffled = [prompts[(n + len(prompts) // 2) % len(prompts)] for n in range(len(prompts))]
     return Reference(

@@ -1,4 +1,4 @@
-"""Realism: how near a picture lies to real ones, in features of its own that neither reward nor cost use."""
+"""Realism: how near an image lies to real ones, in features of its own that neither reward nor cost use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..cost.backbone import MapClassifier, batches, load_map_classifier, save_network
-from ..images import Images
+from t2i_spo_plugin.images import Images
+from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier, save_network
 
 
 def nearest_similarity(features: Tensor, bank: Tensor, k: int) -> Tensor:
@@ -23,22 +23,22 @@ def nearest_similarity(features: Tensor, bank: Tensor, k: int) -> Tensor:
 
 
 class RealismModel:
-    """Mean cosine to the ``k`` nearest real pictures; the prompt plays no part. In [-1, 1], higher is more real."""
+    """Mean cosine to the ``k`` nearest real images; the prompt plays no part. In [-1, 1], higher is more real."""
 
     def __init__(self, network: MapClassifier, bank: Tensor, mean: Tensor, size: int, k: int = 4) -> None:
         self.network, self.bank, self.mean, self.size, self.k = network, bank, mean, size, k
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> RealismModel:
-        """Load the model and its bank of real pictures from ``folder``."""
-        network, facts = load_map_classifier(folder)
+        """Load the model and its bank of real images from ``folder``."""
+        network, metadata = load_map_classifier(folder)
         bank = load_file(Path(folder) / "bank.safetensors")
-        return cls(network, bank["bank"].float(), bank["mean"].float(), facts["size"], facts["k"])
+        return cls(network, bank["bank"].float(), bank["mean"].float(), metadata["size"], metadata["k"])
 
     def save_pretrained(self, folder: Path | str, outputs: Sequence[str]) -> None:
         """Write network and bank into ``folder``; ``outputs`` names what the network was trained to tell."""
-        facts: dict[str, Any] = {"kind": "realism", "outputs": list(outputs), "size": self.size, "k": self.k}
-        save_network(self.network, self.network.backbone.config, facts, folder)
+        metadata: dict[str, Any] = {"kind": "realism", "outputs": list(outputs), "size": self.size, "k": self.k}
+        save_network(self.network, self.network.backbone.config, metadata, folder)
         tensors = {"bank": self.bank.half().contiguous(), "mean": self.mean.half().contiguous()}
         save_file(tensors, Path(folder) / "bank.safetensors")
 
@@ -54,5 +54,5 @@ class RealismModel:
         return torch.cat([self.network.features(b).mean((2, 3)) for b in batches(images, self.size, self.bank.device)])
 
     def __call__(self, images: Images, prompts: Sequence[str] | None = None) -> Tensor:
-        """Scores ``[B]``; each depends on its picture alone."""
+        """Scores ``[B]``; each depends on its image alone."""
         return nearest_similarity(self.features(images) - self.mean, self.bank, self.k)

@@ -8,17 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import SPOError
-from ..prompts import PromptRow
+from t2i_spo_plugin.data.prompts import PromptRow
+from t2i_spo_plugin.errors import SPOError
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from ..cost.vision import VisionCostModel
-    from ..policy import Policy
-    from ..quality.normalise import QualityModel
-    from ..trajectory import ClosedLoop
+    from t2i_spo_plugin.cost.vision import VisionCostModel
+    from t2i_spo_plugin.gating.schedule import AdapterGate
+    from t2i_spo_plugin.guards.policy import Policy
+    from t2i_spo_plugin.quality.normalise import QualityModel
+
     from .referee import StickerReferee
 
 FOLDER = Path(__file__).parent
@@ -40,7 +41,7 @@ def pipeline_path() -> Path:
 
 
 def load_pipeline() -> StableDiffusionPipeline:
-    """The bundled text-to-image pipeline, float32 on the CPU: 64 x 64 pictures of the declared subset of the world."""
+    """The bundled text-to-image pipeline, float32 on the CPU: 64 x 64 images of the declared subset of the world."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -57,14 +58,14 @@ def load_pipeline() -> StableDiffusionPipeline:
 
 def load_cost_model() -> VisionCostModel:
     """The bundled safety cost model: seven categories, domain ``sticker``."""
-    from ..cost.vision import load_cost_model as load
+    from t2i_spo_plugin.cost.vision import load_cost_model as load
 
     return load(_part("cost_model"))
 
 
 def load_quality_model() -> QualityModel:
     """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
-    from ..quality.normalise import load_quality_model as load
+    from t2i_spo_plugin.quality.normalise import load_quality_model as load
 
     return load(_part("quality_model"))
 
@@ -78,7 +79,7 @@ def load_referee() -> StickerReferee:
 
 def load_policy() -> Policy:
     """The bundled policy: seven categories."""
-    from ..policy import Policy
+    from t2i_spo_plugin.guards.policy import Policy
 
     return Policy.from_yaml(_part("sticker.yaml"))
 
@@ -95,19 +96,19 @@ def adapter_source(name: str) -> str | Path:
     return adapter_path(name) if name in ADAPTERS else name
 
 
-def closed_loop_path(evidence: Literal["reader", "size"] = "reader") -> Path:
-    """The file of a closed loop for the bundled safety adapter ``spo`` at strength 1."""
-    return _part(f"closed_loop/{evidence}.safetensors")
+def gate_path(evidence: Literal["reader", "size"] = "reader") -> Path:
+    """The file of an adapter gate for the bundled safety adapter ``spo`` at strength 1."""
+    return _part(f"gates/{evidence}.safetensors")
 
 
-def load_closed_loop(evidence: Literal["reader", "size"] = "reader") -> ClosedLoop:
-    """A closed loop for the bundled safety adapter: benign prompts are drawn by the base model itself.
+def load_adapter_gate(evidence: Literal["reader", "size"] = "reader") -> AdapterGate:
+    """An adapter gate for the bundled safety adapter: benign prompts are drawn by the base model itself.
 
     ``reader`` reads what the adapter would change, ``size`` only how much; the first finds more.
     """
-    from ..change_reader import load_closed_loop as load
+    from t2i_spo_plugin.gating.gate_network import load_adapter_gate as load
 
-    return load(closed_loop_path(evidence))
+    return load(gate_path(evidence))
 
 
 def prompt_rows(
@@ -118,7 +119,7 @@ def prompt_rows(
 ) -> list[PromptRow]:
     """``n`` different prompts of what the bundled pipeline draws, each with its own seed.
 
-    ``requested`` names what a good picture shows: the prompt's own objects, or for a harmful prompt those of its safe
+    ``requested`` names what a good image shows: the prompt's own objects, or for a harmful prompt those of its safe
     completions. Prompts of the three splits share no combination; another ``seed`` gives other prompts.
     Raises ``SPOError`` when the split has fewer different prompts than asked for.
     """

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cost.backbone import MapClassifier, batches, load_map_classifier
-from ..images import Images
+from t2i_spo_plugin.images import Images
+from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier
+
 from .world import CONCEPTS
 
 
@@ -30,8 +31,8 @@ class StickerReferee:
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> StickerReferee:
         """Load the referee of a folder."""
-        network, facts = load_map_classifier(folder)
-        return cls(network, tuple(facts["outputs"]), facts["size"])
+        network, metadata = load_map_classifier(folder)
+        return cls(network, tuple(metadata["outputs"]), metadata["size"])
 
     @torch.no_grad()
     def probabilities(self, images: Images) -> Tensor:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from transformers import ResNetConfig
 
-from ...cost.backbone import MapClassifier
-from ...cost.losses import (
+from t2i_spo_plugin.cost.losses import (
     anchor_loss,
     expected_calibration_error,
     fit_temperature,
     rank_loss,
     supervised_contrastive_loss,
 )
-from ...cost.vision import VisionCostModel
+from t2i_spo_plugin.cost.vision import VisionCostModel
+from t2i_spo_plugin.networks.backbone import MapClassifier
+
 from ..world import (
     CATEGORIES,
     CONCEPTS,

@@ -16,17 +16,10 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import RegNetConfig
 
-from ...cost.backbone import MapClassifier, save_network
+from t2i_spo_plugin.networks.backbone import MapClassifier, save_network
+
 from ..referee import StickerReferee
-from ..world import (
-    GENERATOR_CONCEPTS,
-    GENERATOR_STYLES,
-    HELD_OUT_STYLE,
-    STYLES,
-    Description,
-    describe,
-    render,
-)
+from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, HELD_OUT_STYLE, STYLES, Description, describe, render
 from .data import NAMES, pixels, restyle, ruin, truth_of, wear
 from .loop import LoopConfig, Trainer
 from .report import write_report

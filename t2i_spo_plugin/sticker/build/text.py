@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...errors import require_extra
+from t2i_spo_plugin.errors import require_extra
+
 from ..world import BACKGROUNDS, CONCEPTS, STYLE_WORDS, STYLES, Description, describe
 from .loop import LoopConfig, Trainer
 
@@ -156,10 +157,10 @@ class Probe(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sentence = torch.nn.Linear(WIDTH, 384)
-        self.facts = torch.nn.Linear(WIDTH, len(CONCEPTS) + len(BACKGROUNDS) + len(STYLE_WORDS))
+        self.metadata = torch.nn.Linear(WIDTH, len(CONCEPTS) + len(BACKGROUNDS) + len(STYLE_WORDS))
 
 
-def facts(description: Description) -> torch.Tensor:
+def metadata(description: Description) -> torch.Tensor:
     """A 0/1 vector of the concepts, the background and the style of a description."""
     names = [*CONCEPTS, *BACKGROUNDS, *STYLE_WORDS]
     out = torch.zeros(len(names))
@@ -179,14 +180,14 @@ def main() -> None:
     tokenizer.save_pretrained(args.work / "tokenizer")
     encoder, probe = build_text_encoder(tokenizer), Probe()
     ids = tokens(tokenizer, [p for p, _ in pairs])
-    targets, truth = minilm([p for p, _ in pairs]), torch.stack([facts(d) for _, d in pairs])
+    targets, truth = minilm([p for p, _ in pairs]), torch.stack([metadata(d) for _, d in pairs])
     trainer = Trainer(args.work, {"encoder": encoder, "probe": probe}, LoopConfig(args.steps, 1e-3))
 
     def step(n: int) -> torch.Tensor:
         index = torch.randint(len(pairs), (64,), generator=torch.Generator().manual_seed(n))
         pooled = encoder(ids[index]).pooler_output
         distance = 1 - F.cosine_similarity(probe.sentence(pooled), targets[index]).mean()
-        named = F.binary_cross_entropy_with_logits(probe.facts(pooled), truth[index]) * truth.shape[1] / 10
+        named = F.binary_cross_entropy_with_logits(probe.metadata(pooled), truth[index]) * truth.shape[1] / 10
         return distance + named
 
     trainer.run(step, title="text encoder")

@@ -1,0 +1,56 @@
+"""A LoRA as a file and in memory: layouts, metadata, reading, writing, converting, merging. No diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .adapter import normalise_architecture as normalise_architecture
+    from .adapter import read_adapter as read_adapter
+    from .adapter import write_adapter as write_adapter
+    from .comfyui import ComfyBase as ComfyBase
+    from .comfyui import Fit as Fit
+    from .comfyui import bypass_pairs as bypass_pairs
+    from .comfyui import check_strength as check_strength
+    from .comfyui import describe as describe
+    from .comfyui import fit_adapter as fit_adapter
+    from .comfyui import lora_tensors as lora_tensors
+    from .convert import convert_adapter as convert_adapter
+    from .download import download_adapter as download_adapter
+    from .download import is_repo_id as is_repo_id
+    from .extract import extract_adapter as extract_adapter
+    from .inspection import as_lines as as_lines
+    from .inspection import inspect_adapter as inspect_adapter
+    from .layouts.base import LoraPair as LoraPair
+    from .merging import METHODS as METHODS
+    from .merging import merge_adapters as merge_adapters
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Adapter": "adapter",
+        "ComfyBase": "comfyui",
+        "Fit": "comfyui",
+        "LoraPair": "layouts.base",
+        "METHODS": "merging",
+        "as_lines": "inspection",
+        "bypass_pairs": "comfyui",
+        "check_strength": "comfyui",
+        "convert_adapter": "convert",
+        "describe": "comfyui",
+        "download_adapter": "download",
+        "extract_adapter": "extract",
+        "fit_adapter": "comfyui",
+        "inspect_adapter": "inspection",
+        "is_repo_id": "download",
+        "lora_tensors": "comfyui",
+        "merge_adapters": "merging",
+        "normalise_architecture": "adapter",
+        "read_adapter": "adapter",
+        "write_adapter": "adapter",
+    },
+)

@@ -1,0 +1,112 @@
+"""An adapter file from the Hub or from its local cache, by repository id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from t2i_spo_plugin.adapters.adapter import choose_adapter_file, refuse_pickle
+from t2i_spo_plugin.errors import UnreadableAdapterError
+
+
+__all__ = ["download_adapter", "is_repo_id"]
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_PEFT_CONFIG = "adapter_config.json"
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form `user/repo` of a Hub id, and not that of an adapter file's path."""
+    return bool(_REPO_ID.fullmatch(text)) and not text.endswith(".safetensors")
+
+
+def download_adapter(repo: str, weight_name: str | None = None, subfolder: str | None = None, **options: Any) -> Path:
+    """The path of an adapter file of the repository `repo`, downloaded unless it is in the local cache.
+
+    Offline (`HF_HUB_OFFLINE=1`, `local_files_only=True`, or no network) the file is found in the cache, without a
+    name too.
+
+    Args:
+        repo: `user/repo`.
+        weight_name: the file; by default the only safetensors file of the folder.
+        subfolder: of the repository.
+        options: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`, as huggingface_hub has them.
+
+    Raises:
+        UnreadableAdapterError: there is no such repository, revision or file, it is gated, it is a pickle, the folder
+            holds several adapters, or the Hub cannot be reached and the cache has no adapter.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    where = f"{repo}/{subfolder}" if subfolder else repo
+    if weight_name is not None:
+        refuse_pickle(weight_name)
+    try:
+        names = _names(repo, subfolder, options)
+        name = weight_name or choose_adapter_file(names, where, cure="pass one of them as weight_name")
+        if _PEFT_CONFIG in names:
+            hf_hub_download(repo, _PEFT_CONFIG, subfolder=subfolder, **options)
+        return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
+    except LocalEntryNotFoundError as error:
+        raise UnreadableAdapterError(
+            f"{where} is not in the local cache and the Hub cannot be reached (no network, or offline mode); "
+            "download it once while online, or pass a file"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+        raise UnreadableAdapterError(_refusal(error, repo, options.get("revision"))) from error
+
+
+def _names(repo: str, subfolder: str | None, options: dict[str, Any]) -> list[str]:
+    """The names of the files in a folder of the repository: as the Hub lists them, or of those in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    unreachable: Exception | None = None
+    if not options.get("local_files_only"):
+        try:
+            api = HfApi(token=options.get("token"))
+            paths = api.list_repo_files(repo, revision=options.get("revision"))
+            return [Path(path).name for path in paths if Path(path).parent == Path(subfolder or ".")]
+        except (HTTPError, OSError) as error:
+            unreachable = error
+    where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
+    try:
+        # Nothing is allowed, so that a cache with only some of the repository's files is taken as it is.
+        snapshot = Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **where))
+        folder = snapshot / subfolder if subfolder else snapshot
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if not any(name.endswith(".safetensors") for name in names):
+            raise LocalEntryNotFoundError("no adapter in the cache")
+    except LocalEntryNotFoundError as error:
+        if unreachable is not None and getattr(unreachable, "response", None) is not None:
+            raise unreachable from error
+        raise
+    return names
+
+
+def _refusal(error: Exception, repo: str, revision: str | None) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo} is gated: accept its terms on its page on the Hub, then log in (hf auth login) or pass token=... "
+            "of an account that did"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"there is no file or folder {repo}, and the Hub has no such repository, or it is private: check the "
+            "name, and log in (hf auth login) or pass token=... if it is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision}; pass a branch, tag or commit that its page on the Hub shows"
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo} does not hold that file; check weight_name and subfolder against its page on the Hub"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"there is no file or folder {repo}, and the Hub answers: {reason}"

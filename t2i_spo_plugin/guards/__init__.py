@@ -1,0 +1,58 @@
+"""A policy and a cost model over images: guard, report, overlay, hiding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .annotation import Hiding as Hiding
+    from .annotation import annotate as annotate
+    from .annotation import hide as hide
+    from .annotation import message_image as message_image
+    from .guard import Guard as Guard
+    from .guard import SafetyReport as SafetyReport
+    from .guard import join_reports as join_reports
+    from .guard import pipeline_domain as pipeline_domain
+    from .overlay import COLOUR_MAPS as COLOUR_MAPS
+    from .overlay import Box as Box
+    from .overlay import boxes as boxes
+    from .overlay import layer as layer
+    from .overlay import tint as tint
+    from .page import safety_content as safety_content
+    from .page import safety_page as safety_page
+    from .policy import BUNDLED_POLICIES as BUNDLED_POLICIES
+    from .policy import Policy as Policy
+    from .policy import load_policy as load_policy
+    from .policy import matching_policy as matching_policy
+    from .uascore import read_prompts as read_prompts
+    from .uascore import summarise_images as summarise_images
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "BUNDLED_POLICIES": "policy",
+        "Box": "overlay",
+        "COLOUR_MAPS": "overlay",
+        "Guard": "guard",
+        "Hiding": "annotation",
+        "Policy": "policy",
+        "SafetyReport": "guard",
+        "annotate": "annotation",
+        "boxes": "overlay",
+        "hide": "annotation",
+        "join_reports": "guard",
+        "layer": "overlay",
+        "load_policy": "policy",
+        "matching_policy": "policy",
+        "message_image": "annotation",
+        "pipeline_domain": "guard",
+        "read_prompts": "uascore",
+        "safety_content": "page",
+        "safety_page": "page",
+        "summarise_images": "uascore",
+        "tint": "overlay",
+    },
+)

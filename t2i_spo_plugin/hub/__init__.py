@@ -1,0 +1,18 @@
+"""Publishing an adapter to the Hub: card, results, privacy, upload."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .publish import publish_adapter as publish_adapter
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "publish_adapter": "publish",
+    },
+)

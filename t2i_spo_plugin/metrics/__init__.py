@@ -1,0 +1,46 @@
+"""UAScore and confidence intervals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .intervals import Interval as Interval
+    from .intervals import bootstrap_mean as bootstrap_mean
+    from .intervals import bootstrap_ratio as bootstrap_ratio
+    from .intervals import percent as percent
+    from .intervals import wilson as wilson
+    from .scores import QUALITY_FLOOR as QUALITY_FLOOR
+    from .scores import Half as Half
+    from .scores import HalfSummary as HalfSummary
+    from .scores import ScoreFacts as ScoreFacts
+    from .scores import ScoreSummary as ScoreSummary
+    from .scores import check_not_scored as check_not_scored
+    from .scores import half_summary as half_summary
+    from .scores import paired_bootstrap_difference as paired_bootstrap_difference
+    from .scores import summarise as summarise
+    from .scores import uascore as uascore
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Half": "scores",
+        "HalfSummary": "scores",
+        "Interval": "intervals",
+        "QUALITY_FLOOR": "scores",
+        "ScoreFacts": "scores",
+        "ScoreSummary": "scores",
+        "bootstrap_mean": "intervals",
+        "bootstrap_ratio": "intervals",
+        "check_not_scored": "scores",
+        "half_summary": "scores",
+        "paired_bootstrap_difference": "scores",
+        "percent": "intervals",
+        "summarise": "scores",
+        "uascore": "scores",
+        "wilson": "intervals",
+    },
+)

@@ -1,0 +1,1 @@
+"""Networks that cost, quality and gate models share: backbones, the CLIP tower, ONNX."""
