@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .errors import SPOError as SPOError
     from .errors import TableError as TableError
     from .errors import UnreadableAdapterError as UnreadableAdapterError
+    from .errors import UnreadableFileError as UnreadableFileError
     from .errors import UnsupportedAdapterError as UnsupportedAdapterError
     from .gating.gate_network import load_adapter_gate as load_adapter_gate
     from .gating.gate_network import save_adapter_gate as save_adapter_gate
@@ -110,6 +111,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Schedule": "gating.schedule",
         "TableError": "errors",
         "UnreadableAdapterError": "errors",
+        "UnreadableFileError": "errors",
         "UnsupportedAdapterError": "errors",
         "adapter_metadata": "pipelines.loading",
         "adapter_of": "pipelines.loading",

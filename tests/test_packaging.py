@@ -1,4 +1,4 @@
-"""The package as it is installed: what lands where, what importing it loads, and that all ways of getting it agree."""
+"""The package as it is installed: what lands where, and that all ways of getting it agree."""
 
 import os
 import shutil
@@ -21,44 +21,14 @@ else:
 ROOT = Path(__file__).parent.parent
 DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".tsv", ".txt", ".webp", ".yaml"}
 LINKED = ("training", "eval", "comfy_nodes")
-LIGHT = (
-    "adapters.adapter",
-    "adapters.comfyui",
-    "cost.vision",
-    "errors",
-    "files",
-    "gating.gate_network",
-    "guards.page",
-    "guards.uascore",
-    "html",
-    "images",
-    "metrics.scores",
-    "networks.backbone",
-    "quality.normalise",
-)
-HEAVY = ("accelerate", "diffusers", "huggingface_hub", "peft", "pyarrow", "transformers")
 
 
 def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
 def test_the_version_is_said_once_and_the_same():
     assert project()["version"] == t2i_spo_plugin.__version__
-
-
-def test_importing_the_package_loads_no_model_library_and_is_quick():
-    code = (
-        "import sys, time; start = time.perf_counter(); import t2i_spo_plugin; spent = time.perf_counter() - start;"
-        "loaded = [name for name in ('torch', 'diffusers', 'transformers', 'numpy') if name in sys.modules];"
-        "print(loaded, spent); sys.exit(bool(loaded) or spent > 0.3)"
-    )
-    runs = [python(code) for _ in range(3)]
-    assert any(run.returncode == 0 for run in runs), [run.stdout + run.stderr for run in runs]
 
 
 @pytest.mark.parametrize("package", LINKED)
@@ -68,33 +38,12 @@ def test_the_folders_at_the_top_are_reached_through_the_package(package):
     assert link.resolve() == ROOT / package
 
 
-def test_the_light_part_needs_no_diffusion_library():
-    """Imported with all of them made impossible to import."""
-    blocked = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}));"
-    modules = ", ".join(f"t2i_spo_plugin.{name}" for name in LIGHT)
-    done = python(f"{blocked} import {modules}")
-    assert done.returncode == 0, done.stderr
-    assert python(f"{blocked} import diffusers").returncode != 0
-
-
-def test_nothing_opens_a_socket_at_import():
-    code = (
-        "import socket\n"
-        "def refuse(*args, **kwargs): raise SystemExit('a socket was opened')\n"
-        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
-        "import t2i_spo_plugin\n"
-        "for name in t2i_spo_plugin.__all__: getattr(t2i_spo_plugin, name)\n"
-    )
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
 def test_bounds_are_loose_and_torchvision_is_nowhere():
-    found = project()
-    every = found["dependencies"] + [line for lines in found["optional-dependencies"].values() for line in lines]
+    metadata = project()
+    every = metadata["dependencies"] + [line for lines in metadata["optional-dependencies"].values() for line in lines]
     assert not [line for line in every if "==" in line or "<" in line]
     assert not [line for line in every if "torchvision" in line]
-    assert set(found["optional-dependencies"]) >= {"train", "eval", "comfy", "opennsfw", "nudenet", "ray", "dev"}
+    assert set(metadata["optional-dependencies"]) >= {"train", "eval", "comfy", "opennsfw", "nudenet", "ray", "dev"}
 
 
 def test_every_lower_bound_is_of_the_versions_that_are_tested_lowest():

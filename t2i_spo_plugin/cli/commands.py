@@ -107,7 +107,7 @@ def pairs(args: Sequence[str]) -> None:
 def train(args: Sequence[str]) -> None:
     """Train an adapter on a pair table."""
     from t2i_spo_plugin.training import TrainConfig
-    from t2i_spo_plugin.training.trainer import train as run
+    from t2i_spo_plugin.training import train as run
 
     print(run(read_options(TrainConfig, args, "spo train")))
 
@@ -205,7 +205,7 @@ def _generate(
         guidance: classifier-free guidance scale.
         batch_size: images drawn at a time.
     """
-    from t2i_spo_plugin.data.generation import generate as draw
+    from t2i_spo_plugin.data import generate as draw
     from t2i_spo_plugin.guards import pipeline_domain
     from t2i_spo_plugin.pipelines import compose, enable_spo
     from t2i_spo_plugin.sticker import adapter_source
