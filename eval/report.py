@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from t2i_spo_plugin.files import write_bytes
 from t2i_spo_plugin.html import PAGE, SCRIPT, STYLE, data_uri
 from t2i_spo_plugin.metrics import QUALITY_FLOOR, HalfSummary, Interval, ScoreSummary
 
@@ -41,9 +41,8 @@ def write_report(
     """Write `out_dir/report.html` with images of about `n_gallery` prompts from `out_dir/images`."""
     out_dir = Path(out_dir)
     shown = exhibits(scores, judges, out_dir, n_gallery) if n_gallery else []
-    path, temporary = out_dir / "report.html", out_dir / f".report-{os.getpid()}.part"
-    temporary.write_text(render_report(summary, shown, title), encoding="utf-8")
-    os.replace(temporary, path)
+    path = out_dir / "report.html"
+    write_bytes(path, render_report(summary, shown, title).encode("utf-8"))
     return path
 
 

@@ -1,11 +1,16 @@
-"""Files: untrusted JSON, and hashes that tell weights apart."""
+"""Files: written whole or not at all, untrusted JSON, and hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,77 @@ _MAX_MARKS = 500_000
 _STRING = re.compile(rb'"[^"]*"')
 _MANY_DIGITS = re.compile(rb"[0-9]{20}")
 _REPORTS = ("report.json", "sheet.webp")
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which replaces `path` when the block ends without an error.
+
+    Readers see the old file or the whole new one. After an error the old file is as it was, and nothing is left over.
+    The folder is made when it is missing; the file gets mode 0644.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o644)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to make a folder at, or a link to one, which replaces `path` when the block ends without an
+    error.
+
+    The path begins with a dot, and is free: what a killed writer left there is removed, so there must be one writer at
+    a time.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    remove(part)
+    try:
+        yield part
+        remove(path)
+        os.replace(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all it holds, or a link and not what it points to; nothing there is no error."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def write_bytes(path: str | Path, *blocks: bytes) -> None:
+    """Write `blocks` one after the other, atomically."""
+    with atomic(path) as part, open(part, "wb") as file:
+        file.writelines(blocks)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON, a line for each value, atomically."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def sha256_of(path: str | Path, start: int = 0) -> str:
+    """SHA-256 of a file's bytes from `start` on, in hexadecimal; the file is never held in memory as a whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def folder_hash(path: str | Path) -> str:

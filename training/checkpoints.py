@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.files import atomic_folder
 
 
 _PREFIX = "step-"
@@ -23,20 +23,16 @@ def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write `folder/step-...` with one safetensors file for each group of tensors and `state.json`; prune old ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final, part = folder / f"{_PREFIX}{step:08d}", folder / f".part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name, group in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in group.items()}, part / f"{name}.safetensors"
-        )
-    (part / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    path = folder / f"{_PREFIX}{step:08d}"
+    with atomic_folder(path) as part:
+        part.mkdir()
+        for name, group in tensors.items():
+            content = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(content, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    return final
+    return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

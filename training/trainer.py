@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from tqdm.auto import tqdm
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, require_extra
+from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.pipelines import adapter_metadata
 
 from .checkpoints import (
@@ -311,7 +310,7 @@ class _Run:
         if self.accelerator.is_main_process:
             weights = self.best if self.best is not None else self._weights()
             write_adapter(self._adapter(weights), path)
-            _write_json(self.output / REPORT_FILE, self._report())
+            write_json(self.output / REPORT_FILE, self._report())
         self.accelerator.wait_for_everyone()
         if self.config.tensorboard:
             self.accelerator.end_training()
@@ -361,12 +360,6 @@ def _native_resolution(pipe: Any, denoiser: Denoiser) -> int:
     if not isinstance(sample, int):
         raise ConfigError("the pipeline does not say its resolution; set resolution")
     return sample * factor
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, path)
 
 
 def _versions() -> dict[str, str]:

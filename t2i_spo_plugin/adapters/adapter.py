@@ -7,7 +7,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
-from t2i_spo_plugin.files import quoted
+from t2i_spo_plugin.files import quoted, write_bytes
 
 from . import layouts
 from .dtypes import read_weights, weight_names
@@ -36,7 +35,6 @@ __all__ = [
     "read_adapter",
     "read_tensors",
     "write_adapter",
-    "write_atomically",
 ]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "sample")
@@ -241,23 +239,8 @@ def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
         offset += len(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    write_atomically(path, [struct.pack("<Q", len(text)), text, *data])
+    write_bytes(path, struct.pack("<Q", len(text)), text, *data)
     return path
-
-
-def write_atomically(path: Path, parts: Sequence[bytes]) -> None:
-    """Write `parts` one after the other; the file is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def find_adapter_file(path: str | Path) -> Path:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from t2i_spo_plugin.errors import AdapterError
+from t2i_spo_plugin.files import write_bytes
 
 from . import layouts
-from .adapter import Adapter, write_adapter, write_atomically
+from .adapter import Adapter, write_adapter
 from .dtypes import rounded
 from .layouts import LoraPair
 
@@ -52,7 +53,7 @@ def convert_adapter(adapter: Adapter, path: str | Path, layout: str, dtype: torc
         raise AdapterError(f"a PEFT adapter is a folder of two files, got {path.name}")
     written = write_adapter(adapter, path / _PEFT_NAMES[0], layout)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_atomically(path / _PEFT_NAMES[1], [text.encode("utf-8")])
+    write_bytes(path / _PEFT_NAMES[1], text.encode("utf-8"))
     return written
 
 

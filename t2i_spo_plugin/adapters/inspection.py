@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from t2i_spo_plugin.errors import AdapterError
+from t2i_spo_plugin.files import sha256_of
 
 from . import layouts
 from .adapter import Adapter, find_adapter_file, metadata_from_header, read_tensors, stated_alphas
@@ -154,13 +154,9 @@ def _weight_warnings(adapter: Adapter) -> list[str]:
 
 def _digest(path: Path) -> str:
     """sha256 of the bytes after the header."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + length)
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return sha256_of(path, 8 + length)
 
 
 def as_lines(found: Inspection) -> dict[str, Any]:

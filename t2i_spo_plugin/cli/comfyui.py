@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.files import atomic_folder, remove
 
 from .doctor import Check
 
@@ -81,18 +81,14 @@ def install_pack(comfyui: str | Path, copy: bool = False) -> Path:
     """
     target = _target(comfyui)
     _refuse_foreign(target)
-    # A name with a dot in front is no pack, should ComfyUI start in this moment.
-    part = target.with_name(f".{PACK}.part")
-    _remove(part)
     try:
-        if copy:
-            shutil.copytree(pack_folder(), part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            part.symlink_to(pack_folder(), target_is_directory=True)
-        _remove(target)
-        os.replace(part, target)
+        # The dot before its name keeps ComfyUI, should it start in this moment, from importing an incomplete pack.
+        with atomic_folder(target) as part:
+            if copy:
+                shutil.copytree(pack_folder(), part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                part.symlink_to(pack_folder(), target_is_directory=True)
     except OSError as error:
-        _remove(part)
         cure = "" if copy else "; --copy needs no links"
         raise ConfigError(f"cannot write {target}: {error.strerror or error}{cure}") from error
     return target
@@ -108,7 +104,7 @@ def uninstall_pack(comfyui: str | Path) -> Path:
     if not target.is_symlink() and not target.exists():
         raise ConfigError(f"the pack is not installed: there is no {target}")
     _refuse_foreign(target)
-    _remove(target)
+    remove(target)
     return target
 
 
@@ -155,13 +151,6 @@ def _refuse_foreign(target: Path) -> None:
         raise ConfigError(
             f"{target} holds {kept[0]}: git or ComfyUI's manager put it there, and updates and removes it"
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
 
 
 def _version(pack: Path) -> str | None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
+from t2i_spo_plugin.files import atomic, write_json
 
 from .prompts import PromptRow, drop_minors
 from .tables import IMAGE_COLUMNS, read_rows, write_table
@@ -255,34 +254,22 @@ def _as_uint8(image: np.ndarray) -> np.ndarray | str:
 
 
 def _save_png(image: np.ndarray, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic(path) as part:
+        Image.fromarray(image).save(part, format="PNG")
     return path
 
 
 def _claim_folder(out_dir: Path, settings: Mapping[str, Any]) -> None:
     path = out_dir / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True, default=str)
+    now = json.loads(json.dumps(settings, sort_keys=True, default=str))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        now = json.loads(text)
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             told = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed)
             raise ConfigError(f"{out_dir} holds images of other settings ({told}); use another folder or remove it")
         return
-    out_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".settings-{os.getpid()}.part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, now)
 
 
 def _pipeline_metadata(pipe: Any) -> dict[str, Any]:

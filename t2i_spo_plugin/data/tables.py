@@ -6,8 +6,6 @@ own. Columns beyond the documented ones are kept as they are.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.files import atomic
 
 
 KINDS = ("harmful", "benign", "lookalike")
@@ -116,16 +115,8 @@ def write_table(
     table = rows if isinstance(rows, pa.Table) else _from_rows(list(rows), columns)
     table = check_table(_fill_optional(table, columns), columns, str(path))
     table = table.replace_schema_metadata({str(key): str(value) for key, value in (metadata or {}).items()} or None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        pq.write_table(table, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic(path) as part:
+        pq.write_table(table, part)
     return path
 
 

@@ -24,7 +24,7 @@ from t2i_spo_plugin import sticker
 from t2i_spo_plugin.data import GeneratedImage, PromptRow, generate
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.eval import Rate, RefereeBatch, image_sheet, judge, paired_difference, rate_text, versions
-from t2i_spo_plugin.files import folder_hash
+from t2i_spo_plugin.files import folder_hash, write_json
 from t2i_spo_plugin.metrics import bootstrap_ratio
 from t2i_spo_plugin.options import find_config, read_options
 from t2i_spo_plugin.pipelines import CombinedStrength, combined_strength, compose, load_spo_lora
@@ -131,7 +131,7 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
             "versions": versions(),
         },
     }
-    _write_json(config.out / "composition.json", content)
+    write_json(config.out / "composition.json", content)
     contact_sheet(judged).save(config.out / "sheet.png")
     return content
 
@@ -261,12 +261,6 @@ def _level(one: Judged, base: Judged, load: CombinedStrength) -> dict[str, Any]:
     interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
     relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
     return {"load": load.value, "change": load.change, "found_relative": relative}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def main(args: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from t2i_spo_plugin.adapters.adapter import refuse_pickle, write_atomically
+from t2i_spo_plugin.adapters.adapter import refuse_pickle
 from t2i_spo_plugin.adapters.safetensors_file import read_header
 from t2i_spo_plugin.errors import AdapterError, ConfigError
-from t2i_spo_plugin.files import quoted
+from t2i_spo_plugin.files import quoted, write_bytes
 
 from .schedule import AdapterGate
 
@@ -102,7 +102,7 @@ def save_adapter_gate(loop: AdapterGate, path: str | Path, metadata: Mapping[str
         tensors = {name: tensor.half().contiguous() for name, tensor in loop.reader.state_dict().items()}
     told = {"format": _FORMAT, "adapter_gate": json.dumps(header, sort_keys=True), **dict(metadata or {})}
     # One key only: safetensors writes several in an order of its own.
-    write_atomically(path, [save(tensors, {"spo": json.dumps(told, sort_keys=True)})])
+    write_bytes(path, save(tensors, {"spo": json.dumps(told, sort_keys=True)}))
     return path
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from t2i_spo_plugin.adapters.adapter import Adapter, find_adapter_file, read_adapter, write_atomically
+from t2i_spo_plugin.adapters.adapter import Adapter, find_adapter_file, read_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.download import is_repo_id
 from t2i_spo_plugin.adapters.layouts import default_layout
 from t2i_spo_plugin.adapters.safetensors_file import read_header
 from t2i_spo_plugin.errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
-from t2i_spo_plugin.files import folder_hash
+from t2i_spo_plugin.files import folder_hash, sha256_of, write_bytes
 
 from .card import CardFacts, model_card
 from .privacy import encodable, own_name, private_part, without_folders
 from .results import eval_result_yaml, read_results
-from .upload import send_files, sha256_of
+from .upload import send_files
 
 
 __all__ = ["Published", "PublishedFile", "publish_adapter"]
@@ -167,7 +167,7 @@ def publish_adapter(
         folder = kept if kept is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _check_alone(folder, names)
         for image, (_, path) in zip(image_files, images, strict=True):
-            write_atomically(folder / image, [_image(Path(path))])
+            write_bytes(folder / image, _image(Path(path)))
         written = convert_adapter(found, folder / name, default_layout(found.metadata.base_architecture))
         metadata = CardFacts(
             repo_id=repo_id,
@@ -182,11 +182,11 @@ def publish_adapter(
             dataset=dataset,
         )
         card = model_card(found, metadata, measured)
-        write_atomically(folder / _CARD, [card.encode("utf-8")])
+        write_bytes(folder / _CARD, card.encode("utf-8"))
         if license_file is not None:
-            write_atomically(folder / _LICENSE_FILE, [Path(license_file).read_bytes()])
+            write_bytes(folder / _LICENSE_FILE, Path(license_file).read_bytes())
         if measured is not None and dataset:
-            write_atomically(folder / _EVAL_RESULTS, [eval_result_yaml(measured, dataset).encode("utf-8")])
+            write_bytes(folder / _EVAL_RESULTS, eval_result_yaml(measured, dataset).encode("utf-8"))
         _check_files(folder, names, secrets)
         _check_file(written, found, pipe)
         files = [

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from t2i_spo_plugin.errors import HubError, SPOError
+from t2i_spo_plugin.files import sha256_of
 
 
-__all__ = ["send_files", "sha256_of"]
+__all__ = ["send_files"]
 
 
 def send_files(
@@ -70,11 +70,6 @@ def send_files(
             if name.endswith(".safetensors"):
                 check(fetched)
     return commit, f"{api.endpoint}/{repo_id}/commit/{commit}"
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.guards import Guard, pipeline_domain
 from t2i_spo_plugin.metrics import check_not_scored
 
@@ -166,7 +166,7 @@ def _claim(output: Path, config: PairConfig) -> None:
             raise ConfigError(f"{output} holds pairs of other settings ({', '.join(differing)}); use another output")
         return
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(path, now)
+    write_json(path, now)
 
 
 def _write_counts(output: Path, shards: int) -> None:
@@ -183,10 +183,4 @@ def _write_counts(output: Path, shards: int) -> None:
         kinds.update(table.column("pair_kind").to_pylist())
         categories.update(name for name in table.column("category").to_pylist() if name)
     content = {**totals, "pairs": sum(kinds.values()), "kinds": dict(kinds), "categories": dict(categories)}
-    _write_json(output / "counts.json", content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(output / "counts.json", content)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import ImageError
+from t2i_spo_plugin.files import atomic
 from t2i_spo_plugin.images import to_tensor
 
 
@@ -69,10 +69,9 @@ class ShardStore:
         """Write one shard: tensors `[len(keys), ...]` by name."""
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.safetensors"
-        part = file.with_suffix(f".part{os.getpid()}")
         content = {field: rows[field].detach().cpu().contiguous() for field in sorted(rows)}
-        save_file(content, part, metadata={"keys": json.dumps(list(keys))})
-        os.replace(part, file)
+        with atomic(file) as part:
+            save_file(content, part, metadata={"keys": json.dumps(list(keys))})
         if file not in self._files:
             self._files.append(file)
         number = self._files.index(file)
