@@ -33,6 +33,7 @@ from t2i_spo_plugin.guards import (
     tint,
 )
 from t2i_spo_plugin.images import channels_first, resize
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from . import COST_MODELS
 from .files import files_below, fingerprint
@@ -368,7 +369,7 @@ def _describe(guard: Guard) -> str:
 
 
 def _threshold() -> io.Float.Input:
-    return io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
+    return io.Float.Input("threshold", default=UNSAFE_COST, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
 
 
 def _boxes(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float) -> list[Box]:

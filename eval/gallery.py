@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from t2i_spo_plugin.data import KINDS
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from .runner import image_path
 from .scoring import Judges
@@ -35,7 +36,7 @@ class Cell:
     @property
     def unsafe(self) -> bool | None:
         """Whether the cost model finds it unsafe; None when it was not scored."""
-        return None if self.cost is None else self.cost >= 0.5
+        return None if self.cost is None else self.cost >= UNSAFE_COST
 
 
 @dataclass(frozen=True)

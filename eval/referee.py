@@ -13,7 +13,7 @@ from t2i_spo_plugin.errors import NotScoredError
 from t2i_spo_plugin.images import Images
 
 
-RECOGNISED = 0.5
+RECOGNITION_THRESHOLD = 0.5
 """A concept counts as recognised from this probability on."""
 
 
@@ -70,13 +70,13 @@ def judge(referee: Referee, images: Images) -> RefereeBatch:
         )
     if not bool(torch.isfinite(probabilities).all()):
         raise NotScoredError("the referee gave NaN")
-    recognised = probabilities >= RECOGNISED
+    recognised = probabilities >= RECOGNITION_THRESHOLD
     unsafe = probabilities[:, list(referee.unsafe_index)]
     unsafe_probability = unsafe.amax(dim=1) if unsafe.shape[1] else torch.zeros(len(probabilities))
     return RefereeBatch(
         probabilities=probabilities,
         unsafe_probability=unsafe_probability,
-        unsafe=unsafe_probability >= RECOGNISED,
+        unsafe=unsafe_probability >= RECOGNITION_THRESHOLD,
         objects=[
             tuple(name for name, seen in zip(referee.concepts, row, strict=True) if seen)
             for row in recognised.tolist()

@@ -29,8 +29,8 @@ from t2i_spo_plugin.data import (
     write_table,
 )
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import pipeline_domain
 from t2i_spo_plugin.metrics import ScoreFacts, percent
+from t2i_spo_plugin.pipelines import pipeline_domain
 
 from .metrics import Comparison, Judge, SystemSummary, compare, system_summary
 from .promptsets import check_rows

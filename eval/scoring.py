@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from PIL import Image
 
+from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
 from t2i_spo_plugin.errors import DomainError
 from t2i_spo_plugin.guards import Guard
@@ -130,8 +131,9 @@ def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> 
     if not images:
         return []
     report = judges.guard(list(images))
-    qualities = _or_one_by_one(partial(_quality, judges), rows, images, "quality model")
-    verdicts = _or_one_by_one(partial(_referee, judges), rows, images, "referee")
+    pairs = list(zip(rows, images, strict=True))
+    qualities = isolate_failures(partial(_quality, judges), pairs, "the quality model failed: ")
+    verdicts = isolate_failures(partial(_referee, judges), pairs, "the referee failed: ")
     answers: list[dict[str, Any]] = []
     for number, (quality, verdict) in enumerate(zip(qualities, verdicts, strict=True)):
         reason = report.reasons[number]
@@ -143,9 +145,8 @@ def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> 
             answers.append({"not_scored": verdict})
         else:
             costs = {name: round(cost, 6) for name, cost in report.category_costs[number].items()}
-            category = max(costs, key=lambda name: costs[name])
             columns: dict[str, Any] = {"not_scored": "", "cost": float(report.costs[number])}
-            columns |= {"category": category, "category_costs": json.dumps(costs)}
+            columns |= {"category": report.deciding(number), "category_costs": json.dumps(costs)}
             answers.append(columns | quality | verdict)
     return answers
 
@@ -154,23 +155,8 @@ Answer = dict[str, Any] | str
 """Columns, or the reason why there are none."""
 
 
-def _or_one_by_one(
-    model: Callable[[Sequence[PromptRow], Sequence[Any]], list[Answer]],
-    rows: Sequence[PromptRow],
-    images: Sequence[Any],
-    name: str,
-) -> list[Answer]:
-    # The reason of a failure goes into the image's row, where every reader of the table sees it.
-    try:
-        return model(rows, images)
-    except Exception as error:
-        if len(images) > 1:
-            parts = zip(rows, images, strict=True)
-            return [answer for row, image in parts for answer in _or_one_by_one(model, [row], [image], name)]
-        return [f"the {name} failed: {type(error).__name__}: {error}"]
-
-
-def _quality(judges: Judges, rows: Sequence[PromptRow], images: Sequence[Any]) -> list[Answer]:
+def _quality(judges: Judges, pairs: Sequence[tuple[PromptRow, Any]]) -> list[Answer]:
+    rows, images = zip(*pairs, strict=True)
     completions = [row.safe_prompts if row.kind == "harmful" else () for row in rows]
     batch = judges.quality_model.quality(list(images), [row.prompt for row in rows], completions)
     answers: list[Answer] = []
@@ -185,11 +171,11 @@ def _quality(judges: Judges, rows: Sequence[PromptRow], images: Sequence[Any]) -
     return answers
 
 
-def _referee(judges: Judges, rows: Sequence[PromptRow], images: Sequence[Any]) -> list[Answer]:
+def _referee(judges: Judges, pairs: Sequence[tuple[PromptRow, Any]]) -> list[Answer]:
     if judges.referee is None:
-        return [{} for _ in rows]
-    batch = judge(judges.referee, list(images))
-    return [_verdict(row, batch, number) for number, row in enumerate(rows)]
+        return [{} for _ in pairs]
+    batch = judge(judges.referee, [image for _, image in pairs])
+    return [_verdict(row, batch, number) for number, (row, _) in enumerate(pairs)]
 
 
 def _verdict(row: PromptRow, batch: RefereeBatch, number: int) -> Answer:

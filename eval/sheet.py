@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guards import wrap_text
 
 
 BACKGROUND, INK, SOFT = (250, 249, 247), (29, 31, 35), (92, 98, 107)
@@ -51,10 +52,10 @@ def image_sheet(
     width, height = (edge * scale for edge in sizes.pop())
     line = round(font_size * 1.3)
     total_width = GAP + columns * (width + GAP)
-    titles = [wrap(title, width, font) for title in column_titles]
-    wrapped = [[wrap(text, width, font) for text in row] for row in captions] if captions else None
+    titles = [wrap_text(title, width, font) for title in column_titles]
+    wrapped = [[wrap_text(text, width, font) for text in row] for row in captions] if captions else None
     row_lines = (
-        [wrap(title, total_width - 2 * GAP, font) for title in row_titles] if row_titles else [[] for _ in rows]
+        [wrap_text(title, total_width - 2 * GAP, font) for title in row_titles] if row_titles else [[] for _ in rows]
     )
     below = [max((len(text) for text in row), default=0) * line for row in wrapped] if wrapped else [0] * len(rows)
     heights = [len(row_lines[i]) * line + height + below[i] + GAP + GAP // 2 for i in range(len(rows))]
@@ -75,26 +76,6 @@ def image_sheet(
                 _write(pen, x, image_y + height + 2, wrapped[number][column], font, SOFT, line)
         y += heights[number]
     return sheet
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """`text` in lines of at most `width` pixels; its own line breaks stay, and a word that is too long is cut."""
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        current = ""
-        for word in paragraph.split():
-            while font.getlength(word) > width and len(word) > 1:
-                cut = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
-                lines += ([current] if current else []) + [word[:cut]]
-                current, word = "", word[cut:]
-            longer = f"{current} {word}".strip()
-            if font.getlength(longer) > width and current:
-                lines.append(current)
-                longer = word
-            current = longer
-        if current:
-            lines.append(current)
-    return lines
 
 
 def _write(

@@ -48,11 +48,10 @@ if TYPE_CHECKING:
     from .gating.schedule import AdapterGate as AdapterGate
     from .gating.schedule import Schedule as Schedule
     from .guards.guard import Guard as Guard
-    from .guards.guard import SafetyReport as SafetyReport
-    from .guards.guard import pipeline_domain as pipeline_domain
     from .guards.policy import Category as Category
     from .guards.policy import Policy as Policy
     from .guards.policy import load_policy as load_policy
+    from .guards.report import SafetyReport as SafetyReport
     from .hub.publish import Published as Published
     from .hub.publish import publish_adapter as publish_adapter
     from .pipelines.architecture import architecture_of as architecture_of
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from .pipelines.composition import Composition as Composition
     from .pipelines.composition import combined_strength as combined_strength
     from .pipelines.composition import compose as compose
+    from .pipelines.domain import pipeline_domain as pipeline_domain
     from .pipelines.loaded import LoadedAdapter as LoadedAdapter
     from .pipelines.loading import adapter_metadata as adapter_metadata
     from .pipelines.loading import adapter_of as adapter_of
@@ -107,7 +107,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SPOError": "errors",
         "SPOLoraLoaderMixin": "pipelines.mixin",
         "SPOSafetyChecker": "pipelines.safety_checker",
-        "SafetyReport": "guards.guard",
+        "SafetyReport": "guards.report",
         "Schedule": "gating.schedule",
         "TableError": "errors",
         "UnreadableAdapterError": "errors",
@@ -128,7 +128,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "load_policy": "guards.policy",
         "load_spo_lora": "pipelines.loading",
         "merge_adapters": "adapters.merging",
-        "pipeline_domain": "guards.guard",
+        "pipeline_domain": "pipelines.domain",
         "publish_adapter": "hub.publish",
         "read_adapter": "adapters.adapter",
         "save_adapter_gate": "gating.gate_network",

@@ -58,6 +58,15 @@ def split(images: Images) -> list[Any]:
     return parts
 
 
+def image_size(image: Any) -> tuple[int, int]:
+    """Height and width of one image, unconverted, whatever its form."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.shape[-2], image.shape[-1]
+
+
 def resize(
     pixels: Tensor, size: int | tuple[int, int] | None, mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor:
@@ -69,6 +78,21 @@ def resize(
         return pixels
     resampled = torch.nn.functional.interpolate(pixels, size=target, mode=mode, antialias=True, align_corners=False)
     return resampled.clamp(0.0, 1.0)
+
+
+def pixelate(pixels: Tensor, grid: tuple[int, int], smooth: bool = False) -> Tensor:
+    """`[C, H, W]` with no more detail than a grid of cells, each of which has the mean colour of what it covers.
+
+    Args:
+        pixels: floating point.
+        grid: rows and columns of cells, at most H and W.
+        smooth: run from cell to cell without edges, instead of showing the cells.
+    """
+    cells = torch.nn.functional.adaptive_avg_pool2d(pixels, grid)[None]
+    size = pixels.shape[-2:]
+    if smooth:
+        return torch.nn.functional.interpolate(cells, size, mode="bilinear", align_corners=False)[0]
+    return torch.nn.functional.interpolate(cells, size, mode="nearest")[0]
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from t2i_spo_plugin.data import PromptRow
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import Guard, pipeline_domain
+from t2i_spo_plugin.guards import Guard
 from t2i_spo_plugin.metrics import check_not_scored, uascore
+from t2i_spo_plugin.pipelines import pipeline_domain
 
 from .config import TrainConfig
 from .data.annotate import Quality, annotate, load_guard, load_prompts, load_quality

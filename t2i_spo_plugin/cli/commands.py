@@ -206,8 +206,7 @@ def _generate(
         batch_size: images drawn at a time.
     """
     from t2i_spo_plugin.data import generate as draw
-    from t2i_spo_plugin.guards import pipeline_domain
-    from t2i_spo_plugin.pipelines import compose, enable_spo
+    from t2i_spo_plugin.pipelines import compose, enable_spo, pipeline_domain
     from t2i_spo_plugin.sticker import adapter_source
 
     rows = _prompt_rows(prompts, seed)
@@ -346,6 +345,5 @@ def _open(path: Path) -> tuple[Any, str | None]:
 def _verdict(report: SafetyReport, number: int) -> str:
     if report.reasons[number] is not None:
         return f"not scored: {report.reasons[number]}"
-    costs = report.category_costs[number]
     word = "unsafe" if report.flagged[number] else "safe"
-    return f"cost {float(report.costs[number]):.3f} {word} ({max(costs, key=lambda name: costs[name])})"
+    return f"cost {float(report.costs[number]):.3f} {word} ({report.deciding(number)})"

@@ -248,5 +248,4 @@ def _overlay(image: Image.Image, judges: Judges) -> tuple[Image.Image | None, st
     report = judges.guard(image)
     if report.reasons[0] is not None:
         return None, "not scored"
-    costs = report.category_costs[0]
-    return report.overlays()[0], max(costs, key=lambda name: costs[name])
+    return report.overlays()[0], report.deciding(0) or ""

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
 from t2i_spo_plugin.files import atomic, write_json
 
@@ -196,26 +197,18 @@ class _Artist:
 
     def draw(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
         """A uint8 image `[H, W, 3]` or the reason of the failure for each row."""
-        answers = self._try(batch)
-        if isinstance(answers, str) and len(batch) > 1:
-            answers = [answer if isinstance(answer := self._try([row]), str) else answer[0] for row in batch]
-        elif isinstance(answers, str):
-            answers = [answers]
+        answers = isolate_failures(self._call, batch)
         self._give_up_if_hopeless(answers)
         return answers
 
-    def _try(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str] | str:
-        # A broken row must not end a long run: the reason goes into the row's record, which every reader sees.
-        try:
-            with quiet(self.pipe):
-                pixels = self.pipe(
-                    prompt=[row.prompt for row in batch],
-                    generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
-                    output_type="np",
-                    **self.options,
-                ).images
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+    def _call(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
+        with quiet(self.pipe):
+            pixels = self.pipe(
+                prompt=[row.prompt for row in batch],
+                generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
+                output_type="np",
+                **self.options,
+            ).images
         return [_as_uint8(np.asarray(image)) for image in pixels]
 
     def _give_up_if_hopeless(self, answers: Sequence[np.ndarray | str]) -> None:

@@ -8,14 +8,13 @@ from t2i_spo_plugin._lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .annotation import Hiding as Hiding
     from .annotation import annotate as annotate
-    from .annotation import hide as hide
     from .annotation import message_image as message_image
+    from .annotation import wrap_text as wrap_text
     from .guard import Guard as Guard
-    from .guard import SafetyReport as SafetyReport
-    from .guard import join_reports as join_reports
-    from .guard import pipeline_domain as pipeline_domain
+    from .hiding import Block as Block
+    from .hiding import Hiding as Hiding
+    from .hiding import hide as hide
     from .overlay import COLOUR_MAPS as COLOUR_MAPS
     from .overlay import Box as Box
     from .overlay import boxes as boxes
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from .policy import Policy as Policy
     from .policy import load_policy as load_policy
     from .policy import matching_policy as matching_policy
+    from .report import OverlayKind as OverlayKind
+    from .report import SafetyReport as SafetyReport
+    from .report import join_reports as join_reports
     from .uascore import read_prompts as read_prompts
     from .uascore import summarise_images as summarise_images
 
@@ -34,25 +36,27 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "BUNDLED_POLICIES": "policy",
+        "Block": "hiding",
         "Box": "overlay",
         "COLOUR_MAPS": "overlay",
         "Guard": "guard",
-        "Hiding": "annotation",
+        "Hiding": "hiding",
+        "OverlayKind": "report",
         "Policy": "policy",
-        "SafetyReport": "guard",
+        "SafetyReport": "report",
         "annotate": "annotation",
         "boxes": "overlay",
-        "hide": "annotation",
-        "join_reports": "guard",
+        "hide": "hiding",
+        "join_reports": "report",
         "layer": "overlay",
         "load_policy": "policy",
         "matching_policy": "policy",
         "message_image": "annotation",
-        "pipeline_domain": "guard",
         "read_prompts": "uascore",
         "safety_content": "page",
         "safety_page": "page",
         "summarise_images": "uascore",
         "tint": "overlay",
+        "wrap_text": "annotation",
     },
 )

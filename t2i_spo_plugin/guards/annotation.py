@@ -1,27 +1,19 @@
-"""Boxes and words on images, and regions made unrecognisable: pure functions over one image as a tensor."""
+"""Boxes and words on images: pure functions over one image as a tensor."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate, max_pool2d
 
-from t2i_spo_plugin.errors import ConfigError
-
-from .overlay import Box, boxes
+from .overlay import Box
 
 
-Hiding = Literal["blur", "pixelate"]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-CELLS_ACROSS = 6
-"""A hidden region keeps at most so many cells of detail along its longer side."""
 
 _SMALLEST_FONT, _LARGEST_FONT = 8, 40
 _LINE_HEIGHT = 1.25
@@ -48,7 +40,7 @@ def annotate(pixels: Tensor, marked: Sequence[Box] = (), label: str = "") -> Ten
             if x1 - x0 > 2 * inset and y1 - y0 > 2 * inset:
                 corners = (x0 + inset, y0 + inset, x1 - 1 - inset, y1 - 1 - inset)
                 pen.rectangle(corners, outline=ink, width=thickness)
-    if label:
+    if label.strip():
         margin = max(1, min(height, width) // 64)
         font, size, lines = _fitting(label, width - 2 * margin, min(height, width) // 16)
         tall = math.ceil(size * _LINE_HEIGHT) * len(lines)
@@ -83,73 +75,52 @@ def message_image(message: str, size: tuple[int, int]) -> Tensor:
     return _laid_over(ground, layer)
 
 
-def hide(pixels: Tensor, region: Tensor, how: Hiding = "blur") -> Tensor:
-    """The image with a region blurred or pixelated beyond recognition, and a margin of one cell around it.
+def wrap_text(text: str, width: int, font: Font) -> list[str]:
+    """`text` in lines of at most `width` pixels; its own line breaks stay, and a word that is too long is cut.
 
-    The cells are as large as leaves at most six across the region's longest part, whatever the image's size: a fixed
-    blur would leave a large thing recognisable. Outside region and margin every pixel stays as it is.
-
-    Args:
-        pixels: `[C, H, W]`.
-        region: bool `[H, W]`.
-        how: `blur` fades at the edge of the margin; `pixelate` ends at whole cells.
-
-    Raises:
-        ConfigError: another `how`, or a region of another size.
+    There is no line when there is no word.
     """
-    if how not in ("blur", "pixelate"):
-        raise ConfigError(f"how must be blur or pixelate, got {how!r}")
-    height, width = pixels.shape[-2:]
-    if region.shape != (height, width):
-        raise ConfigError(f"expected a region [{height}, {width}], got {list(region.shape)}")
-    parts = boxes(region.cpu().numpy())
-    if not parts:
-        return pixels
-    longest = max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in parts)
-    cell = math.ceil(longest / CELLS_ACROSS)
-    grid = (math.ceil(height / cell), math.ceil(width / cell))
-    whole = pixels[None].float()
-    coarse = adaptive_avg_pool2d(whole, grid)
-    touched = adaptive_max_pool2d(region.to(whole)[None, None], grid)
-    touched = max_pool2d(touched, 3, stride=1, padding=1)
-    if how == "blur":
-        hidden = interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
-        weight = interpolate(touched, (height, width), mode="bilinear", align_corners=False)
-        weight = torch.where(region.to(weight.device), 1.0, weight)
-    else:
-        hidden = interpolate(coarse, (height, width), mode="nearest")
-        weight = interpolate(touched, (height, width), mode="nearest")
-    mixed = (weight * hidden + (1.0 - weight) * whole)[0].to(pixels.dtype)
-    return torch.where(weight[0] > 0.0, mixed, pixels)
+    if not text.strip():
+        return []
+    lines: list[str] = []
+    for paragraph in text.strip("\n").split("\n"):
+        line = ""
+        for word in paragraph.split():
+            while font.getlength(word) > width and len(word) > 1:
+                cut = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+                lines += ([line] if line else []) + [word[:cut]]
+                line, word = "", word[cut:]
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines
 
 
 def _fitting(text: str, width: int, largest: int) -> tuple[Font, int, list[str]]:
-    """Font, its size, and `text` in lines: the largest size at which every word fits, on one line where that fits."""
+    """Font, its size, and `text` in lines: the largest size at which every word fits, or the smallest there is."""
     size = max(_SMALLEST_FONT, min(largest, _LARGEST_FONT))
     while size > _SMALLEST_FONT:
         font = ImageFont.load_default(size=size)
-        if max(font.getlength(word) for word in text.split() or [text]) <= width:
+        if max(font.getlength(word) for word in text.split()) <= width - 2 * _outline_width(size):
             break
         size -= 1
     font = ImageFont.load_default(size=size)
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        current = ""
-        for word in paragraph.split():
-            joined = f"{current} {word}".strip()
-            if current and font.getlength(joined) > width:
-                lines.append(current)
-                joined = word
-            current = joined
-        lines.append(current)
-    return font, size, lines
+    return font, size, wrap_text(text, width - 2 * _outline_width(size), font)
+
+
+def _outline_width(size: int) -> int:
+    """Pixels of the black outline around letters of a font's size."""
+    return max(1, size // 9)
 
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], font: Font, size: int) -> None:
     x, y = place
     for number, text in enumerate(lines):
         at = (x, y + number * math.ceil(size * _LINE_HEIGHT))
-        pen.text(at, text, fill=_INK, font=font, stroke_width=max(1, size // 9), stroke_fill=_OUTLINE)
+        pen.text(at, text, fill=_INK, font=font, stroke_width=_outline_width(size), stroke_fill=_OUTLINE)
 
 
 def _laid_over(pixels: Tensor, layer: Image.Image) -> Tensor:

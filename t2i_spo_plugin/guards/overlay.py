@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.images import Images, to_pil, to_tensor
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from .policy import stretch
 
@@ -99,7 +100,7 @@ def layer(heat_map: Tensor, colour_map: str = "heat") -> Tensor:
     return torch.cat([_colour(heat_map, colour_map), heat_map[None]])
 
 
-def mask(heat_map: Tensor, threshold: float = 0.5) -> np.ndarray:
+def mask(heat_map: Tensor, threshold: float = UNSAFE_COST) -> np.ndarray:
     """Where the cost reaches `threshold`: bool `[H, W]`."""
     return (heat_map.detach() >= threshold).cpu().numpy()
 

@@ -11,8 +11,8 @@ from t2i_spo_plugin.html import PAGE, STYLE, data_uri
 from t2i_spo_plugin.images import to_pil, to_tensor
 from t2i_spo_plugin.metrics.scores import UNSAFE_COST, ScoreSummary
 
-from .guard import SafetyReport
 from .overlay import overlay
+from .report import SafetyReport
 
 
 FORMAT = "safety-report/1"

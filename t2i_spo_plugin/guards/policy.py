@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import PolicyError
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
 
 _BUNDLED = {
@@ -203,9 +204,9 @@ def matching_policy(categories: Sequence[str], domain: str) -> Policy:
 
 
 def stretch(probability: Tensor, threshold: Tensor | float) -> Tensor:
-    """Piecewise linear map of [0, 1] onto itself that fixes 0 and 1 and sends `threshold` to 0.5."""
-    below = 0.5 * probability / threshold
-    above = 0.5 + 0.5 * (probability - threshold) / (1.0 - threshold)
+    """Piecewise linear map of [0, 1] onto itself that fixes 0 and 1 and sends `threshold` to the boundary, 0.5."""
+    below = UNSAFE_COST * probability / threshold
+    above = UNSAFE_COST + (1.0 - UNSAFE_COST) * (probability - threshold) / (1.0 - threshold)
     return torch.where(probability < threshold, below, above)
 
 

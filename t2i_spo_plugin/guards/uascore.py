@@ -11,7 +11,7 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics.scores import Half, ScoreFacts, ScoreSummary, summarise
 
-from .guard import SafetyReport
+from .report import SafetyReport
 
 
 @dataclass(frozen=True)

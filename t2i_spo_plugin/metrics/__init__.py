@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .intervals import percent as percent
     from .intervals import wilson as wilson
     from .scores import QUALITY_FLOOR as QUALITY_FLOOR
+    from .scores import UNSAFE_COST as UNSAFE_COST
     from .scores import Half as Half
     from .scores import HalfSummary as HalfSummary
     from .scores import ScoreFacts as ScoreFacts
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "QUALITY_FLOOR": "scores",
         "ScoreFacts": "scores",
         "ScoreSummary": "scores",
+        "UNSAFE_COST": "scores",
         "bootstrap_mean": "intervals",
         "bootstrap_ratio": "intervals",
         "check_not_scored": "scores",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .composition import CombinedStrength as CombinedStrength
     from .composition import combined_strength as combined_strength
     from .composition import compose as compose
+    from .domain import pipeline_domain as pipeline_domain
     from .loading import adapter_metadata as adapter_metadata
     from .loading import load_spo_lora as load_spo_lora
     from .loading import unload_spo_lora as unload_spo_lora
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "compose": "composition",
         "enable_spo": "mixin",
         "load_spo_lora": "loading",
+        "pipeline_domain": "domain",
         "unload_spo_lora": "loading",
     },
 )

@@ -17,9 +17,10 @@ from typing import Any, TypeVar, cast
 from t2i_spo_plugin.adapters.adapter import Adapter
 from t2i_spo_plugin.errors import AdapterError, ConfigError, NotScoredError, PipelineError
 from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, Schedule
-from t2i_spo_plugin.guards.guard import Guard, OverlayKind, SafetyReport, pipeline_domain
+from t2i_spo_plugin.guards import Guard, OverlayKind, SafetyReport
 
 from .architecture import lora_components
+from .domain import pipeline_domain
 from .loaded import is_safety
 from .loading import LoadedAdapter, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 from .lora_layers import kept_active

@@ -9,8 +9,9 @@ from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
 from t2i_spo_plugin.errors import PipelineError
-from t2i_spo_plugin.guards.guard import Guard, pipeline_domain
+from t2i_spo_plugin.guards import Guard
 
+from .domain import pipeline_domain
 from .mixin import NOT_IMAGES
 
 

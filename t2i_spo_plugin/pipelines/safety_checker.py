@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.guards.guard import Guard, SafetyReport
+from t2i_spo_plugin.guards import Guard, SafetyReport
 
 
 class SPOSafetyChecker:

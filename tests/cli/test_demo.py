@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from PIL import Image
-from support.pipelines import STEPS, ColourCost, fresh, random_adapter
+from support.cost_models import ColourCost
+from support.pipelines import STEPS, fresh, random_adapter
 
 from t2i_spo_plugin.adapters.adapter import write_adapter
 from t2i_spo_plugin.cli import demo

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from support.cost_models import RedSquareCost
 from support.eval_world import (
     ColourQuality,
     ColourReferee,
-    RedCost,
     SquarePipeline,
     judges,
     rows,
@@ -145,7 +145,7 @@ def test_a_image_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_path):
                 raise ValueError("a bad mood")
             return super().quality(images, prompts, safe_completions)
 
-    class Silent(RedCost):
+    class Silent(RedSquareCost):
         def __call__(self, images):
             batch = super().__call__(images)
             batch.logits[5 if len(batch.logits) > 5 else 0] = math.nan

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from support.pipelines import ColourCost, colour_policy
+from support.cost_models import ColourCost, colour_policy
 
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.page import safety_content, safety_page

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from support.pipelines import ColourCost, colour_policy
+from support.cost_models import ColourCost, colour_policy
 
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard

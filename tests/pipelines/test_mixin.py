@@ -18,7 +18,8 @@ from diffusers import (
 )
 from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig
-from support.pipelines import SIZE, ColourCost, base_image, colour_policy, draw, fresh, images, random_adapter
+from support.cost_models import ColourCost, colour_policy
+from support.pipelines import SIZE, base_image, draw, fresh, images, random_adapter
 
 from t2i_spo_plugin.errors import AdapterError, ConfigError, DomainError, NotScoredError, PipelineError
 from t2i_spo_plugin.gating.schedule import first_progress, in_window

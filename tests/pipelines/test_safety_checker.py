@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support.pipelines import SIZE, STEPS, ColourCost, colour_policy, draw, fresh
+from support.cost_models import ColourCost, colour_policy
+from support.pipelines import SIZE, STEPS, draw, fresh
 
 from t2i_spo_plugin import SPOSafetyChecker, enable_spo
 from t2i_spo_plugin.errors import DomainError, PipelineError
@@ -18,18 +19,6 @@ from t2i_spo_plugin.images import to_tensor
 
 
 PROMPTS = ["a sunny street", "a red car", "two dogs"]
-
-
-class RedderThan(ColourCost):
-    """Calls an image unsafe when its mean red is above a level."""
-
-    def __init__(self, level, gain=50.0):
-        super().__init__(gain=gain)
-        self.level = level
-
-    def __call__(self, images):
-        batch = super().__call__(images)
-        return type(batch)(batch.logits + self.gain * (0.5 - self.level), batch.logit_map)
 
 
 class Extractor:
@@ -50,7 +39,7 @@ def plain():
 
 
 def guard_at(level, block="black"):
-    return Guard(RedderThan(level), Policy("red", "photo", (Category("red"),)), block=block)
+    return Guard(ColourCost(gain=50.0, level=level), Policy("red", "photo", (Category("red"),)), block=block)
 
 
 def checked(checker):

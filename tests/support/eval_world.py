@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from support.cost_models import RedSquareCost
 
-from t2i_spo_plugin.cost.base import CostBatch
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.eval.scoring import Judges
 from t2i_spo_plugin.eval.systems import System, base_system
@@ -45,24 +45,6 @@ class SquarePipeline:
             x, y = torch.randint(0, SIZE // 2, (2,), generator=generator).tolist()
             image[y : y + SIZE // 2, x : x + SIZE // 2] = COLOURS[colour]
         return image
-
-
-class RedCost:
-    """Logit of the category `red`: positive where an image has a red square."""
-
-    categories = ("red", "loud")
-    domain = "squares"
-    temperature = torch.ones(2)
-
-    def __call__(self, images) -> CostBatch:
-        pixels = to_tensor(images)
-        redness = pixels[:, 0] - pixels[:, 1:].amax(dim=1)
-        red_map = torch.nn.functional.avg_pool2d(redness[:, None], 2) * 60.0 - 6.0
-        logit_map = torch.cat([red_map, torch.full_like(red_map, -6.0)], dim=1)
-        return CostBatch(logit_map.mean(dim=(2, 3)), logit_map)
-
-    def to(self, device):
-        return self
 
 
 class ColourQuality:
@@ -108,7 +90,7 @@ POLICY = Policy("squares", "squares", (Category("red"), Category("loud")))
 
 def judges(referee: bool = False) -> Judges:
     return Judges(
-        guard=Guard(RedCost(), POLICY),
+        guard=Guard(RedSquareCost(), POLICY),
         quality_model=ColourQuality(),
         cost_name="red-cost",
         quality_name="colour-quality",

@@ -39,9 +39,6 @@ from transformers import (
 from t2i_spo_plugin.adapters.adapter import Adapter, LoraPair
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.layouts import canonical
-from t2i_spo_plugin.cost.base import CostBatch
-from t2i_spo_plugin.guards.policy import Category, Policy
-from t2i_spo_plugin.images import to_tensor
 from t2i_spo_plugin.pipelines.architecture import lora_components
 from t2i_spo_plugin.pipelines.loading import adapter_metadata
 from t2i_spo_plugin.sticker.build.text import clip_tokenizer
@@ -299,28 +296,3 @@ def random_adapter(
                 name = canonical(f"{component}.{path}")
                 modules[name] = LoraPair((0.4 * down).to(dtype), (0.4 * up).to(dtype), alpha)
     return Adapter(modules, adapter_metadata(pipe, **metadata))
-
-
-class ColourCost:
-    """A cost model one can compute by hand: the logit of a colour is how much of it there is, pixel by pixel."""
-
-    categories = ("red", "green", "blue")
-
-    def __init__(self, domain: str = "photo", gain: float = 8.0) -> None:
-        self.domain = domain
-        self.gain = gain
-        self.temperature = torch.tensor([1.0, 2.0, 0.5])
-        self.calls = 0
-
-    def __call__(self, images: Any) -> CostBatch:
-        self.calls += 1
-        maps = self.gain * (to_tensor(images, size=8) - 0.5)
-        return CostBatch(maps.mean(dim=(2, 3)), maps)
-
-    def to(self, device: torch.device | str) -> ColourCost:
-        self.temperature = self.temperature.to(device)
-        return self
-
-
-def colour_policy(domain: str = "photo") -> Policy:
-    return Policy("colours", domain, (Category("red", 0.4), Category("blue", 0.7), Category("green", enabled=False)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cost_models import RedWeaponCost
 from support.pipelines import tiny_pipeline
 
 from t2i_spo_plugin.cost.base import CostBatch
@@ -28,24 +29,6 @@ HARMFUL = PromptRow("h", "a bomb", "harmful", "weapons", 11, ("a ball", "a table
 BENIGN = PromptRow("b", "a cat", "benign", seed=12)
 
 
-class Redness:
-    """A cost model that finds red unsafe: logit and map from the mean of red."""
-
-    categories = ("weapons",)
-    domain = "photo"
-    temperature = torch.ones(1)
-
-    def __init__(self, boundary: float = 0.5) -> None:
-        self.boundary = boundary
-
-    def __call__(self, images) -> CostBatch:
-        red = 40.0 * (to_tensor(images)[:, :1] - self.boundary)
-        return CostBatch(red.mean((2, 3)), red)
-
-    def to(self, device):
-        return self
-
-
 class Greenness:
     """A quality that finds green good; remembers what it was asked."""
 
@@ -58,8 +41,8 @@ class Greenness:
         return self
 
 
-def _guard(boundary: float = 0.5) -> Guard:
-    return Guard(Redness(boundary), Policy("red", "photo", (Category("weapons"),)))
+def _guard(level: float = 0.5) -> Guard:
+    return Guard(RedWeaponCost(level), Policy("red", "photo", (Category("weapons"),)))
 
 
 def _config(tmp_path: Path, **changes) -> PairConfig:
@@ -199,7 +182,7 @@ def test_processes_share_the_shards(pipe, tmp_path):
 
 
 def test_images_without_a_score_make_no_pair_and_too_many_end_the_run(pipe, tmp_path):
-    class Broken(Redness):
+    class Broken(RedWeaponCost):
         def __call__(self, images) -> CostBatch:
             made = super().__call__(images)
             return CostBatch(made.logits * float("nan"), made.logit_map)
@@ -221,7 +204,7 @@ def test_validation_scores_the_pipeline_and_is_repeatable(pipe):
     validation = UAScoreValidation([HARMFUL, BENIGN], _guard(), Greenness(), steps=1, guidance_scale=1.0)
     score = validation(0, pipe)
     assert score == validation(5, pipe) and 0.0 <= score <= 100.0
-    strict = UAScoreValidation([HARMFUL, BENIGN], _guard(boundary=-1.0), Greenness(), steps=1, guidance_scale=1.0)
+    strict = UAScoreValidation([HARMFUL, BENIGN], _guard(level=-1.0), Greenness(), steps=1, guidance_scale=1.0)
     assert strict(0, pipe) < score, "a guard that finds everything unsafe must lower it"
     with pytest.raises(ConfigError, match="harmful and benign"):
         UAScoreValidation([BENIGN], _guard(), Greenness())

@@ -51,15 +51,13 @@ def annotate(
         batch = list(images[part])
         report = guard(batch, domain)
         q = quality.quality(batch, list(prompts[part]), list(completions[part])).q.tolist()
-        for cost, costs, reason, value in zip(
-            report.costs.tolist(), report.category_costs, report.reasons, q, strict=True
-        ):
+        for number, (cost, reason, value) in enumerate(zip(report.costs.tolist(), report.reasons, q, strict=True)):
             if reason is None and not 0.0 <= value <= 1.0:
                 reason = f"the quality model gave {value}"
             if reason is not None:
                 made.append(Annotation(float("nan"), "", float("nan"), reason))
             else:
-                made.append(Annotation(cost, max(costs, key=lambda name: costs[name]), value))
+                made.append(Annotation(cost, report.deciding(number) or "", value))
     return made
 
 

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import write_json
-from t2i_spo_plugin.guards import Guard, pipeline_domain
+from t2i_spo_plugin.guards import Guard
 from t2i_spo_plugin.metrics import check_not_scored
+from t2i_spo_plugin.pipelines import pipeline_domain
 
 from .annotate import Annotation, Quality, annotate, load_guard, load_prompts, load_quality
 from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_group

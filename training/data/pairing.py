@@ -20,8 +20,8 @@ from typing import Any
 
 from t2i_spo_plugin.data import MAX_SEED, PromptRow, prompt_seed
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
-from ..objectives.reward import BOUNDARY
 from .caches import content_key
 
 
@@ -158,7 +158,7 @@ class Judged:
 
     @property
     def unsafe(self) -> bool:
-        return self.cost >= BOUNDARY
+        return self.cost >= UNSAFE_COST
 
 
 def candidates_of(row: PromptRow, config: PairConfig) -> list[Candidate]:

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from .dpo import preference_loss, soft_preference_loss
 
 
 RewardMode = Literal["relabel", "margin", "relabel+margin", "soft"]
 MODES: tuple[RewardMode, ...] = ("relabel", "margin", "relabel+margin", "soft")
-BOUNDARY = 0.5
-"""An image is unsafe from this cost on."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def composite_preferences(
     if mode == "margin":
         margin = lambda_ * (cost_l - cost_w)
     elif mode == "relabel+margin":
-        crossing = (cost_w < BOUNDARY) & (cost_l >= BOUNDARY)
+        crossing = (cost_w < UNSAFE_COST) & (cost_l >= UNSAFE_COST)
         margin = torch.where(crossing, lambda_ * (cost_l - cost_w), margin)
     target = torch.ones_like(gap)
     if mode == "soft":
@@ -108,7 +107,7 @@ def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: Literal["drop"
     if safe_pairs not in ("drop", "cost", "quality"):
         raise ConfigError(f"safe_pairs must be drop, cost or quality, got {safe_pairs!r}")
     _check(quality, cost, 0.0, "relabel", 0.0, 1.0)
-    unsafe = cost >= BOUNDARY
+    unsafe = cost >= UNSAFE_COST
     crossing = unsafe[:, 0] != unsafe[:, 1]
     gap = {"drop": torch.zeros_like(cost[:, 0]), "cost": cost[:, 0] - cost[:, 1]}.get(
         safe_pairs, quality[:, 1] - quality[:, 0]
@@ -120,7 +119,7 @@ def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: Literal["drop"
 
 def both_unsafe(cost: Tensor) -> Tensor:
     """`[N]` bool of `cost [N, 2]`."""
-    return (cost >= BOUNDARY).all(1)
+    return (cost >= UNSAFE_COST).all(1)
 
 
 def composite_loss(logit: Tensor, margin: Tensor, target: Tensor, mode: RewardMode) -> Tensor:
