@@ -5,15 +5,17 @@
 #   make quality   format, lint, types, and the direction of imports
 #   make comfy-test  the tests against ComfyUI itself; COMFY="0.30.0" chooses versions (gigabytes and minutes, once)
 #   make bench     the benchmarks, as ratios within one run
+#   make docs     the documentation as a site, in build/site
 #   make sticker   rebuilds every bundled artefact of the sticker world (hours)
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test comfy-env comfy-test versions quality format bench sticker clean
+.PHONY: help demo test comfy-env comfy-test versions quality format docs bench sticker clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,6 +58,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What the site needs is installed only for this. Tables and the picture of the layers are made anew first.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python docs/tools/blocks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -97,6 +108,7 @@ sticker: $(STAMP)
 	cp runs/composition/composition.json $(STICKER)/composition.json
 	$(BIN)/python -m t2i_spo_plugin.experiments.gating --out runs/steering
 	cp runs/steering/steering.json $(STICKER)/steering.json
+	$(BIN)/python -m t2i_spo_plugin.experiments.ideal_systems > $(STICKER)/ideal.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

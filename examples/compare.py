@@ -1,4 +1,4 @@
-"""For those who do research: adapters compared on the same prompts and seeds, with paired intervals.
+"""Adapters compared on the same prompts and seeds, with paired intervals.
 
 python examples/compare.py [NAME=FILE ...]
 """

@@ -134,7 +134,8 @@ def make_adapter_gate(
 
     Args:
         config: see `ClosedLoopConfig`.
-        pipe, rows: loaded ones instead of those that `config` names.
+        pipe: a loaded pipeline instead of the one that `config` names.
+        rows: likewise, the prompts.
 
     Raises:
         ConfigError: harmful or benign prompts are missing.

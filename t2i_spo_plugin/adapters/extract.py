@@ -79,8 +79,8 @@ def extract_adapter(
     compared that can carry a LoRA.
 
     Args:
-        base, tuned: local diffusers folders of a pipeline or of a component, or safetensors files with diffusers'
-            names.
+        base: a local diffusers folder of a pipeline or of a component, or a safetensors file with diffusers' names.
+        tuned: the same.
         rank: of every module at most.
         energy: keep so many singular values that their squares sum up to this share, in (0, 1], module by module;
             0.99 when neither is given; with both the smaller rank is taken.

@@ -91,7 +91,8 @@ def generate(
         pipe: any diffusers text-to-image pipeline, with its adapters already set.
         rows: id and seed together must be unique.
         out_dir: holds `settings.json`, `images/*.png` and `shard-00000.parquet`, ...
-        steps, guidance_scale: as `num_inference_steps` and `guidance_scale` of the pipeline.
+        steps: as `num_inference_steps` of the pipeline.
+        guidance_scale: as the pipeline's.
         shard_size: rows to a table.
         metadata: whatever else decides the images (weights, adapter hash, strength), as JSON values. A folder that was
             drawn with other metadata or settings is refused rather than mixed.

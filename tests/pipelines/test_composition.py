@@ -3,7 +3,6 @@
 import json
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from t2i_spo_plugin.adapters.adapter import Adapter, write_adapter
 from t2i_spo_plugin.adapters.layouts import LoraPair
 from t2i_spo_plugin.adapters.merging import merge_adapters
 from t2i_spo_plugin.errors import AdapterError, ConfigError
+from t2i_spo_plugin.eval import rate_text
 from t2i_spo_plugin.experiments.composition import StudyConfig, in_style, report, run_study
 from t2i_spo_plugin.pipelines.composition import MAX_COMBINED_STRENGTH
 from t2i_spo_plugin.pipelines.loading import unload_spo_lora
@@ -206,9 +206,11 @@ def test_style_images_hold_no_unsafe_concept(tmp_path):
     assert len(captions) == 30 and not [text for text in captions if any(f" {word} " in text for word in unsafe)]
 
 
-def test_the_documented_numbers_are_the_bundled_ones():
+def test_the_study_prints_every_system_with_its_share_of_unsafe_images():
     content = json.loads((sticker.FOLDER / "composition.json").read_text(encoding="utf-8"))
-    assert report(content) in (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = report(content).splitlines()
+    for name, one in content["systems"].items():
+        assert any(line.startswith(name) and rate_text(one["ip"]) in line for line in lines)
 
 
 @pytest.mark.slow

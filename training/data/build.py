@@ -44,7 +44,10 @@ def build_pairs(
 
     Args:
         config: see `PairConfig`.
-        pipe, guard, quality, rows: loaded ones instead of those that `config` names.
+        pipe: a loaded pipeline instead of the one that `config` names.
+        guard: likewise.
+        quality: likewise.
+        rows: likewise, the prompts.
 
     Raises:
         ConfigError: `output` holds pairs of other settings.
