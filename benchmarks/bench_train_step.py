@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 from t2i_spo_plugin.data.tables import PAIR_COLUMNS, write_table
+from t2i_spo_plugin.registry import load_pipeline
 from t2i_spo_plugin.training.config import TrainConfig
 from t2i_spo_plugin.training.data.caches import (
     ShardStore,
@@ -43,7 +44,6 @@ from t2i_spo_plugin.training.denoisers import denoiser_of, encode_prompts
 from t2i_spo_plugin.training.lora import fresh_adapter
 from t2i_spo_plugin.training.objectives import dpo as ob
 from t2i_spo_plugin.training.objectives.preference import Batches, PreferenceStep
-from t2i_spo_plugin.training.trainer import load_pipeline
 
 
 def random_pipeline(shape: str) -> Any:

@@ -4,7 +4,7 @@ diffusers."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import comfy.ldm.common_dit
 import folder_paths
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import UnreadableAdapterError, UnsupportedAdapterError
-from t2i_spo_plugin.gating import AdapterGate, gate_metadata, load_adapter_gate
-from t2i_spo_plugin.sticker import gate_path
+from t2i_spo_plugin.gating import AdapterGate, gate_metadata
+from t2i_spo_plugin.registry import ADAPTER_GATES as GATES
+from t2i_spo_plugin.registry import load_adapter_gate
 
 from . import ADAPTER_GATES
 from .patching import architecture
 
 
 SIZE = "size of the change"
-_BUNDLED: dict[str, Literal["reader", "size"]] = {
-    "sticker demo: reader (bundled)": "reader",
-    "sticker demo: size (bundled)": "size",
-}
+_BUNDLED = {"sticker demo: reader (bundled)": "sticker", "sticker demo: size (bundled)": "sticker-size"}
 _TOKENS = "flux-1-dev"
 """Its prediction is a sequence of patches in diffusers, and a map in ComfyUI."""
 _ALIKE = (
@@ -49,7 +47,7 @@ def evidence_file(name: str) -> Path:
         UnreadableAdapterError: there is none.
     """
     if name in _BUNDLED:
-        return gate_path(_BUNDLED[name])
+        return GATES.rows[_BUNDLED[name]].path
     path = folder_paths.get_full_path(ADAPTER_GATES, name)
     if path is None:
         raise UnreadableAdapterError(

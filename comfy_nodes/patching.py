@@ -11,14 +11,14 @@ import folder_paths
 
 from t2i_spo_plugin.adapters import Adapter, ComfyBase, Fit, check_strength, fit_adapter, lora_tensors, read_adapter
 from t2i_spo_plugin.errors import UnreadableAdapterError
-from t2i_spo_plugin.sticker import ADAPTERS, adapter_path
+from t2i_spo_plugin.registry import ADAPTERS, adapter_source
 
 
 Stack = list[tuple[Adapter, float]]
 """What an SPO_ADAPTER socket carries: adapters, each with its strength."""
 
 NONE = "none"
-_BUNDLED = {f"sticker demo: {name} (bundled)": name for name in ADAPTERS}
+_BUNDLED = {f"sticker demo: {name} (bundled)": name for name in ADAPTERS.names()}
 _ARCHITECTURES = {
     "SDXL": "stable-diffusion-xl-v1-base",
     "SDXL_instructpix2pix": "stable-diffusion-xl-v1-base",
@@ -42,7 +42,7 @@ def adapter_file(name: str) -> Path:
         UnreadableAdapterError: there is none.
     """
     if name in _BUNDLED:
-        return adapter_path(_BUNDLED[name])
+        return Path(adapter_source(_BUNDLED[name]))
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise UnreadableAdapterError(

@@ -14,19 +14,20 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.guards import Guard, SafetyReport, read_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
 from t2i_spo_plugin.metrics import ScoreFacts, ScoreSummary
-from t2i_spo_plugin.quality import QualityModel, load_quality_model
+from t2i_spo_plugin.quality import QualityModel
+from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
 from . import COST_MODELS
 from .files import files_below, fingerprint, output_file
 from .images import BATCH, score, steps
-from .safety import STICKER, CostModelType, SafetyType
+from .safety import CostModelType, SafetyType
 
 
 ScoresType = io.Custom("SPO_SCORES")
+BUNDLED = f"{STICKER} (bundled)"
 
 
 class UAScore(io.ComfyNode):
@@ -80,7 +81,7 @@ class UAScore(io.ComfyNode):
         asked = read_prompts(prompts, safe_prompts, len(image))
         path = _reference_path(reference)
         if _is_bundled(path):
-            cost_model.check_domain("sticker")
+            cost_model.check_domain(QUALITY_MODELS.rows[STICKER].domain)
         model, name = _quality_model(path, fingerprint(_quality_files(path)))
         safety = score(cost_model, image)
         pixels = channels_first(image)
@@ -134,12 +135,12 @@ class SaveReport(io.ComfyNode):
 def references() -> list[str]:
     """What UAScore offers: the bundled reference, single files, and the `reference.json` of quality models."""
     files = [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(".json")]
-    return [STICKER, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
+    return [BUNDLED, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
 
 
 def _reference_path(reference: str) -> Path | None:
     """The file of one of `references`; None for the bundled one."""
-    return None if reference == STICKER else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
+    return None if reference == BUNDLED else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
 
 
 def _is_bundled(reference: Path | None) -> bool:
@@ -157,9 +158,5 @@ def _quality_files(reference: Path | None) -> list[Path]:
 @lru_cache(maxsize=1)
 def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel, str]:
     """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
-    from t2i_spo_plugin import sticker
-
-    own = None if _is_bundled(reference) else reference
-    folder: Any = sticker.FOLDER / "quality_model" if own is None else own.parent
-    name = "sticker" if own is None else folder.name
-    return load_quality_model(folder, reference), f"{name} {folder_hash(folder)}"
+    source: str | Path = STICKER if reference is None or _is_bundled(reference) else reference.parent
+    return load_quality_model(source, reference), name_with_revision(QUALITY_MODELS, source)

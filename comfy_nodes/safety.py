@@ -13,11 +13,8 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from t2i_spo_plugin.cost import installed_photo_models, load_cost_model
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.guards import (
-    BUNDLED_POLICIES,
     COLOUR_MAPS,
     Box,
     Guard,
@@ -27,13 +24,13 @@ from t2i_spo_plugin.guards import (
     annotate,
     boxes,
     hide,
-    load_policy,
-    matching_policy,
     message_image,
     tint,
 )
 from t2i_spo_plugin.images import channels_first, resize
 from t2i_spo_plugin.metrics import UNSAFE_COST
+from t2i_spo_plugin.registry import COST_MODELS as MODELS
+from t2i_spo_plugin.registry import POLICIES, load_cost_model, load_policy, matching_policy, revision
 
 from . import COST_MODELS
 from .files import files_below, fingerprint
@@ -44,7 +41,7 @@ CostModelType = io.Custom("SPO_COST_MODEL")
 SafetyType = io.Custom("SPO_SAFETY")
 
 CHOOSE = "choose one"
-STICKER = "sticker (bundled)"
+BUNDLED = {f"{name} (bundled)": name for name in MODELS.bundled()}
 AS_THE_MODEL = "as the model"
 DECIDING = "the deciding one"
 ACTIONS = ("blur region", "pixelate region", "replace", "stop", "pass")
@@ -70,7 +67,7 @@ class LoadCostModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "policy",
-                    options=[AS_THE_MODEL, *BUNDLED_POLICIES, *_files(".yaml")],
+                    options=[AS_THE_MODEL, *POLICIES.names(), *_files(".yaml")],
                     default=AS_THE_MODEL,
                     tooltip="What counts as unsafe, and from which probability on: the bundled policy that has the "
                     "model's categories, another one, or a YAML file of yours in models/safety_cost.",
@@ -94,7 +91,7 @@ class LoadCostModel(io.ComfyNode):
         known = cost_models()[1:]
         if model in known:
             return True
-        there_are = f"choose one of: {', '.join(known)}. {STICKER} is for the sticker demo only."
+        there_are = f"choose one of: {', '.join(known)}. {', '.join(BUNDLED)} is for the sticker demo only."
         return there_are if model == CHOOSE else f"there is no cost model {model!r}; {there_are}"
 
     @classmethod
@@ -313,7 +310,7 @@ class SafetySwitch(io.ComfyNode):
 
 def cost_models() -> list[str]:
     """What Load Safety Cost Model offers. Nothing is chosen by default: a model says nothing about other images."""
-    return [CHOOSE, *installed_photo_models(), *_folders(), STICKER]
+    return [CHOOSE, *MODELS.installed(), *_folders(), *BUNDLED]
 
 
 def _folders() -> list[str]:
@@ -332,28 +329,20 @@ def _files(ending: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(ending)]
 
 
-_BUILT_IN = (CHOOSE, STICKER, *installed_photo_models())
+_BUILT_IN = (CHOOSE, *BUNDLED, *MODELS.installed())
 
 
 def _load(model: str) -> tuple[Any, str]:
     """The cost model, and what tells its revision."""
-    if model == STICKER:
-        from t2i_spo_plugin import sticker
-
-        return sticker.load_cost_model(), folder_hash(sticker.FOLDER / "cost_model")
-    if model in installed_photo_models():
-        found: Any = load_cost_model(model)
-        return found, found.identity
-    folder = _model_folder(model)
-    return load_cost_model(folder, local_files_only=True), folder_hash(folder)
+    source = BUNDLED.get(model) or (model if model in MODELS.installed() else _model_folder(model))
+    cost_model = load_cost_model(source, local_files_only=True)
+    return cost_model, revision(MODELS, source, cost_model)
 
 
 def _policy(name: str, categories: tuple[str, ...], domain: str) -> Policy:
     if name == AS_THE_MODEL:
         return matching_policy(categories, domain)
-    if name in BUNDLED_POLICIES:
-        return load_policy(name)
-    return load_policy(folder_paths.get_full_path_or_raise(COST_MODELS, name))
+    return load_policy(name if name in POLICIES.names() else folder_paths.get_full_path_or_raise(COST_MODELS, name))
 
 
 def _describe(guard: Guard) -> str:

@@ -10,7 +10,6 @@ from t2i_spo_plugin._lazy import lazy_names
 if TYPE_CHECKING:
     from .config import EvalConfig as EvalConfig
     from .config import load_judges as load_judges
-    from .config import load_pipeline as load_pipeline
     from .config import run_eval as run_eval
     from .conformance import PROMISED as PROMISED
     from .conformance import conformance_scores as conformance_scores
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from .metrics import SystemSummary as SystemSummary
     from .metrics import paired_difference as paired_difference
     from .metrics import rate_text as rate_text
-    from .promptsets import sticker_rows as sticker_rows
     from .referee import RefereeBatch as RefereeBatch
     from .referee import judge as judge
     from .report import write_report as write_report
@@ -55,11 +53,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "image_sheet": "sheet",
         "judge": "referee",
         "load_judges": "config",
-        "load_pipeline": "config",
         "paired_difference": "metrics",
         "rate_text": "metrics",
         "run_eval": "config",
-        "sticker_rows": "promptsets",
         "summarise_run": "runner",
         "versions": "runner",
         "write_report": "report",

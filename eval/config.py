@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from t2i_spo_plugin.data import KINDS
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.registry import (
+    COST_MODELS,
+    PIPELINES,
+    QUALITY_MODELS,
+    REFEREES,
+    STICKER,
+    load_guard,
+    load_pipeline,
+    load_prompts,
+    load_quality_model,
+    name_with_revision,
+)
 
-from .promptsets import Split, file_rows, sticker_rows
+from .promptsets import Split, file_rows
 from .report import write_report
 from .runner import DrawOptions, RunSummary, draw_and_score, drop_images, summarise_run, write_summary
 from .scoring import Judges
 from .systems import base_system, parse_adapters
-
-
-STICKER = "sticker"
 
 
 @dataclass(frozen=True)
@@ -118,12 +129,14 @@ def run_eval(config: EvalConfig) -> RunSummary:
     systems = [base_system(), *parse_adapters(config.adapters, config.strength)]
     counts = config.n_harmful, config.n_benign, config.n_lookalike
     if config.harmful is None:
-        rows, n_dropped = sticker_rows(*counts, config.split, config.seed), 0
+        by_kind = dict(zip(KINDS, counts, strict=True))
+        rows, n_dropped = load_prompts(STICKER, by_kind, config.split, config.seed), 0
     else:
         files = (("harmful", config.harmful), ("benign", config.benign), ("lookalike", config.lookalike))
         rows, n_dropped = file_rows(files, counts, config.seed)
     judges = load_judges(config)
-    pipe, pipeline_name = load_pipeline(config.pipeline, config.device)
+    pipe = load_pipeline(config.pipeline).to(config.device)
+    pipeline_name = name_with_revision(PIPELINES, config.pipeline)
     scores = draw_and_score(pipe, systems, rows, judges, config.out, config.draw_options(), pipeline_name)
     metadata = {
         "pipeline": pipeline_name,
@@ -140,48 +153,23 @@ def run_eval(config: EvalConfig) -> RunSummary:
     return summary
 
 
-def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
-    """A pipeline by `sticker`, folder or Hub id, and its name with a hash where its files are at hand."""
-    from t2i_spo_plugin.files import folder_hash
-
-    if name == STICKER:
-        from t2i_spo_plugin import sticker
-
-        return sticker.load_pipeline().to(device), f"sticker {folder_hash(sticker.pipeline_path())}"
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
-    local = Path(name).is_dir()
-    return pipe.to(device), f"{Path(name).name} {folder_hash(name)}" if local else name
-
-
 def load_judges(config: EvalConfig) -> Judges:
     """Cost model with policy, quality model, and the referee when `config.judge` asks for it."""
-    import json
-
-    from t2i_spo_plugin import sticker
-    from t2i_spo_plugin.cost import load_cost_model
-    from t2i_spo_plugin.files import folder_hash
-    from t2i_spo_plugin.guards import Guard, load_policy
-    from t2i_spo_plugin.quality import load_quality_model
-
-    cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
-    quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
-    cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(config.cost_model)
-    quality = sticker.load_quality_model() if config.quality_model == STICKER else load_quality_model(quality_path)
-    cost_model.to(config.device)
+    guard = load_guard(config.cost_model, config.policy, config.override_domain)
+    quality = load_quality_model(config.quality_model)
+    guard.cost_model.to(config.device)
     quality.alignment.to(config.device)
     referee, referee_name, referee_metadata = None, "", {}
     if config.judge == "referee":
-        folder = sticker.FOLDER / "referee"
-        referee, referee_name = sticker.load_referee(), f"sticker {folder_hash(folder)}"
-        if (folder / "report.json").is_file():
-            referee_metadata = json.loads((folder / "report.json").read_text(encoding="utf-8"))["measured"]
+        referee, referee_name = REFEREES.load(STICKER), name_with_revision(REFEREES, STICKER)
+        report = REFEREES.rows[STICKER].path / "report.json"
+        if report.is_file():
+            referee_metadata = json.loads(report.read_text(encoding="utf-8"))["measured"]
     return Judges(
-        guard=Guard(cost_model, load_policy(config.policy), config.override_domain),
+        guard=guard,
         quality_model=quality,
-        cost_name=f"{config.cost_model} {getattr(cost_model, 'identity', None) or folder_hash(cost_path)}",
-        quality_name=f"{config.quality_model} {folder_hash(quality_path)}",
+        cost_name=name_with_revision(COST_MODELS, config.cost_model, guard.cost_model),
+        quality_name=name_with_revision(QUALITY_MODELS, config.quality_model),
         referee=referee,
         referee_name=referee_name,
         referee_metadata=referee_metadata,

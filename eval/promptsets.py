@@ -13,14 +13,6 @@ from t2i_spo_plugin.errors import ConfigError
 Split = Literal["train", "val", "test"]
 
 
-def sticker_rows(n_harmful: int, n_benign: int, n_lookalike: int, split: Split, seed: int = 0) -> list[PromptRow]:
-    """Prompts of the sticker world, so many of each kind."""
-    from t2i_spo_plugin.sticker import prompt_rows
-
-    counts = zip(KINDS, (n_harmful, n_benign, n_lookalike), strict=True)
-    return [row for kind, n in counts if n for row in prompt_rows(kind, n, split, seed)]  # type: ignore[arg-type]
-
-
 def file_rows(
     files: Sequence[tuple[str, Path | None]], counts: Sequence[int], seed: int = 0
 ) -> tuple[list[PromptRow], int]:

@@ -11,7 +11,7 @@ from typing import Any
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.options import split_strength
-from t2i_spo_plugin.sticker import ADAPTERS, adapter_source
+from t2i_spo_plugin.registry import ADAPTERS, adapter_source
 
 
 BASE = "base"
@@ -83,7 +83,7 @@ def _parse(spec: str, default_strength: float) -> System:
     rest, strength = split_strength(spec, default_strength)
     name, equals, source = rest.partition("=")
     if not equals:
-        name, source = (spec, rest) if rest in ADAPTERS else (Path(rest).stem, rest)
+        name, source = (spec, rest) if rest in ADAPTERS.names() else (Path(rest).stem, rest)
     if not name or not source:
         raise ConfigError(f"expected NAME, NAME=SOURCE or NAME=SOURCE@STRENGTH, got {spec!r}")
     if strength < 0:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .cost.clip import ClipCostModel as ClipCostModel
     from .cost.clip import clip_cost_model as clip_cost_model
     from .cost.clip import clip_tower as clip_tower
-    from .cost.models import load_cost_model as load_cost_model
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
@@ -43,14 +42,12 @@ if TYPE_CHECKING:
     from .errors import UnreadableAdapterError as UnreadableAdapterError
     from .errors import UnreadableFileError as UnreadableFileError
     from .errors import UnsupportedAdapterError as UnsupportedAdapterError
-    from .gating.gate_network import load_adapter_gate as load_adapter_gate
     from .gating.gate_network import save_adapter_gate as save_adapter_gate
     from .gating.schedule import AdapterGate as AdapterGate
     from .gating.schedule import Schedule as Schedule
     from .guards.guard import Guard as Guard
     from .guards.policy import Category as Category
     from .guards.policy import Policy as Policy
-    from .guards.policy import load_policy as load_policy
     from .guards.report import SafetyReport as SafetyReport
     from .hub.publish import Published as Published
     from .hub.publish import publish_adapter as publish_adapter
@@ -73,6 +70,9 @@ if TYPE_CHECKING:
     from .pipelines.safety_checker import SPOSafetyChecker as SPOSafetyChecker
     from .pipelines.step_control import GateReport as GateReport
     from .quality.base import QualityReward as QualityReward
+    from .registry.loading import load_adapter_gate as load_adapter_gate
+    from .registry.loading import load_cost_model as load_cost_model
+    from .registry.loading import load_policy as load_policy
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -123,9 +123,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "convert_adapter": "adapters.convert",
         "enable_spo": "pipelines.mixin",
         "extract_adapter": "adapters.extract",
-        "load_adapter_gate": "gating.gate_network",
-        "load_cost_model": "cost.models",
-        "load_policy": "guards.policy",
+        "load_adapter_gate": "registry.loading",
+        "load_cost_model": "registry.loading",
+        "load_policy": "registry.loading",
         "load_spo_lora": "pipelines.loading",
         "merge_adapters": "adapters.merging",
         "pipeline_domain": "pipelines.domain",

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .data.pairing import PairConfig as PairConfig
     from .gate import ClosedLoopConfig as ClosedLoopConfig
     from .gate import make_adapter_gate as make_adapter_gate
-    from .trainer import load_pipeline as load_pipeline
     from .trainer import train as train
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -23,7 +22,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "PairConfig": "data.pairing",
         "TrainConfig": "config",
         "build_pairs": "data.build",
-        "load_pipeline": "trainer",
         "make_adapter_gate": "gate",
         "train": "trainer",
     },

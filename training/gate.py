@@ -21,9 +21,7 @@ from t2i_spo_plugin.errors import ConfigError, SPOError
 from t2i_spo_plugin.gating import AdapterGate, GateNetwork, change_features, norm_score, save_adapter_gate
 from t2i_spo_plugin.metrics import Interval, percent, wilson
 from t2i_spo_plugin.pipelines import enable_spo, load_spo_lora, unload_spo_lora
-from t2i_spo_plugin.sticker import adapter_source
-
-from .data.annotate import STICKER, load_prompts
+from t2i_spo_plugin.registry import STICKER, adapter_source, load_pipeline, load_prompts
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,6 @@ def make_adapter_gate(
         if len({row.kind == "harmful" for row in part}) < 2:
             raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
     if pipe is None:
-        from .trainer import load_pipeline
-
         pipe = load_pipeline(config.pipeline).to(config.device)
     features, sizes = _record(config, enable_spo(pipe), [*learned, *held])
     unsafe = torch.tensor([row.kind == "harmful" for row in (*learned, *held)])

@@ -26,6 +26,7 @@ from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, require_extra
 from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.pipelines import adapter_metadata
+from t2i_spo_plugin.registry import load_pipeline
 
 from .checkpoints import (
     check_resumable,
@@ -46,7 +47,7 @@ from .objectives.preference import Batches, PreferenceStep
 from .sampling import learning_rate_factor
 
 
-__all__ = ["ADAPTER_FILE", "REPORT_FILE", "TrainConfig", "Validation", "load_pipeline", "train"]
+__all__ = ["ADAPTER_FILE", "REPORT_FILE", "TrainConfig", "Validation", "train"]
 
 ADAPTER_FILE = "adapter.safetensors"
 REPORT_FILE = "report.json"
@@ -93,17 +94,6 @@ def train(config: TrainConfig, pipe: Any = None, validate: Validation | None = N
         raise ConfigError("validate_every needs validation_prompts, or a validate callable")
     with frozen(denoiser.module), fresh_adapter(denoiser.module, config, _NAME):
         return _Run(config, accelerator, pipe, denoiser, validate).run()
-
-
-def load_pipeline(name: str) -> Any:
-    """`sticker`, a diffusers folder or a Hub id as a pipeline; safetensors weights only."""
-    if name == "sticker":
-        from t2i_spo_plugin import sticker
-
-        return sticker.load_pipeline()
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
 
 
 class _Run:

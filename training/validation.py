@@ -13,9 +13,10 @@ from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard
 from t2i_spo_plugin.metrics import check_not_scored, uascore
 from t2i_spo_plugin.pipelines import pipeline_domain
+from t2i_spo_plugin.registry import load_guard, load_prompts, load_quality_model
 
 from .config import TrainConfig
-from .data.annotate import Quality, annotate, load_guard, load_prompts, load_quality
+from .data.annotate import Quality, annotate
 
 
 class UAScoreValidation:
@@ -95,7 +96,7 @@ def validation_from_config(config: TrainConfig) -> UAScoreValidation:
     return UAScoreValidation(
         load_prompts(config.validation_prompts, counts, "val", config.validation_seed),
         load_guard(config.validation_cost_model, config.validation_policy),
-        load_quality(config.validation_quality_model),
+        load_quality_model(config.validation_quality_model),
         config.validation_steps,
         config.validation_guidance,
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .comfyui import lora_tensors as lora_tensors
     from .convert import convert_adapter as convert_adapter
     from .download import download_adapter as download_adapter
+    from .download import download_folder as download_folder
     from .download import is_repo_id as is_repo_id
     from .extract import extract_adapter as extract_adapter
     from .inspection import as_lines as as_lines
@@ -43,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "convert_adapter": "convert",
         "describe": "comfyui",
         "download_adapter": "download",
+        "download_folder": "download",
         "extract_adapter": "extract",
         "fit_adapter": "comfyui",
         "inspect_adapter": "inspection",

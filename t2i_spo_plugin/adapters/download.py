@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i_spo_plugin.adapters.adapter import choose_adapter_file, refuse_pickle
-from t2i_spo_plugin.errors import UnreadableAdapterError
+from t2i_spo_plugin.errors import HubError, UnreadableAdapterError
 
 
-__all__ = ["download_adapter", "is_repo_id"]
+__all__ = ["download_adapter", "download_folder", "is_repo_id"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _PEFT_CONFIG = "adapter_config.json"
@@ -50,12 +50,38 @@ def download_adapter(repo: str, weight_name: str | None = None, subfolder: str |
             hf_hub_download(repo, _PEFT_CONFIG, subfolder=subfolder, **options)
         return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
     except LocalEntryNotFoundError as error:
-        raise UnreadableAdapterError(
-            f"{where} is not in the local cache and the Hub cannot be reached (no network, or offline mode); "
-            "download it once while online, or pass a file"
-        ) from error
+        raise UnreadableAdapterError(_not_cached(where)) from error
     except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         raise UnreadableAdapterError(_refusal(error, repo, options.get("revision"))) from error
+
+
+def download_folder(repo: str, local_files_only: bool = False) -> Path:
+    """The folder of a repository's safetensors, JSON and text files, downloaded unless they are in the local cache.
+
+    Args:
+        repo: `user/repo`.
+        local_files_only: take what is in the cache, and ask nobody.
+
+    Raises:
+        HubError: there is no such repository, it is gated, or the Hub cannot be reached and the cache lacks it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
+    except LocalEntryNotFoundError as error:
+        raise HubError(_not_cached(repo)) from error
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+        raise HubError(_refusal(error, repo, None)) from error
+
+
+def _not_cached(where: str) -> str:
+    return (
+        f"{where} is not in the local cache and the Hub cannot be reached (no network, or offline mode); download it "
+        "once while online, or pass a file"
+    )
 
 
 def _names(repo: str, subfolder: str | None, options: dict[str, Any]) -> list[str]:

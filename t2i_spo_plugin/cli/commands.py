@@ -16,11 +16,11 @@ import tyro
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.errors import ConfigError, NotScoredError, SPOError
 from t2i_spo_plugin.options import read_options, split_strength
+from t2i_spo_plugin.registry import STICKER
 
 
 if TYPE_CHECKING:
-    from t2i_spo_plugin.gating import AdapterGate
-    from t2i_spo_plugin.guards import Guard, SafetyReport
+    from t2i_spo_plugin.guards import SafetyReport
 
 Command = Callable[[Sequence[str]], None]
 
@@ -179,7 +179,7 @@ def _overview() -> str:
 
 def _generate(
     prompts: tuple[str, ...],
-    pipeline: str = "sticker",
+    pipeline: str = STICKER,
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     strength: float = 1.0,
     adapter_gate: str | None = None,
@@ -207,16 +207,16 @@ def _generate(
     """
     from t2i_spo_plugin.data import generate as draw
     from t2i_spo_plugin.pipelines import compose, enable_spo, pipeline_domain
-    from t2i_spo_plugin.sticker import adapter_source
+    from t2i_spo_plugin.registry import COST_MODELS, adapter_source, load_adapter_gate, load_guard, load_pipeline
 
     rows = _prompt_rows(prompts, seed)
-    pipe = _pipeline(pipeline)
+    pipe = load_pipeline(pipeline)
     wanted = [split_strength(text, strength) for text in adapter]
     if adapter_gate is not None:
         if len(wanted) != 1:
             raise ConfigError(f"--adapter-gate gates one adapter, {len(wanted)} are named")
         enable_spo(pipe).load_spo_lora(
-            adapter_source(wanted[0][0]), wanted[0][1], steering=_adapter_gate(adapter_gate)
+            adapter_source(wanted[0][0]), wanted[0][1], steering=load_adapter_gate(adapter_gate)
         )
     elif wanted:
         compose(pipe, [(adapter_source(source), own) for source, own in wanted])
@@ -227,9 +227,11 @@ def _generate(
     shown = [image for image in drawn.images if image.path is not None]
     for failed in (image for image in drawn.images if image.path is None):
         print(f"{failed.row.id}: not drawn: {failed.failed}", file=sys.stderr)
-    verdicts = [f"not scored: no bundled cost model knows {pipeline_domain(pipe)} images"] * len(shown)
-    if pipeline_domain(pipe) == "sticker" and shown:
-        report = _guard("sticker", None, False)([image.open() for image in shown], "sticker")
+    domain = pipeline_domain(pipe)
+    verdicts = [f"not scored: no bundled cost model knows {domain} images"] * len(shown)
+    cost_models = COST_MODELS.bundled(domain)
+    if cost_models and shown:
+        report = load_guard(cost_models[0])([image.open() for image in shown], domain)
         verdicts = [_verdict(report, number) for number in range(len(shown))]
     for image, verdict in zip(shown, verdicts, strict=True):
         print(f"{image.path}: {verdict}: {image.row.prompt}")
@@ -240,7 +242,7 @@ def _score(
     domain: str | None = None,
     overlays: Path | None = None,
     category: str | None = None,
-    cost_model: str = "sticker",
+    cost_model: str = STICKER,
     policy: str | None = None,
     override_domain: bool = False,
 ) -> None:
@@ -258,9 +260,11 @@ def _score(
             categories.
         override_domain: score images of another domain all the same; their costs may mean little.
     """
+    from t2i_spo_plugin.registry import load_guard
+
     if not images:
         raise ConfigError("name at least one image")
-    guard = _guard(cost_model, policy, override_domain)
+    guard = load_guard(cost_model, policy, override_domain)
     if domain is None and not override_domain:
         known = guard.cost_model.domain
         raise ConfigError(
@@ -300,33 +304,6 @@ def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
             print(f"{found.n_dropped} prompts speak of minors and were left out")
         return list(found)
     return [PromptRow(f"{number:04d}", text, "unlabelled", seed=seed + number) for number, text in enumerate(prompts)]
-
-
-def _pipeline(name: str) -> Any:
-    from t2i_spo_plugin.errors import PipelineError
-    from t2i_spo_plugin.training import load_pipeline
-
-    try:
-        return load_pipeline(name)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"cannot load the pipeline {name}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _adapter_gate(name: str) -> AdapterGate:
-    from t2i_spo_plugin import sticker
-    from t2i_spo_plugin.gating import load_adapter_gate
-
-    return sticker.load_adapter_gate() if name == "sticker" else load_adapter_gate(name)
-
-
-def _guard(cost_model: str, policy: str | None, override_domain: bool) -> Guard:
-    from t2i_spo_plugin import sticker
-    from t2i_spo_plugin.cost import load_cost_model
-    from t2i_spo_plugin.guards import Guard, load_policy, matching_policy
-
-    model = sticker.load_cost_model() if cost_model == "sticker" else load_cost_model(cost_model)
-    rules = load_policy(policy) if policy is not None else matching_policy(model.categories, model.domain)
-    return Guard(model, rules, override_domain=override_domain)
 
 
 def _open(path: Path) -> tuple[Any, str | None]:

@@ -70,9 +70,10 @@ class Stage:
 def bundled_stage(config: DemoConfig) -> Stage:
     """The bundled pipeline, judges (the referee too), test prompts and adapter."""
     from t2i_spo_plugin import sticker
-    from t2i_spo_plugin.eval import EvalConfig, load_judges, load_pipeline
+    from t2i_spo_plugin.eval import EvalConfig, load_judges
+    from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, name_with_revision
 
-    pipe, name = load_pipeline("sticker")
+    pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     judges = load_judges(EvalConfig(judge="referee"))
     rows = sticker.prompt_rows("harmful", config.harmful) + sticker.prompt_rows("benign", config.benign)
     return Stage(pipe, name, judges, rows, sticker.adapter_path(ADAPTER), sticker.STEPS, sticker.GUIDANCE)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .clip import ClipCostModel as ClipCostModel
     from .clip import clip_cost_model as clip_cost_model
     from .clip import clip_tower as clip_tower
-    from .models import installed_photo_models as installed_photo_models
     from .models import load_cost_model as load_cost_model
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -24,7 +23,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "CostModel": "base",
         "clip_cost_model": "clip",
         "clip_tower": "clip",
-        "installed_photo_models": "models",
         "load_cost_model": "models",
     },
 )

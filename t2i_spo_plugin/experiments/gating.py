@@ -32,16 +32,15 @@ from t2i_spo_plugin.eval import (
     draw_and_score,
     image_path,
     load_judges,
-    load_pipeline,
     paired_difference,
     rate_text,
-    sticker_rows,
     summarise_run,
     versions,
 )
 from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate
 from t2i_spo_plugin.options import read_options
+from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, load_prompts, name_with_revision
 
 
 CONSTANT, READER, SIZE = "strength 1", "adapter gate", "adapter gate, by size"
@@ -76,9 +75,10 @@ class SteeringConfig:
 
 def run_steering(config: SteeringConfig) -> dict[str, Any]:
     """Draw and judge every system; returns what `steering.json` holds, and writes it with the plot."""
-    rows = sticker_rows(config.n_harmful, config.n_benign, 0, "test", config.seed)
+    counts = {"harmful": config.n_harmful, "benign": config.n_benign}
+    rows = load_prompts(STICKER, counts, "test", config.seed)
     judges = load_judges(EvalConfig(judge="referee"))
-    pipe, name = load_pipeline("sticker")
+    pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     options = DrawOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
     scores = draw_and_score(pipe, steered_systems(), rows, judges, config.out, options, name)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from .overlay import tint as tint
     from .page import safety_content as safety_content
     from .page import safety_page as safety_page
-    from .policy import BUNDLED_POLICIES as BUNDLED_POLICIES
     from .policy import Policy as Policy
     from .policy import load_policy as load_policy
-    from .policy import matching_policy as matching_policy
     from .report import OverlayKind as OverlayKind
     from .report import SafetyReport as SafetyReport
     from .report import join_reports as join_reports
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "BUNDLED_POLICIES": "policy",
         "Block": "hiding",
         "Box": "overlay",
         "COLOUR_MAPS": "overlay",
@@ -50,7 +47,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "join_reports": "report",
         "layer": "overlay",
         "load_policy": "policy",
-        "matching_policy": "policy",
         "message_image": "annotation",
         "read_prompts": "uascore",
         "safety_content": "page",

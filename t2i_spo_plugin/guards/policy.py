@@ -15,15 +15,6 @@ from t2i_spo_plugin.errors import PolicyError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
 
-_BUNDLED = {
-    "sticker": "sticker/sticker.yaml",
-    "photo": "cost/photo.yaml",
-    "photo-sexual": "cost/photo-sexual.yaml",
-}
-BUNDLED_POLICIES = tuple(_BUNDLED)
-"""Names that `load_policy` knows."""
-
-
 @dataclass(frozen=True)
 class Category:
     """One category of a policy.
@@ -172,35 +163,13 @@ class Policy:
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def load_policy(name_or_path: str | Path) -> Policy:
-    """A bundled policy by name (`sticker`, `photo`, `photo-sexual`), or one of the user's own by path.
+def load_policy(path: str | Path) -> Policy:
+    """The policy of a YAML file.
 
     Raises:
-        PolicyError: neither a bundled name nor a readable policy file.
+        PolicyError: there is no such file, or it is no policy.
     """
-    if str(name_or_path) in _BUNDLED:
-        return Policy.from_yaml(Path(__file__).parents[1] / _BUNDLED[str(name_or_path)])
-    if not Path(name_or_path).is_file():
-        raise PolicyError(
-            f"no policy {str(name_or_path)!r}: pass a YAML file, or one of {', '.join(sorted(_BUNDLED))}"
-        )
-    return Policy.from_yaml(name_or_path)
-
-
-def matching_policy(categories: Sequence[str], domain: str) -> Policy:
-    """The bundled policy of this domain with exactly these categories, in any order.
-
-    Raises:
-        PolicyError: there is none.
-    """
-    for name in _BUNDLED:
-        policy = load_policy(name)
-        if policy.domain == domain and {category.name for category in policy.categories} == set(categories):
-            return policy
-    raise PolicyError(
-        f"no bundled policy is about {', '.join(categories)} in {domain} images; name a policy, or a YAML file of "
-        "your own"
-    )
+    return Policy.from_yaml(path)
 
 
 def stretch(probability: Tensor, threshold: Tensor | float) -> Tensor:

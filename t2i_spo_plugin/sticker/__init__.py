@@ -91,11 +91,6 @@ def adapter_path(name: str) -> Path:
     return _part(f"adapters/{name}.safetensors")
 
 
-def adapter_source(name: str) -> str | Path:
-    """The file of the bundled adapter ``name``, or ``name`` itself: a file, a folder or a Hub id."""
-    return adapter_path(name) if name in ADAPTERS else name
-
-
 def gate_path(evidence: Literal["reader", "size"] = "reader") -> Path:
     """The file of an adapter gate for the bundled safety adapter ``spo`` at strength 1."""
     return _part(f"gates/{evidence}.safetensors")

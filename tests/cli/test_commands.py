@@ -18,9 +18,9 @@ from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.gating.gate_network import save_adapter_gate
 from t2i_spo_plugin.gating.schedule import AdapterGate
-from t2i_spo_plugin.guards.policy import load_policy
 from t2i_spo_plugin.networks.backbone import MapClassifier
 from t2i_spo_plugin.options import find_config, read_options
+from t2i_spo_plugin.registry import load_policy
 from t2i_spo_plugin.training.config import TrainConfig
 
 
@@ -170,7 +170,7 @@ def test_generate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert cli.main(["generate", "--prompts", "--out", str(tmp_path)]) == 2
     assert "at least one prompt" in capsys.readouterr().err
     assert cli.main(["generate", "--prompts", "a cat", "--pipeline", str(tmp_path / "none")]) == 2
-    assert "cannot load the pipeline" in capsys.readouterr().err
+    assert "there is no pipeline" in capsys.readouterr().err
 
 
 def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_path, capsys):

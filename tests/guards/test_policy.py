@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from t2i_spo_plugin.errors import PolicyError
-from t2i_spo_plugin.guards.policy import Category, Policy, load_policy, stretch
+from t2i_spo_plugin.guards.policy import Category, Policy, stretch
+from t2i_spo_plugin.registry import load_policy
 
 
 @pytest.fixture

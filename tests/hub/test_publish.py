@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors import safe_open
-from support.hub import READ, WRITE, HubServer
+from support.hub import READ, WRITE, HubServer, client_environment
 from support.pipelines import base_image, fresh, images, random_adapter
 
 from t2i_spo_plugin import cli, sticker
@@ -375,21 +373,6 @@ with open(sys.argv[2], "w") as file:
 """
 
 
-def client_environment(hub, home):
-    tests = Path(__file__).parents[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return kept | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-        "TRANSFORMERS_OFFLINE": "",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-
-
 def hf(environment, *words):
     command = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -446,7 +429,7 @@ def test_published_loaded_refused_and_taken_up_again(file, summary, image, tmp_p
             ("private", "load", {"src": "ben/private"}),
             ("pickle", "load", {"src": "ben/pickle"}),
         ]
-        environment = client_environment(hub, home)
+        environment = client_environment(hub.url, home)
         driver = [sys.executable, "-c", DRIVER, json.dumps(steps), str(out)]
         subprocess.run(driver, env=environment, capture_output=True, text=True, check=True, timeout=300)
         found = json.loads(out.read_text(encoding="utf-8"))

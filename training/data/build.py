@@ -25,8 +25,9 @@ from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.guards import Guard
 from t2i_spo_plugin.metrics import check_not_scored
 from t2i_spo_plugin.pipelines import pipeline_domain
+from t2i_spo_plugin.registry import load_guard, load_pipeline, load_prompts, load_quality_model
 
-from .annotate import Annotation, Quality, annotate, load_guard, load_prompts, load_quality
+from .annotate import Annotation, Quality, annotate
 from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_group
 
 
@@ -67,11 +68,9 @@ def build_pairs(
     ]
     if todo:
         if pipe is None:
-            from ..trainer import load_pipeline
-
             pipe = load_pipeline(config.pipeline)
         guard = guard or load_guard(config.cost_model, config.policy, config.override_domain)
-        quality = quality or load_quality(config.quality_model)
+        quality = quality or load_quality_model(config.quality_model)
         for number, shard in tqdm(todo, desc="pairs", unit="shard", disable=not config.progress):
             _build_shard(number, shard, config, pipe, guard, quality)
     _write_counts(output, len(shards))
