@@ -14,13 +14,13 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter as Adapter
-    from .adapters.adapter import AdapterMetadata as AdapterMetadata
-    from .adapters.adapter import read_adapter as read_adapter
-    from .adapters.adapter import write_adapter as write_adapter
     from .adapters.convert import convert_adapter as convert_adapter
     from .adapters.extract import extract_adapter as extract_adapter
-    from .adapters.layouts.base import LoraPair as LoraPair
+    from .adapters.io import read_adapter as read_adapter
+    from .adapters.io import write_adapter as write_adapter
+    from .adapters.lora import LoraPair as LoraPair
     from .adapters.merging import merge_adapters as merge_adapters
+    from .adapters.metadata import AdapterMetadata as AdapterMetadata
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
     from .cost.clip import ClipCostModel as ClipCostModel
@@ -80,7 +80,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Adapter": "adapters.adapter",
         "AdapterError": "errors",
         "AdapterGate": "gating.schedule",
-        "AdapterMetadata": "adapters.adapter",
+        "AdapterMetadata": "adapters.metadata",
         "Category": "guards.policy",
         "ClipCostModel": "cost.clip",
         "CombinedStrength": "pipelines.composition",
@@ -96,7 +96,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "IncompatibleAdapterError": "errors",
         "InvalidAdapterError": "errors",
         "LoadedAdapter": "pipelines.loaded",
-        "LoraPair": "adapters.layouts.base",
+        "LoraPair": "adapters.lora",
         "MissingExtraError": "errors",
         "NotScoredError": "errors",
         "PipelineError": "errors",
@@ -130,12 +130,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "merge_adapters": "adapters.merging",
         "pipeline_domain": "pipelines.domain",
         "publish_adapter": "hub.publish",
-        "read_adapter": "adapters.adapter",
+        "read_adapter": "adapters.io",
         "save_adapter_gate": "gating.gate_network",
         "set_spo_strength": "pipelines.loading",
         "spo_adapters": "pipelines.loading",
         "spo_pipeline_class": "pipelines.mixin",
         "unload_spo_lora": "pipelines.loading",
-        "write_adapter": "adapters.adapter",
+        "write_adapter": "adapters.io",
     },
 )

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import AdapterError, UnreadableAdapterError, UnsupportedAdapterError
 
-from .adapter import find_adapter_file
 from .architecture import architecture_from_config, prediction_from_config
-from .layouts import COMPONENTS
+from .io import find_adapter_file
+from .lora import COMPONENTS
 from .safetensors_file import read_config, read_header
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.errors import UnsupportedAdapterError
 
 from .adapter import Adapter
-from .layouts import LoraPair
+from .compatibility import Target, match_modules
+from .lora import LoraPair
 
 
 PatchKey = Any
@@ -79,48 +80,22 @@ def fit_adapter(adapter: Adapter, base: ComfyBase, strict: bool = True) -> Fit:
         strict: refuse an adapter of which only a part has a place; False leaves that part out, with a note.
 
     Raises:
-        IncompatibleAdapterError: made for another architecture, prediction type, width or depth; no module has a
-            place; or, with `strict`, only some have one.
-        InvalidAdapterError: two modules change the same weight.
+        AdapterError: as `compatibility.match_modules` refuses it.
     """
-    metadata = adapter.metadata
-    if metadata.base_architecture and base.architecture and metadata.base_architecture != base.architecture:
-        raise IncompatibleAdapterError(
-            f"the adapter was made for {metadata.base_architecture}, this model is {base.architecture}"
-        )
-    if metadata.prediction_type and base.prediction_type and metadata.prediction_type != base.prediction_type:
-        raise IncompatibleAdapterError(
-            f"the adapter was made for a model that predicts {metadata.prediction_type}, this one predicts "
-            f"{base.prediction_type}"
-        )
-    places: dict[str, PatchKey] = {}
-    left: list[str] = []
-    for name, pair in adapter.modules.items():
-        place = _place(name, base)
-        if place is None:
-            left.append(name)
-            continue
-        expected = _shape(place, base.shapes)
-        if _squeezed(pair.shape) != _squeezed(expected):
-            raise IncompatibleAdapterError(
-                f"the adapter was made for another base: it changes {name} as a weight of {list(pair.shape)}, in this "
-                f"model it has {list(expected)}"
-            )
-        if place in places.values():
-            raise InvalidAdapterError(f"the adapter changes {_weight(place)} twice, {name} is the second")
-        places[name] = place
-    problems = _problems(adapter, places, left, base.has_clip)
-    if not places:
-        raise IncompatibleAdapterError(
-            f"none of the adapter's {len(adapter.modules)} modules has a place in this model: "
-            f"{'; '.join(problems)}; the first is {left[0]}"
-        )
-    if problems and strict:
-        raise IncompatibleAdapterError(
-            f"the adapter does not fit: {'; '.join(problems)}; the first without a place is {left[0]}; "
-            "strict off applies the rest"
-        )
-    return Fit(adapter, places, tuple(left), (*adapter.notes, *problems))
+
+    def lacks(name: str) -> str:
+        if not name.startswith("text_encoder"):
+            return "this model lacks"
+        return "this CLIP lacks" if base.has_clip else "no CLIP is connected for"
+
+    target = Target("model", base.architecture, base.prediction_type, lacks)
+    places = {name: place for name in adapter.modules if (place := _place(name, base)) is not None}
+    weights = {
+        name: (place, _with_dimensions(_shape(place, base.shapes), len(adapter.modules[name].shape)))
+        for name, place in places.items()
+    }
+    match = match_modules(adapter, target, weights, strict)
+    return Fit(adapter, match.places, match.missing, (*adapter.notes, *match.problems))
 
 
 def lora_tensors(fit: Fit) -> tuple[dict[str, Tensor], dict[str, PatchKey]]:
@@ -175,40 +150,12 @@ def describe(fit: Fit, strength: float) -> str:
     return "\n".join(lines)
 
 
-def check_strength(strength: float) -> float:
-    """`strength` itself.
-
-    Raises:
-        ConfigError: it is not finite, or negative.
-    """
-    if not (0.0 <= strength < float("inf")):
-        raise ConfigError(f"strength must be at least 0, got {strength}; a negative one would undo safety")
-    return strength
-
-
 def _place(name: str, base: ComfyBase) -> PatchKey | None:
     """Key maps may speak of weights that a shallower model does not have."""
     component, _, path = name.partition(".")
     names = (form.format(path=path, flat=path.replace(".", "_")) for form in _NAMES.get(component, ()))
     found = (base.keys[name] for name in names if name in base.keys)
     return next((place for place in found if _weight(place) in base.shapes), None)
-
-
-def _problems(adapter: Adapter, places: Mapping[str, PatchKey], left: Sequence[str], has_clip: bool) -> list[str]:
-    """Why not all of the adapter is applied."""
-    texts = [name for name in left if name.startswith("text_encoder")]
-    others = len(left) - len(texts)
-    total = len(adapter.modules)
-    problems = []
-    if texts and not has_clip:
-        problems.append(f"{len(texts)} of its {total} modules change a text encoder, and no CLIP is connected")
-    elif texts:
-        problems.append(f"{len(texts)} of its {total} modules change a text encoder that this CLIP does not have")
-    if others:
-        problems.append(f"{others} of its {total} modules do not exist in this model")
-    if places and all(name.startswith("text_encoder") for name in places):
-        problems.append("what is left changes a text encoder only, and nothing that draws")
-    return problems
 
 
 def _weight(place: PatchKey) -> str:
@@ -229,9 +176,10 @@ def _shape(place: PatchKey, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int,
     return tuple(shape)
 
 
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a 1 x 1 convolution is that of the linear layer it equals."""
-    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
+def _with_dimensions(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """`shape` in `count` dimensions where it can be: a 1 x 1 convolution is the linear layer of its first two."""
+    core = shape[:2] if all(size == 1 for size in shape[2:]) else shape
+    return core + (1,) * (count - len(core))
 
 
 def _halves(pair: LoraPair, strength: float, place: PatchKey, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

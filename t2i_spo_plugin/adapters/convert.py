@@ -11,9 +11,10 @@ from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.files import write_bytes
 
 from . import layouts
-from .adapter import Adapter, write_adapter
+from .adapter import Adapter
 from .dtypes import rounded
-from .layouts import LoraPair
+from .io import write_adapter
+from .lora import LoraPair
 
 
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_config.json")

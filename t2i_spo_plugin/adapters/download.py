@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from t2i_spo_plugin.adapters.adapter import choose_adapter_file, refuse_pickle
 from t2i_spo_plugin.errors import HubError, UnreadableAdapterError
+
+from .io import choose_adapter_file, refuse_pickle
 
 
 __all__ = ["download_adapter", "download_folder", "is_repo_id"]

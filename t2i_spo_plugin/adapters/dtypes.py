@@ -12,7 +12,7 @@ from torch import Tensor
 from t2i_spo_plugin.errors import AdapterError, ConfigError, InvalidAdapterError, UnreadableAdapterError
 from t2i_spo_plugin.files import quoted
 
-from .layouts import LoraPair
+from .lora import LoraPair
 from .safetensors_file import TensorEntry
 
 

@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import AdapterError, ConfigError, InvalidAdapterError
 
-from .adapter import Adapter, AdapterMetadata, normalise_architecture
+from .adapter import Adapter
 from .architecture import fingerprint_of_shapes
 from .checkpoints import ModelFiles, Weights, find_model
 from .dtypes import check_dtype, rounded
-from .layouts import LoraPair, block_of, canonical
+from .lora import LoraPair, block_of, canonical
 from .merging import balanced_pair, relative_error
+from .metadata import AdapterMetadata, normalise_architecture
 
 
 DEFAULT_ENERGY = 0.99

@@ -15,8 +15,10 @@ from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.files import sha256_of
 
 from . import layouts
-from .adapter import Adapter, find_adapter_file, metadata_from_header, read_tensors, stated_alphas
-from .layouts import block_of
+from .adapter import Adapter
+from .io import find_adapter_file, read_tensors, stated_alphas
+from .lora import block_of
+from .metadata import metadata_from_header
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError
 
-from .adapter import Adapter, AdapterMetadata
+from .adapter import Adapter
 from .dtypes import check_dtype, rounded
-from .layouts import LoraPair
+from .lora import LoraPair
+from .metadata import AdapterMetadata
 
 
 @dataclass(frozen=True)

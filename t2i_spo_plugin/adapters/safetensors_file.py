@@ -1,10 +1,12 @@
-"""The header of a safetensors file, checked before anything else opens the file.
+"""A safetensors file: its header, checked before anything else opens the file, and writing with equal bytes.
 
-Pure Python, and bounded in time and memory whatever the bytes are: eight bytes of length (little endian), so many
-bytes of JSON, then the weights, without a gap and to the last byte."""
+The format is eight bytes of length (little endian), so many bytes of JSON, then the weights, without a gap and to the
+last byte. Reading a header is bounded in time and memory whatever the bytes are."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import struct
@@ -13,11 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from t2i_spo_plugin.errors import UnreadableAdapterError, UnreadableFileError, UnsupportedAdapterError
-from t2i_spo_plugin.files import MAX_JSON, parse_json, quoted, read_json
+from t2i_spo_plugin.files import MAX_JSON, atomic, parse_json, quoted, read_json
 
 
-__all__ = ["ITEM_SIZES", "Header", "TensorEntry", "parse_metadata", "read_config", "read_header"]
+__all__ = [
+    "ITEM_SIZES",
+    "Header",
+    "TensorEntry",
+    "data_hash",
+    "parse_metadata",
+    "read_config",
+    "read_header",
+    "write_tensors",
+]
 
 MAX_NAME = 512
 """Characters of a tensor's name or a key of the metadata."""
@@ -40,6 +54,20 @@ ITEM_SIZES = {
     "F64": 8,
 }
 """Bytes of a number, by the type's name in the header."""
+
+_TYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
+"""What is written, by torch's type."""
 
 _MAX_DIMENSIONS = 8
 _WEB_PAGE = "it is a web page, not the file behind it"
@@ -99,6 +127,49 @@ def read_header(path: Path) -> Header:
     except UnsupportedAdapterError as error:
         raise UnsupportedAdapterError(f"{path.name}: {error}") from error
     return Header(metadata, tensors)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; equal tensors and metadata give equal bytes, in whatever order they come.
+
+    `safetensors` itself writes the metadata in an order that changes from run to run.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in _order(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in _order(tensors):
+            file.write(_bytes(tensors[name]))
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what follows the header in the file that `write_tensors` writes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in _order(tensors):
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    # Wide types first, as safetensors itself does: readers view the bytes in place and need them aligned.
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _header_length(start: bytes, size: int) -> int:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from t2i_spo_plugin.adapters.adapter import refuse_pickle
-from t2i_spo_plugin.adapters.safetensors_file import read_header
+from t2i_spo_plugin.adapters import refuse_pickle
+from t2i_spo_plugin.adapters.safetensors_file import read_header, write_tensors
 from t2i_spo_plugin.errors import AdapterError, ConfigError
-from t2i_spo_plugin.files import quoted, write_bytes
+from t2i_spo_plugin.files import quoted
 
 from .schedule import AdapterGate
 
@@ -101,8 +101,7 @@ def save_adapter_gate(loop: AdapterGate, path: str | Path, metadata: Mapping[str
         header |= {name: getattr(loop.reader, name) for name in _SIZES}
         tensors = {name: tensor.half().contiguous() for name, tensor in loop.reader.state_dict().items()}
     told = {"format": _FORMAT, "adapter_gate": json.dumps(header, sort_keys=True), **dict(metadata or {})}
-    # One key only: safetensors writes several in an order of its own.
-    write_bytes(path, save(tensors, {"spo": json.dumps(told, sort_keys=True)}))
+    write_tensors(path, tensors, {"spo": json.dumps(told, sort_keys=True)})
     return path
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from t2i_spo_plugin._version import __version__
-from t2i_spo_plugin.adapters import layouts
-from t2i_spo_plugin.adapters.adapter import Adapter
+from t2i_spo_plugin.adapters import Adapter, layouts
 
 from .privacy import plain, visible
 from .results import Results

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from t2i_spo_plugin.adapters.adapter import Adapter, find_adapter_file, read_adapter
+from t2i_spo_plugin.adapters import Adapter, find_adapter_file, read_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.download import is_repo_id
 from t2i_spo_plugin.adapters.layouts import default_layout

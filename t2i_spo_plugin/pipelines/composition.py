@@ -19,9 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from t2i_spo_plugin.adapters.adapter import Adapter, LoraPair
+from t2i_spo_plugin.adapters import Adapter, LoraPair, canonical
 from t2i_spo_plugin.adapters.architecture import base_layer
-from t2i_spo_plugin.adapters.layouts import canonical
 from t2i_spo_plugin.adapters.merging import stack
 from t2i_spo_plugin.errors import ConfigError
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from t2i_spo_plugin.adapters.adapter import AdapterMetadata
+from t2i_spo_plugin.adapters import AdapterMetadata
+from t2i_spo_plugin.adapters.strengths import by_block, factor_at
 from t2i_spo_plugin.gating.schedule import AdapterGate, Schedule
 
 from .lora_layers import FACTORS, RECORD, strengths_in_force, switch
-from .strengths import by_block, factor_at
 
 
 __all__ = ["LoadedAdapter", "apply", "in_force", "is_safety", "strengths_of"]

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, LoraPair, read_adapter, refuse_pickle
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, canonical, read_adapter, refuse_pickle
 from t2i_spo_plugin.adapters.architecture import weight_shapes
+from t2i_spo_plugin.adapters.compatibility import Target, match_modules
 from t2i_spo_plugin.adapters.download import download_adapter, is_repo_id
-from t2i_spo_plugin.adapters.layouts import canonical
+from t2i_spo_plugin.adapters.strengths import Strength, check_blocks, check_strengths
 from t2i_spo_plugin.errors import (
     AdapterError,
     ConfigError,
     IncompatibleAdapterError,
-    InvalidAdapterError,
     UnreadableAdapterError,
 )
 from t2i_spo_plugin.files import quoted
@@ -29,7 +29,6 @@ from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, Schedule, c
 from .architecture import architecture_of, base_fingerprint, base_model_of, lora_components, prediction_type_of
 from .loaded import LoadedAdapter, apply, in_force, is_safety, strengths_of
 from .lora_layers import RECORD, Snapshot, attach, check_room, detach, exchange, is_fused, pairs_of, tuner_layers
-from .strengths import Strength, check_blocks, check_strengths
 
 
 __all__ = [
@@ -313,60 +312,29 @@ def _match(
     adapter: Adapter, pipe: Any, components: Mapping[str, Any], strict: bool
 ) -> tuple[dict[str, dict[str, LoraPair]], tuple[str, ...]]:
     """The adapter's pairs by component and module path of `pipe`, and notes; raises when they do not belong there."""
-    metadata, here = adapter.metadata, architecture_of(pipe)
-    if metadata.base_architecture and metadata.base_architecture != here:
-        raise IncompatibleAdapterError(
-            f"the adapter was made for {metadata.base_architecture}, this pipeline is {here}"
-        )
-    prediction = prediction_type_of(pipe)
-    if metadata.prediction_type and prediction and metadata.prediction_type != prediction:
-        raise IncompatibleAdapterError(
-            f"the adapter was made for a model that predicts {metadata.prediction_type}, this one predicts "
-            f"{prediction}"
-        )
+    lacks = f"this {type(pipe).__name__} ({', '.join(components)}) lacks"
+    target = Target(
+        "pipeline", architecture_of(pipe), prediction_type_of(pipe), lambda name: lacks, base_fingerprint(pipe)
+    )
     shapes = {name: weight_shapes(model) for name, model in components.items()}
     flat = {name: {path.replace(".", "_"): path for path in paths} for name, paths in shapes.items()}
+    weights = {}
+    for name in adapter.modules:
+        component, _, spelled = name.partition(".")
+        path = _find(spelled, flat.get(component, {}))
+        if path is not None:
+            weights[name] = (component, path), shapes[component][path]
+    match = match_modules(adapter, target, weights, strict)
+    if match.problems:
+        warnings.warn(f"the adapter fits only in part: {'; '.join(match.problems)}", stacklevel=4)
     matched: dict[str, dict[str, LoraPair]] = {}
-    missing: list[str] = []
-    for name, pair in adapter.modules.items():
-        component, _, path = name.partition(".")
-        found = _find(path, flat.get(component, {}))
-        if found is None:
-            missing.append(name)
-            continue
-        expected, shape = shapes[component][found], pair.shape
-        if shape != expected:
-            raise IncompatibleAdapterError(
-                f"the adapter was made for another base of the architecture {here}: it changes {name} as a weight of "
-                f"{list(shape)}, in this pipeline it has {list(expected)}"
-            )
-        if found in matched.setdefault(component, {}):
-            raise InvalidAdapterError(f"the adapter changes {component}.{found} twice, under two spellings")
-        matched[component][found] = pair
-    if not matched:
-        raise IncompatibleAdapterError(
-            f"none of the adapter's {len(adapter.modules)} modules exists in this {type(pipe).__name__} "
-            f"({', '.join(components)}); the first is {missing[0]}"
-        )
-    fingerprint = metadata.extra.get("base_fingerprint")
-    problems = []
-    if fingerprint and fingerprint != base_fingerprint(pipe):
-        problems.append("it was trained on a model of another width or depth")
-    if missing:
-        problems.append(f"only {len(adapter.modules) - len(missing)} of its {len(adapter.modules)} modules exist here")
-    if all(component.startswith("text_encoder") for component in matched):
-        problems.append("it changes a text encoder only, and nothing that draws")
-    if problems and strict:
-        first = f"; the first missing is {missing[0]}" if missing else ""
-        raise IncompatibleAdapterError(
-            f"the adapter does not fit: {', and '.join(problems)}{first}; strict=False loads what fits"
-        )
-    if problems:
-        warnings.warn(f"the adapter fits only in part: {', and '.join(problems)}", stacklevel=4)
-    trained_on, base = metadata.extra.get("base_model", ""), base_model_of(pipe)
+    for name, (component, path) in match.places.items():
+        matched.setdefault(component, {})[path] = adapter.modules[name]
+    notes = [*adapter.notes, *match.problems]
+    trained_on, base = adapter.metadata.extra.get("base_model", ""), base_model_of(pipe)
     if trained_on and base and trained_on != base:
-        problems.append(f"it was trained on {trained_on}, this is {base}: the same architecture, another checkpoint")
-    return matched, (*adapter.notes, *problems)
+        notes.append(f"it was trained on {trained_on}, this is {base}: the same architecture, another checkpoint")
+    return matched, tuple(notes)
 
 
 def _find(path: str, flat: Mapping[str, str]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2i_spo_plugin.adapters.adapter import LoraPair
+from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
 

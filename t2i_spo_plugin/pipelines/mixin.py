@@ -14,7 +14,8 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from t2i_spo_plugin.adapters.adapter import Adapter
+from t2i_spo_plugin.adapters import Adapter
+from t2i_spo_plugin.adapters.strengths import Strength
 from t2i_spo_plugin.errors import AdapterError, ConfigError, NotScoredError, PipelineError
 from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, Schedule
 from t2i_spo_plugin.guards import Guard, OverlayKind, SafetyReport
@@ -25,7 +26,6 @@ from .loaded import is_safety
 from .loading import LoadedAdapter, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 from .lora_layers import kept_active
 from .step_control import GateReport, Steering, is_steered
-from .strengths import Strength
 
 
 __all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_class"]

@@ -7,14 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_spo_plugin.adapters.adapter import (
-    Adapter,
-    AdapterMetadata,
-    LoraPair,
-    find_adapter_file,
-    read_adapter,
-    write_adapter,
-)
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, find_adapter_file, read_adapter, write_adapter
 from t2i_spo_plugin.errors import AdapterError
 
 

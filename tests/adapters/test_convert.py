@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from support.pipelines import denoiser, fresh, needs_metadata, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.layouts import LAYOUTS, layout_of
 from t2i_spo_plugin.errors import AdapterError, ConfigError

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.pipelines import fresh, images, random_adapter
 
 from t2i_spo_plugin.adapters import checkpoints as model_files
-from t2i_spo_plugin.adapters.adapter import read_adapter, write_adapter
+from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.adapters.extract import extract_adapter
 from t2i_spo_plugin.errors import AdapterError, ConfigError, UnreadableAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.pipelines.architecture import architecture_of, base_fingerprint, prediction_type_of

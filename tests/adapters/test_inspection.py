@@ -6,10 +6,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pipelines import fresh, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, block_of, read_adapter, write_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.inspection import inspect_adapter
-from t2i_spo_plugin.adapters.layouts import LAYOUTS, block_of
+from t2i_spo_plugin.adapters.layouts import LAYOUTS
 from t2i_spo_plugin.errors import UnreadableAdapterError, UnsupportedAdapterError
 
 

@@ -8,10 +8,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from support.pipelines import fresh, needs_metadata
 
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import canonical, read_adapter
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.layouts import decode, encode, kohya
-from t2i_spo_plugin.adapters.layouts.base import canonical
 from t2i_spo_plugin.errors import AdapterError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.pipelines import fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
 from t2i_spo_plugin.adapters.merging import METHODS, merge_adapters
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.pipelines.architecture import base_fingerprint

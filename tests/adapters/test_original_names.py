@@ -6,7 +6,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_
 from safetensors.torch import save_file
 from support.pipelines import fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.inspection import inspect_adapter
 from t2i_spo_plugin.adapters.layouts import decode

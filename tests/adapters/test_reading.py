@@ -12,10 +12,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from support.pipelines import denoiser, fresh, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import LoraPair, read_adapter
+from t2i_spo_plugin.adapters import LoraPair, canonical, read_adapter
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.inspection import inspect_adapter
-from t2i_spo_plugin.adapters.layouts import canonical, decode, kohya
+from t2i_spo_plugin.adapters.layouts import decode, kohya
 from t2i_spo_plugin.adapters.layouts.alphas import configured_alphas
 from t2i_spo_plugin.errors import InvalidAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.pipelines.architecture import lora_components

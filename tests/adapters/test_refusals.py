@@ -15,7 +15,7 @@ from safetensors.torch import save
 from support.pipelines import base_image, fresh, images, random_adapter
 
 from t2i_spo_plugin import errors
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.adapters.layouts import encode
 from t2i_spo_plugin.files import MAX_JSON
 from t2i_spo_plugin.pipelines.architecture import lora_components
@@ -306,7 +306,7 @@ def test_strict_false_reads_the_rest_and_counts_what_it_left_out(sources, valid)
 
 def test_text_encoders_alone_load_when_allowed(sources):
     pipe = fresh("sd1")
-    with pytest.warns(UserWarning, match="a text encoder only"):
+    with pytest.warns(UserWarning, match="change text encoders only"):
         assert load_spo_lora(pipe, sources["text encoder only"], strict=False).components == ("text_encoder",)
 
 

@@ -9,7 +9,7 @@ import torch
 from support.pipelines import fresh, random_adapter
 
 from t2i_spo_plugin import cli, sticker
-from t2i_spo_plugin.adapters.adapter import read_adapter, write_adapter
+from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.cli import doctor
 
 

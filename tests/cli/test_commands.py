@@ -12,7 +12,7 @@ from support.pipelines import fresh, random_adapter
 from transformers import ResNetConfig
 
 from t2i_spo_plugin import cli
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, LoraPair, write_adapter
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, write_adapter
 from t2i_spo_plugin.cli.commands import COMMANDS
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError

@@ -8,7 +8,7 @@ from PIL import Image
 from support.cost_models import ColourCost
 from support.pipelines import STEPS, fresh, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import write_adapter
+from t2i_spo_plugin.adapters import write_adapter
 from t2i_spo_plugin.cli import demo
 from t2i_spo_plugin.cli.demo import DemoConfig, Stage, run_demo, score_table, stored_results
 from t2i_spo_plugin.data.prompts import PromptRow

@@ -26,7 +26,7 @@ from t2i_spo_plugin import (
     unload_spo_lora,
     write_adapter,
 )
-from t2i_spo_plugin.adapters.adapter import Adapter
+from t2i_spo_plugin.adapters import Adapter
 from t2i_spo_plugin.adapters.comfyui import bypass_pairs
 from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters
 from t2i_spo_plugin.comfy_nodes.gate import SIZE

@@ -17,7 +17,7 @@ from support.eval_world import (
 )
 from support.pipelines import images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import write_adapter
+from t2i_spo_plugin.adapters import write_adapter
 from t2i_spo_plugin.data.generation import generate
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.data.tables import SCORE_COLUMNS, read_rows

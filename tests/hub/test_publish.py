@@ -17,7 +17,7 @@ from support.hub import READ, WRITE, HubServer, client_environment
 from support.pipelines import base_image, fresh, images, random_adapter
 
 from t2i_spo_plugin import cli, sticker
-from t2i_spo_plugin.adapters.adapter import Adapter, AdapterMetadata, read_adapter, write_adapter
+from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, read_adapter, write_adapter
 from t2i_spo_plugin.errors import (
     AdapterError,
     ConfigError,

@@ -19,8 +19,7 @@ from t2i_spo_plugin import (
     spo_adapters,
     sticker,
 )
-from t2i_spo_plugin.adapters.adapter import Adapter, write_adapter
-from t2i_spo_plugin.adapters.layouts import LoraPair
+from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.adapters.merging import merge_adapters
 from t2i_spo_plugin.errors import AdapterError, ConfigError
 from t2i_spo_plugin.eval import rate_text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.pipelines import TWO_FAMILIES, base_image, fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import write_adapter
+from t2i_spo_plugin.adapters import write_adapter
 from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.pipelines.loading import load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 

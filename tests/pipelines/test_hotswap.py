@@ -5,7 +5,7 @@ import torch
 from support.adapter_state import assert_same_state, state_of
 from support.pipelines import TWO_FAMILIES, base_image, denoiser, fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import Adapter, write_adapter
+from t2i_spo_plugin.adapters import Adapter, write_adapter
 from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.pipelines import loading
 from t2i_spo_plugin.pipelines.loading import adapter_of, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora

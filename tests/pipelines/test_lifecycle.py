@@ -15,7 +15,7 @@ from diffusers import (
 )
 from support.pipelines import SIZE, STEPS, TWO_FAMILIES, base_image, denoiser, fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import write_adapter
+from t2i_spo_plugin.adapters import write_adapter
 from t2i_spo_plugin.errors import AdapterError, ConfigError
 from t2i_spo_plugin.pipelines.architecture import lora_components
 from t2i_spo_plugin.pipelines.loading import load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora

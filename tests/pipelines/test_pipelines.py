@@ -18,7 +18,7 @@ from diffusers import (
 from support.pipelines import SIZE, draw, fresh, images, random_adapter, t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, UMT5Config, UMT5EncoderModel
 
-from t2i_spo_plugin.adapters.adapter import read_adapter, write_adapter
+from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.errors import IncompatibleAdapterError, PipelineError
 from t2i_spo_plugin.gating.schedule import AdapterGate
 from t2i_spo_plugin.pipelines.architecture import architecture_of, prediction_type_of

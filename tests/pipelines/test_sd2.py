@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.pipelines import fresh, images, random_adapter
 
-from t2i_spo_plugin.adapters.adapter import read_adapter, write_adapter
+from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.extract import extract_adapter
 from t2i_spo_plugin.adapters.layouts import LAYOUTS, encode

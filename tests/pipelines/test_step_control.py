@@ -346,7 +346,7 @@ def test_a_file_says_what_it_was_made_for(tmp_path):
 
 
 def test_an_adapter_is_no_adapter_gate(sd1, tmp_path):
-    from t2i_spo_plugin.adapters.adapter import write_adapter
+    from t2i_spo_plugin.adapters import write_adapter
 
     with pytest.raises(AdapterError, match="is no file of an adapter gate"):
         load_adapter_gate(write_adapter(random_adapter(sd1), tmp_path / "a.safetensors"))
@@ -354,7 +354,7 @@ def test_an_adapter_is_no_adapter_gate(sd1, tmp_path):
 
 @pytest.mark.parametrize("evidence", ["reader", "size"])
 def test_a_adapter_gate_is_made_from_prompts(evidence, sd1, tmp_path):
-    from t2i_spo_plugin.adapters.adapter import write_adapter
+    from t2i_spo_plugin.adapters import write_adapter
 
     adapter = write_adapter(random_adapter(sd1), tmp_path / "a.safetensors")
     kinds = ("harmful", "benign")

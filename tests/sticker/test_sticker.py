@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2i_spo_plugin import sticker
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.eval import PROMISED, rate_text
 from t2i_spo_plugin.experiments.gating import report
 from t2i_spo_plugin.experiments.ideal_systems import measure

@@ -36,9 +36,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from t2i_spo_plugin.adapters.adapter import Adapter, LoraPair
+from t2i_spo_plugin.adapters import Adapter, LoraPair, canonical
 from t2i_spo_plugin.adapters.architecture import weight_shapes
-from t2i_spo_plugin.adapters.layouts import canonical
 from t2i_spo_plugin.pipelines.architecture import lora_components
 from t2i_spo_plugin.pipelines.loading import adapter_metadata
 from t2i_spo_plugin.sticker.build.text import clip_tokenizer

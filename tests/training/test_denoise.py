@@ -10,7 +10,7 @@ from PIL import Image
 from support.pipelines import SIZE, random_adapter, tiny_pipeline
 
 from t2i_spo_plugin import load_spo_lora
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
 from t2i_spo_plugin.training.config import TrainConfig
 from t2i_spo_plugin.training.data.captions import caption_data, read_captions

@@ -14,7 +14,7 @@ from PIL import Image
 from support.pipelines import SIZE, tiny_pipeline
 
 from t2i_spo_plugin import training
-from t2i_spo_plugin.adapters.adapter import read_adapter
+from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.data.tables import PAIR_COLUMNS, write_table
 from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
 from t2i_spo_plugin.training.config import TrainConfig

@@ -11,17 +11,13 @@ from torch import Tensor
 from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.files import quoted
 
+from ..lora import COMPONENTS, LoraPair
 from . import diffusers, kohya, native, original
-from .base import COMPONENTS, LoraPair, block_of, canonical
 
 
 __all__ = [
-    "COMPONENTS",
     "KOHYA_ARCHITECTURES",
     "LAYOUTS",
-    "LoraPair",
-    "block_of",
-    "canonical",
     "decode",
     "default_layout",
     "encode",

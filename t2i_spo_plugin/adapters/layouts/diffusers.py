@@ -16,9 +16,10 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
 
+from ..lora import COMPONENTS, LoraPair, canonical
 from ..safetensors_file import parse_metadata
 from .alphas import configured_alphas
-from .base import COMPONENTS, LoraPair, Parts, canonical
+from .base import Parts
 
 
 METADATA_KEY = "lora_adapter_metadata"

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2i_spo_plugin.errors import InvalidAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.files import quoted
 
-from .base import LoraPair
+from ..lora import LoraPair
 
 
 _BLOCK = re.compile(r"(double|single)_blocks_(\d+)_(.+)")

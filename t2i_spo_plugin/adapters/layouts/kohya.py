@@ -16,8 +16,9 @@ from torch import Tensor
 from t2i_spo_plugin.errors import AdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.files import quoted
 
+from ..lora import LoraPair
 from . import flux
-from .base import LoraPair, Parts
+from .base import Parts
 
 
 PREFIXES = {

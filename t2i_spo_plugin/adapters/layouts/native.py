@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .base import LoraPair
+from ..lora import LoraPair
 
 
 def encode(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:

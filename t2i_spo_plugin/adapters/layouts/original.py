@@ -13,8 +13,8 @@ from torch import Tensor
 from t2i_spo_plugin.errors import UnsupportedAdapterError
 from t2i_spo_plugin.files import quoted
 
+from ..lora import LoraPair
 from . import flux, kohya
-from .base import LoraPair
 from .diffusers import SUFFIXES
 
 

@@ -22,12 +22,12 @@ def check_strength(strength: object) -> float:
     """`strength` as a float.
 
     Raises:
-        ConfigError: not a finite number, or negative (which would turn a safety adapter into its opposite).
+        ConfigError: not a finite number, or negative, which would turn a safety adapter into its opposite.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ConfigError(f"strength must be a finite number, got {strength!r}")
     if strength < 0:
-        raise ConfigError(f"strength must be at least 0, got {strength}: a negative one would make a harm adapter")
+        raise ConfigError(f"strength must be at least 0, got {strength}: a negative one would undo safety")
     return float(strength)
 
 
