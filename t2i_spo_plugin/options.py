@@ -1,7 +1,7 @@
 """A command's options from the dataclass that the Python API takes: YAML file first, command line over it.
 
 The dataclass stays the only place where an option is named, typed, explained and checked. Its docstring explains a
-field on a line such as ``steps: optimiser steps.``; several fields may share a line (``rank, alpha: of the LoRA``).
+field on a line such as `steps: optimiser steps.`; several fields may share a line (`rank, alpha: of the LoRA`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NEXT = re.compile(r"[;.] (?=(?:\w+, )*\w+: )")
 
 
 def read_options(cls: type[Config], args: Sequence[str], prog: str) -> Config:
-    """Make a ``cls`` from ``--config FILE`` and the options of a command line.
+    """Make a `cls` from `--config FILE` and the options of a command line.
 
     Args:
-        cls: a dataclass whose ``__post_init__`` checks the values.
+        cls: a dataclass whose `__post_init__` checks the values.
         args: what stands after the command's name. The file may be a path, or the name of a bundled one.
         prog: the command as the user types it, for the help text.
 
@@ -55,7 +55,7 @@ def yaml_options(cls: type, file: str | Path) -> dict[str, Any]:
     """The options in a YAML file, by field name.
 
     Raises:
-        ConfigError: no such file, no mapping in it, or an option that ``cls`` does not have.
+        ConfigError: no such file, no mapping in it, or an option that `cls` does not have.
     """
     import yaml
 
@@ -74,7 +74,7 @@ def yaml_options(cls: type, file: str | Path) -> dict[str, Any]:
 
 
 def find_config(file: str | Path) -> Path:
-    """The file itself, or the bundled configuration of that name, with or without ``.yaml``.
+    """The file itself, or the bundled configuration of that name, with or without `.yaml`.
 
     Raises:
         ConfigError: neither exists.
@@ -99,7 +99,7 @@ def _converted(value: Any, kind: str, where: str) -> Any:
 
 
 def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split ``--config FILE`` or ``--config=FILE`` off."""
+    """Split `--config FILE` or `--config=FILE` off."""
     rest, file = list(args), None
     for position, word in enumerate(rest):
         if word == "--config" or word.startswith("--config="):
@@ -113,7 +113,7 @@ def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _without_checks(cls: type, defaults: Mapping[str, Any]) -> type:
-    """A dataclass for the parser: the fields of ``cls`` with their help, and ``defaults`` over its own; the checks
+    """A dataclass for the parser: the fields of `cls` with their help, and `defaults` over its own; the checks
     wait until every option is known."""
     import tyro
 

@@ -16,14 +16,14 @@ from .base import CostBatch
 
 
 class VisionCostModel(nn.Module):
-    """Logits per category and where they come from; follows :class:`~t2i_spo_plugin.cost.base.CostModel`.
+    """Logits per category and where they come from; follows `CostModel`.
 
     Args:
         network: backbone and head.
         categories: the K names, in the order of the head's outputs.
         domain: what kind of images it was trained on.
         size: side in pixels that images are resampled to.
-        temperature: ``[K]``, positive, fitted on validation scenes.
+        temperature: `[K]`, positive, fitted on validation scenes.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class VisionCostModel(nn.Module):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
-        """Score images; see :class:`CostBatch`. Raises ``ValueError`` on what is no image."""
+        """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
         found = [self.network(batch) for batch in batches(images, self.size, self.device)]
         return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))
 
     def score_tensor(self, pixels: Tensor) -> CostBatch:
-        """The same for ``[B, 3, size, size]`` in [0, 1], with gradients."""
+        """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
         return CostBatch(*self.network(pixels))
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the model into ``folder`` (fp16 safetensors, transformers config, ``metadata.json``)."""
+        """Write the model into `folder` (fp16 safetensors, transformers config, `metadata.json`)."""
         metadata: dict[str, Any] = {
             "kind": "cost_model",
             "outputs": list(self.categories),
@@ -72,7 +72,7 @@ class VisionCostModel(nn.Module):
 
 
 def load_cost_model(folder: Path | str) -> VisionCostModel:
-    """A cost model from a folder written by :meth:`VisionCostModel.save_pretrained`, ready for inference.
+    """A cost model from a folder written by `save_pretrained`, ready for inference.
 
     Raises:
         SPOError: the folder is something else, or a part of it is missing or broken.

@@ -1,6 +1,6 @@
 """Does benign fine-tuning bring back what was suppressed, and does composing keep it away? On the sticker world.
 
-``python -m t2i_spo_plugin.experiments.composition`` draws the same test prompts with the base, the bundled safety
+`python -m t2i_spo_plugin.experiments.composition` draws the same test prompts with the base, the bundled safety
 adapter, a style adapter alone, both side by side, and a model into whose weights the safety adapter was fused before
 it was fine-tuned on the style's images. The referee judges. A run that was stopped goes on where it was.
 """

@@ -1,6 +1,6 @@
 """Constant strengths, windows and adapter gates compared on the sticker world.
 
-``python -m t2i_spo_plugin.experiments.gating`` draws the same harmful and benign test prompts with each, lets the
+`python -m t2i_spo_plugin.experiments.gating` draws the same harmful and benign test prompts with each, lets the
 referee look, counts the benign images that are the base model's own, and draws safety against what benign prompts
 keep. A run that was stopped goes on where it was.
 """

@@ -1,6 +1,6 @@
 """Ideal systems in the sticker world, drawn by the world itself: does UAScore say of them what it promises?
 
-``python -m t2i_spo_plugin.experiments.ideal_systems`` prints the table of docs/scores.md beside what was found.
+`python -m t2i_spo_plugin.experiments.ideal_systems` prints the table of docs/scores.md beside what was found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from t2i_spo_plugin.sticker.world import CONCEPTS, STYLE_WORDS, Description, ren
 
 
 def image_of(row: PromptRow, text: str) -> Image.Image:
-    """A rendered scene of ``text``, a caption of the world's grammar, placed by the row's seed."""
+    """A rendered scene of `text`, a caption of the world's grammar, placed by the row's seed."""
     styles = {word: name for name, word in STYLE_WORDS.items()}
     names = {word: concept.name for concept in CONCEPTS.values() for word in concept.words}
     head, background = text.removesuffix(" background").rsplit(" on a", 1)
@@ -31,7 +31,7 @@ def image_of(row: PromptRow, text: str) -> Image.Image:
 
 
 def measure(count: int = 40) -> dict[str, float]:
-    """UAScore of each ideal system on ``count`` harmful and as many benign validation prompts."""
+    """UAScore of each ideal system on `count` harmful and as many benign validation prompts."""
     judges = Judges(
         Guard(sticker.load_cost_model(), sticker.load_policy()), sticker.load_quality_model(), "cost", "quality"
     )

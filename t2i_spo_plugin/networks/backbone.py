@@ -24,13 +24,13 @@ _COPY = "copy the model's folder again, with all its files"
 
 
 class MapClassifier(nn.Module):
-    """Backbone features, a 1x1 convolution, a pooling: ``map [B, K, h, w]`` and ``logits [B, K]``.
+    """Backbone features, a 1x1 convolution, a pooling: `map [B, K, h, w]` and `logits [B, K]`.
 
-    ``pooling`` "mean": ``logits == map.mean``, exactly. "peak": the soft maximum ``logsumexp(map) - log(h w)``, for
+    `pooling` "mean": `logits == map.mean`, exactly. "peak": the soft maximum `logsumexp(map) - log(h w)`, for
     naming several small things, where the mean lets what is elsewhere in the image speak against each.
 
-    ``config`` is a transformers vision configuration whose model returns a feature map ``[B, C, h, w]`` as its
-    ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Images come in as [0, 1] and are shifted to
+    `config` is a transformers vision configuration whose model returns a feature map `[B, C, h, w]` as its
+    `last_hidden_state` (ResNet, RegNet, ConvNext, MobileNet, ...). Images come in as [0, 1] and are shifted to
     [-1, 1].
     """
 
@@ -44,11 +44,11 @@ class MapClassifier(nn.Module):
         self.head = nn.Conv2d(width, outputs, 1)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` in [0, 1] -> ``[B, C, h, w]``."""
+        """`[B, 3, S, S]` in [0, 1] -> `[B, C, h, w]`."""
         return self.backbone(pixels * 2 - 1).last_hidden_state
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, 3, S, S]`` in [0, 1] -> logits ``[B, K]``, map ``[B, K, h, w]``."""
+        """`[B, 3, S, S]` in [0, 1] -> logits `[B, K]`, map `[B, K, h, w]`."""
         logit_map = self.head(self.features(pixels))
         if self.pooling == "peak":
             return logit_map.flatten(2).logsumexp(2) - math.log(logit_map[0, 0].numel()), logit_map
@@ -56,7 +56,7 @@ class MapClassifier(nn.Module):
 
 
 def save_network(network: nn.Module, config: Any, metadata: dict[str, Any], folder: Path | str) -> None:
-    """Write ``config.json`` (transformers), ``metadata.json`` and fp16 weights into ``folder``."""
+    """Write `config.json` (transformers), `metadata.json` and fp16 weights into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
@@ -66,10 +66,10 @@ def save_network(network: nn.Module, config: Any, metadata: dict[str, Any], fold
 
 
 def read_metadata(folder: Path | str, *needed: str) -> dict[str, Any]:
-    """The ``metadata.json`` of a model folder.
+    """The `metadata.json` of a model folder.
 
     Raises:
-        SPOError: there is none, it is no JSON mapping, or it does not say what is ``needed``.
+        SPOError: there is none, it is no JSON mapping, or it does not say what is `needed`.
     """
     path = Path(folder) / "metadata.json"
     if not path.is_file():
@@ -98,12 +98,12 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str], str] = str) -> None:
-    """Load the safetensors weights of ``folder`` into ``network`` as float32, and switch it to inference.
+    """Load the safetensors weights of `folder` into `network` as float32, and switch it to inference.
 
-    ``rename`` gives the network's name of a weight by the file's.
+    `rename` gives the network's name of a weight by the file's.
 
     Raises:
-        SPOError: as ``read_weights``, or they are another network's.
+        SPOError: as `read_weights`, or they are another network's.
     """
     state = {rename(k): v.float() if v.is_floating_point() else v for k, v in read_weights(folder).items()}
     try:
@@ -114,7 +114,7 @@ def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str],
 
 
 def load_map_classifier(folder: Path | str, *needed: str) -> tuple[MapClassifier, dict[str, Any]]:
-    """The network of a folder written by :func:`save_network`, and its metadata, of which ``needed`` are there.
+    """The network of a folder written by `save_network`, and its metadata, of which `needed` are there.
 
     Raises:
         SPOError: the folder is something else, or a part of it is missing or broken.
@@ -133,7 +133,7 @@ def load_map_classifier(folder: Path | str, *needed: str) -> tuple[MapClassifier
 
 
 def batches(images: Images, size: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
-    """Images as ``[<= batch_size, 3, size, size]`` in [0, 1] on ``device``."""
+    """Images as `[<= batch_size, 3, size, size]` in [0, 1] on `device`."""
     pixels = to_tensor(images, size)
     for start in range(0, len(pixels), batch_size):
         yield pixels[start : start + batch_size].to(device)

@@ -19,8 +19,8 @@ from t2i_spo_plugin.networks.backbone import batches, load_weights, read_metadat
 class SmallCLIP(nn.Module):
     """Image tower (any transformers vision backbone with a feature map) and CLIP text tower into one unit sphere.
 
-    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of image and prompt is the probability
-    that they belong together, ``sigmoid(scale * cosine + bias)`` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
+    Follows `QualityReward`: the alignment of image and prompt is the probability
+    that they belong together, `sigmoid(scale * cosine + bias)` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
     cosine it says "no" to every mismatch alike, so that one fixed good image earns nothing.
     """
 
@@ -38,16 +38,16 @@ class SmallCLIP(nn.Module):
         self.size = size
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, size, size]`` in [0, 1] -> unit vectors ``[B, width]``, with gradients."""
+        """`[B, 3, size, size]` in [0, 1] -> unit vectors `[B, width]`, with gradients."""
         features = self.vision(pixels * 2 - 1).last_hidden_state.mean((2, 3))
         return F.normalize(self.vision_projection(features), dim=-1)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Token ids ``[B, L]`` -> unit vectors ``[B, width]``, with gradients."""
+        """Token ids `[B, L]` -> unit vectors `[B, width]`, with gradients."""
         return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Ids ``[B, L]``, padded to the tokenizer's length, so that a prompt's answer does not depend on its
+        """Ids `[B, L]`, padded to the tokenizer's length, so that a prompt's answer does not depend on its
         neighbours."""
         return self.tokenizer(
             list(prompts),
@@ -59,26 +59,26 @@ class SmallCLIP(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Tensor:
-        """Images -> unit vectors ``[B, width]``."""
+        """Images -> unit vectors `[B, width]`."""
         return torch.cat([self.embed_pixels(batch) for batch in batches(images, self.size, self.logit_scale.device)])
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> unit vectors ``[B, width]``."""
+        """Prompts -> unit vectors `[B, width]`."""
         ids = self.tokenize(prompts)
         return torch.cat([self.embed_tokens(ids[n : n + 256]) for n in range(0, len(ids), 256)])
 
     def alignment(self, images: Tensor, prompts: Tensor) -> Tensor:
-        """Probability in [0, 1] of embeddings ``[..., width]`` that broadcast against each other -> ``[...]``."""
+        """Probability in [0, 1] of embeddings `[..., width]` that broadcast against each other -> `[...]`."""
         return ((images * prompts).sum(-1) * self.logit_scale.exp() + self.logit_bias).sigmoid()
 
     @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Alignment ``[B]`` of each image with its prompt."""
+        """Alignment `[B]` of each image with its prompt."""
         return self.alignment(self.embed_images(images), self.embed_prompts(prompts))
 
     def save_pretrained(self, folder: Path | str, metadata: dict[str, Any] | None = None) -> None:
-        """Write towers, configs and tokenizer into ``folder``."""
+        """Write towers, configs and tokenizer into `folder`."""
         folder = Path(folder)
         metadata = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (
             metadata or {}
@@ -89,7 +89,7 @@ class SmallCLIP(nn.Module):
 
 
 def load_small_clip(folder: Path | str) -> SmallCLIP:
-    """The model of a folder written by :meth:`SmallCLIP.save_pretrained`, ready for inference."""
+    """The model of a folder written by `save_pretrained`, ready for inference."""
     from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
 
     folder, metadata = Path(folder), read_metadata(folder)

@@ -52,7 +52,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | str) -> Reference:
-        """Read a file written by :meth:`save`.
+        """Read a file written by `save`.
 
         Raises:
             SPOError: it is no such file, or was edited by hand.
@@ -73,7 +73,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class QualityBatch:
-    """Per image, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as
+    """Per image, each `[B]`: `q`, `n_alignment`, `n_realism` in [0, 1]; `alignment`, `realism` as
     measured."""
 
     q: Tensor
@@ -84,7 +84,7 @@ class QualityBatch:
 
 
 def normalise(value: Tensor, ends: tuple[float, float]) -> Tensor:
-    """``clip((v - v0) / (v1 - v0), 0, 1)``."""
+    """`clip((v - v0) / (v1 - v0), 0, 1)`."""
     return ((value - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
 
 
@@ -105,7 +105,7 @@ class QualityModel:
     ) -> QualityBatch:
         """Quality of each image for its prompt, or for the best of its safe completions where it has any.
 
-        Raises ``SPOError`` when the numbers of images, prompts and lists of completions differ.
+        Raises `SPOError` when the numbers of images, prompts and lists of completions differ.
         """
         pixels = to_tensor(images, self.alignment.size)
         completions = [tuple(c) for c in safe_completions] if safe_completions is not None else [()] * len(prompts)
@@ -123,7 +123,7 @@ class QualityModel:
 
 
 def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Blurred images and noised images, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in
+    """Blurred images and noised images, alternating: the lower end of the realism scale. `[B, 3, H, W]` in
     [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
     kernel = max(3, pixels.shape[-1] // 10 | 1)
@@ -136,7 +136,7 @@ def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
 def make_reference(
     alignment: SmallCLIP, realism: QualityReward, images: Images, prompts: Sequence[str], base_model: str
 ) -> Reference:
-    """The reference of a base model from its images of benign ``prompts``."""
+    """The reference of a base model from its images of benign `prompts`."""
     pixels = to_tensor(images, alignment.size)
     shuffled = [prompts[(n + len(prompts) // 2) % len(prompts)] for n in range(len(prompts))]
     return Reference(
@@ -148,9 +148,9 @@ def make_reference(
 
 
 def load_quality_model(folder: Path | str, reference: Path | str | None = None) -> QualityModel:
-    """The quality model of a folder with ``alignment/``, ``realism/`` and ``reference.json``.
+    """The quality model of a folder with `alignment/`, `realism/` and `reference.json`.
 
-    ``reference`` names another reference file, such as that of another base model. Raises ``ConfigError`` when a part
+    `reference` names another reference file, such as that of another base model. Raises `ConfigError` when a part
     is missing.
     """
     from .clip import load_small_clip
