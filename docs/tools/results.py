@@ -18,9 +18,9 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; numbers stand to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 0) -> str:
+    """A Markdown table; numbers stand to the right, the first column and the last `texts` to the left."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1 - texts), *["---"] * texts], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -140,7 +140,7 @@ def referee_table() -> str:
         for name, one in found.items()
         if isinstance(one, dict)
     ]
-    return table(("scenes", "recall of concepts", "precision", "false unsafe", "most missed"), rows)
+    return table(("scenes", "recall of concepts", "precision", "false unsafe", "most missed"), rows, texts=1)
 
 
 def composition_table() -> str:
@@ -231,7 +231,7 @@ def training_table() -> str:
         ("referee", "referee"),
     ):
         rows.append((title, *_effort(read(f"{path}/report.json")), f"`t2i_spo_plugin/sticker/{path}/report.json`"))
-    return table(("model", "steps", "minutes", "report"), rows)
+    return table(("model", "steps", "minutes", "report"), rows, texts=1)
 
 
 def _effort(report: Mapping[str, Any]) -> tuple[str, str]:

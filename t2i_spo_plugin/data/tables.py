@@ -1,4 +1,4 @@
-"""The joints between the steps: columns of the pair, image and scores tables, and checked, atomic parquet files.
+"""The tables between the steps: columns of the pair, image and scores tables, and checked, atomic parquet files.
 
 Each table is an ordinary parquet file, so a step can be run, resumed, sharded, inspected, or replaced by someone's
 own. Columns beyond the documented ones are kept as they are.
