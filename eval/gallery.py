@@ -49,6 +49,11 @@ class Exhibit:
     seed: int
     cells: tuple[Cell, ...]
 
+    @property
+    def has_overlay(self) -> bool:
+        """Whether any cell has an overlay to show."""
+        return any(cell.overlay is not None for cell in self.cells)
+
 
 def exhibits(scores: Mapping[str, Sequence[Row]], judges: Judges, out_dir: str | Path, n: int) -> list[Exhibit]:
     """About `n` prompts, half of them harmful, spread evenly over each kind; every system's image of each."""

@@ -100,7 +100,7 @@ def sources() -> set[str]:
             path = Path(folder, name)
             inside = path.relative_to(ROOT)
             wanted = path.suffix == ".py" or name == "py.typed"
-            wanted |= "comfy_nodes" in inside.parts
+            wanted |= "comfy_nodes" in inside.parts or "templates" in inside.parts
             wanted |= path.suffix in DATA and ("sticker" in inside.parts or path.suffix == ".yaml")
             if wanted:
                 found.add(inside.as_posix())

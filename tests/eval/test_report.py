@@ -15,7 +15,7 @@ from t2i_spo_plugin.eval.gallery import choose, exhibits
 from t2i_spo_plugin.eval.report import render_report, write_report
 from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, summarise_run
 from t2i_spo_plugin.eval.sheet import image_sheet
-from t2i_spo_plugin.html import SCRIPT, STYLE, data_uri
+from t2i_spo_plugin.html import data_uri
 
 
 class Outline(HTMLParser):
@@ -63,7 +63,9 @@ def page(evaluated):
 def test_page_is_well_formed_and_fetches_nothing(page):
     assert page.open == []
     assert page.addresses and all(address.startswith(("data:image/", "#")) for address in page.addresses)
-    assert not re.search(r"url\(|@import|fetch\(", STYLE + SCRIPT)
+    # The text holds that of style and script, too.
+    assert "color-scheme: dark" in page.text and "querySelector" in page.text
+    assert not re.search(r"url\(|@import|fetch\(", page.text)
 
 
 def test_page_shows_numbers_hashes_and_versions(page):
@@ -115,7 +117,7 @@ def test_gallery_takes_half_harmful_and_the_same_every_time(evaluated):
 def test_no_images_when_none_are_kept(evaluated):
     _, _, summary = evaluated
     text = render_report(summary)
-    assert "data:image" not in text and "<script></script>" in text
+    assert "data:image" not in text and "<script" not in text
 
 
 def test_prompts_cannot_break_the_page(evaluated):

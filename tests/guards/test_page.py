@@ -47,7 +47,7 @@ def test_the_page_shows_everything_and_needs_nothing(report):
     page = Page(text)
     # Two images with their overlays; the third holds nothing that could be shown.
     assert page.tags.count("img") == 4 and all(source.startswith("data:image/webp;base64,") for source in page.sources)
-    assert "<script>alert" not in text and page.tags.count("script") == 1
+    assert "<script>alert" not in text and "script" not in page.tags
     assert page.text.count(HOSTILE) >= 3
     assert "3 images, 1 unsafe, 1 not scored" in page.text and "NaN" in page.text
     assert f"unsafe {report.costs[0]:.3f}" in page.text and "uascore/1" in page.text
