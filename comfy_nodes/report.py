@@ -16,7 +16,7 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, SafetyReport, read_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
-from t2i_spo_plugin.metrics import ScoreFacts, ScoreSummary
+from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
 from t2i_spo_plugin.quality import QualityModel
 from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
@@ -91,7 +91,7 @@ class UAScore(io.ComfyNode):
             if scored:
                 texts, completions = zip(*[(asked[n].text, asked[n].safe_prompts) for n in scored], strict=True)
                 quality[scored] = model.quality(pixels[scored].cpu(), texts, completions).q.float()
-        metadata = ScoreFacts(cost_model.name, name, model.reference_hash, cost_model.policy.name)
+        metadata = ScoreMetadata(cost_model.name, name, model.reference_hash, cost_model.policy.name)
         summary = summarise_images("these images", safety, quality, asked, metadata)
         return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .referee import RefereeBatch as RefereeBatch
     from .referee import judge as judge
     from .report import write_report as write_report
-    from .runner import DrawOptions as DrawOptions
-    from .runner import draw_and_score as draw_and_score
+    from .runner import GenerationOptions as GenerationOptions
+    from .runner import generate_and_score as generate_and_score
     from .runner import image_path as image_path
     from .runner import summarise_run as summarise_run
     from .runner import versions as versions
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "DrawOptions": "runner",
         "EvalConfig": "config",
+        "GenerationOptions": "runner",
         "Judges": "scoring",
         "PROMISED": "conformance",
         "Rate": "metrics",
@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "base_system": "systems",
         "choose": "gallery",
         "conformance_scores": "conformance",
-        "draw_and_score": "runner",
+        "generate_and_score": "runner",
         "image_path": "runner",
         "image_sheet": "sheet",
         "judge": "referee",

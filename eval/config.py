@@ -24,20 +24,20 @@ from t2i_spo_plugin.registry import (
 
 from .promptsets import Split, file_rows
 from .report import write_report
-from .runner import DrawOptions, RunSummary, draw_and_score, drop_images, summarise_run, write_summary
+from .runner import GenerationOptions, RunSummary, drop_images, generate_and_score, summarise_run, write_summary
 from .scoring import Judges
 from .systems import base_system, parse_adapters
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is drawn, by which systems, and who judges it.
+    """What is generated, by which systems, and who judges it.
 
     Attributes:
         out: folder for images, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
         pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
         adapters: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source is `spo`, `dpo` (bundled), a file, a
-            folder or a Hub id. The base model is always drawn too.
+            folder or a Hub id. The base model is always evaluated too.
         strength: of the adapters that do not say their own.
         n_harmful: harmful prompts.
         n_benign: benign prompts.
@@ -48,7 +48,7 @@ class EvalConfig:
         lookalike: file with benign prompts that look harmful.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        batch_size: images drawn at once.
+        batch_size: images generated at once.
         shard_size: images after which a table is written.
         seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
         judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
@@ -119,13 +119,13 @@ class EvalConfig:
         """Whether images are kept and shown."""
         return self.pipeline == STICKER if self.keep_images is None else self.keep_images
 
-    def draw_options(self) -> DrawOptions:
-        """The part of the options that drawing needs."""
-        return DrawOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
+    def generation_options(self) -> GenerationOptions:
+        """The part of the options that generation needs."""
+        return GenerationOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
 
 
 def run_eval(config: EvalConfig) -> RunSummary:
-    """Draw, score, summarise and report as `config` says; writes everything below `config.out`."""
+    """Generate, score, summarise and report as `config` says; writes everything below `config.out`."""
     systems = [base_system(), *parse_adapters(config.adapters, config.strength)]
     counts = config.n_harmful, config.n_benign, config.n_lookalike
     if config.harmful is None:
@@ -137,12 +137,12 @@ def run_eval(config: EvalConfig) -> RunSummary:
     judges = load_judges(config)
     pipe = load_pipeline(config.pipeline).to(config.device)
     pipeline_name = name_with_revision(PIPELINES, config.pipeline)
-    scores = draw_and_score(pipe, systems, rows, judges, config.out, config.draw_options(), pipeline_name)
+    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options(), pipeline_name)
     metadata = {
         "pipeline": pipeline_name,
         "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
-        "prompts removed because they speak of minors": n_dropped,
+        "prompts removed because they mention minors": n_dropped,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
     }
     summary = summarise_run(scores, judges, metadata=metadata, resamples=config.resamples, seed=config.seed)

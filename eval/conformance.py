@@ -30,27 +30,27 @@ Render = Callable[[PromptRow, str], Image.Image]
 
 
 def conformance_images(rows: Sequence[PromptRow], render: Render, seed: int = 0) -> dict[str, list[Image.Image]]:
-    """What each ideal system draws for every row.
+    """What each ideal system generates for every row.
 
-    The oracle draws the first safe completion of a harmful prompt; the guard that is always right blacks it out; the
-    base draws every harm well. The others answer every prompt with white, blur, noise, or one good image.
+    The oracle generates the first safe completion of a harmful prompt; the guard that is always right blacks it out;
+    the base generates every harm well. The others answer every prompt with white, blur, noise, or one good image.
     """
-    drawn = [render(row, row.prompt) for row in rows]
+    rendered = [render(row, row.prompt) for row in rows]
     harmful = [row.kind == "harmful" for row in rows]
     random = np.random.default_rng(seed)
-    size = drawn[0].size
-    constant = drawn[harmful.index(False)]
+    size = rendered[0].size
+    constant = rendered[harmful.index(False)]
     return {
         "oracle twin": [
             render(row, row.safe_prompts[0]) if bad else image
-            for row, image, bad in zip(rows, drawn, harmful, strict=True)
+            for row, image, bad in zip(rows, rendered, harmful, strict=True)
         ],
         "black-out guard": [
-            Image.new("RGB", size) if bad else image for image, bad in zip(drawn, harmful, strict=True)
+            Image.new("RGB", size) if bad else image for image, bad in zip(rendered, harmful, strict=True)
         ],
-        "base": drawn,
+        "base": rendered,
         "blank": [Image.new("RGB", size, "white") for _ in rows],
-        "blurred": [image.filter(ImageFilter.GaussianBlur(max(size) / 8)) for image in drawn],
+        "blurred": [image.filter(ImageFilter.GaussianBlur(max(size) / 8)) for image in rendered],
         "noise": [Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in rows],
         "constant": [constant for _ in rows],
     }
@@ -60,8 +60,8 @@ def conformance_scores(
     rows: Sequence[PromptRow], render: Render, judges: Judges, judge: Judge = "cost model", seed: int = 0
 ) -> dict[str, float]:
     """UAScore of each ideal system by `judges`, to hold against `PROMISED`."""
-    found = {}
+    scores = {}
     for name, images in conformance_images(rows, render, seed).items():
         scored = score_images(rows, images, name, judges)
-        found[name] = uascore(half_of(scored, "harmful", judge), half_of(scored, "benign", judge))
-    return found
+        scores[name] = uascore(half_of(scored, "harmful", judge), half_of(scored, "benign", judge))
+    return scores

@@ -111,8 +111,8 @@ def _overview(systems: Sequence[SystemSummary]) -> Iterator[TableRow]:
 
     def recognised(kind: str) -> Iterator[TableRow]:
         if judged:
-            yield row("Requested objects recognised", lambda s: _rate(s.found.get(kind)))
-            yield row("… relative to the base", lambda s: _relative(s.found_relative.get(kind), s.system))
+            yield row("Requested objects recognised", lambda s: _rate(s.recognised.get(kind)))
+            yield row("… relative to the base", lambda s: _relative(s.recognised_relative.get(kind), s.system))
 
     yield TableRow(f"Both sides in one score, 0 to 100 ({systems[0].score.version})")
     if judged:

@@ -29,7 +29,7 @@ from t2i_spo_plugin.data import (
     write_table,
 )
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.metrics import ScoreFacts, percent
+from t2i_spo_plugin.metrics import ScoreMetadata, percent
 from t2i_spo_plugin.pipelines import pipeline_domain
 
 from .metrics import Comparison, Judge, SystemSummary, compare, system_summary
@@ -42,8 +42,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class DrawOptions:
-    """How images are drawn: denoising steps, guidance scale, batch and shard sizes, further call arguments."""
+class GenerationOptions:
+    """How images are generated: denoising steps, guidance scale, batch and shard sizes, further call arguments."""
 
     steps: int = 25
     guidance_scale: float = 3.0
@@ -55,7 +55,7 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What an evaluation found; `str()` prints it.
+    """The numbers of an evaluation; `str()` prints it.
 
     Attributes:
         systems: by name, the base first.
@@ -97,33 +97,33 @@ class RunSummary:
         return "\n".join(lines)
 
 
-def draw_and_score(
+def generate_and_score(
     pipe: Any,
     systems: Sequence[System],
     rows: Sequence[PromptRow],
     judges: Judges,
     out_dir: str | Path,
-    options: DrawOptions | None = None,
+    options: GenerationOptions | None = None,
     pipeline_name: str = "",
 ) -> dict[str, list[Row]]:
     """Rows of `SCORE_COLUMNS` for every system, also written to `out_dir/scores.parquet`.
 
     Args:
-        rows: harmful, benign and lookalike prompts; every system draws the same prompts with the same seeds.
+        rows: harmful, benign and lookalike prompts; every system generates the same prompts with the same seeds.
         pipeline_name: name and hash of the base weights, which decide whether stored images may be reused.
 
     Raises:
         DomainError: the judges do not know the pipeline's domain.
         ConfigError: kinds of prompts are missing, names repeat, or the folder holds another run.
     """
-    options, out_dir = options or DrawOptions(), Path(out_dir)
+    options, out_dir = options or GenerationOptions(), Path(out_dir)
     names = [system.name for system in systems]
     if len(set(names)) != len(names) or not names:
         raise ConfigError(f"systems need names of their own, got {', '.join(names) or 'none'}")
     judges.check_domain(pipeline_domain(pipe))
-    kept, _ = check_rows(rows)
+    allowed, _ = check_rows(rows)
     scores = {
-        system.name: _run_system(pipe, system, kept, judges, out_dir, options, pipeline_name) for system in systems
+        system.name: _run_system(pipe, system, allowed, judges, out_dir, options, pipeline_name) for system in systems
     }
     write_table([row for part in scores.values() for row in part], out_dir / "scores.parquet", SCORE_COLUMNS)
     return scores
@@ -155,7 +155,7 @@ def summarise_run(
     judged = judges.referee is not None
     known = all(row["completions_known"] for part in scores.values() for row in part)
     metadata_of = {
-        judge: ScoreFacts(
+        judge: ScoreMetadata(
             cost_model=judges.cost_name,
             quality_model=judges.quality_name,
             reference_hash=judges.quality_model.reference_hash,
@@ -173,11 +173,11 @@ def summarise_run(
         for name, part in scores.items()
     }
     looked: tuple[Judge, ...] = ("referee", "cost model") if judged else ("cost model",)
-    found = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
-    told = dict(metadata or {}) | {"versions": versions()}
+    compared = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
+    content = dict(metadata or {}) | {"versions": versions()}
     if judged:
-        told["referee"] = {"name": judges.referee_name} | dict(judges.referee_metadata)
-    return RunSummary(systems, tuple(found), told)
+        content["referee"] = {"name": judges.referee_name} | dict(judges.referee_metadata)
+    return RunSummary(systems, tuple(compared), content)
 
 
 def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -186,11 +186,11 @@ def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, and what draws and judges."""
-    found = {"t2i_spo_plugin": __version__, "python": platform.python_version()}
+    """Of this package, Python, and what generates and judges."""
+    numbers = {"t2i_spo_plugin": __version__, "python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "peft", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+        numbers[package] = importlib.metadata.version(package)
+    return numbers
 
 
 def write_summary(summary: RunSummary, path: str | Path) -> Path:
@@ -207,7 +207,7 @@ def drop_images(out_dir: str | Path) -> None:
 
 
 def image_path(out_dir: str | Path, row: Mapping[str, Any]) -> Path | None:
-    """Where the image of a scores row lies; None when it was not drawn or is gone."""
+    """Where the image of a scores row lies; None when it was not generated or is gone."""
     if not row["image"]:
         return None
     path = Path(out_dir) / "images" / row["system"] / "images" / row["image"]
@@ -220,7 +220,7 @@ def _run_system(
     rows: Sequence[PromptRow],
     judges: Judges,
     out_dir: Path,
-    options: DrawOptions,
+    options: GenerationOptions,
     pipeline_name: str,
 ) -> list[Row]:
     metadata = {"pipeline": pipeline_name, "system": dict(system.metadata)}
@@ -242,9 +242,9 @@ def _run_system(
                 metadata=metadata,
                 call_options=options.call_options,
             )
-        drawn = {(image.row.id, image.row.seed): image for image in report.images}
+        generated = {(image.row.id, image.row.seed): image for image in report.images}
         for number in tqdm(todo, disable=not options.progress, desc=f"scoring {system.name}", unit="shard"):
-            images: list[GeneratedImage] = [drawn[row.id, row.seed] for row in shards[number]]
+            images: list[GeneratedImage] = [generated[row.id, row.seed] for row in shards[number]]
             table = score_generated(images, system.name, judges)
             write_table(table, paths[number], SCORE_COLUMNS, {"fingerprint": prints[number]})
     return [row for path in paths for row in read_rows(path, SCORE_COLUMNS)]
@@ -254,20 +254,24 @@ def _is_current(path: Path, fingerprint: str) -> bool:
     return path.is_file() and table_metadata(path).get("fingerprint") == fingerprint
 
 
-def _fingerprint(rows: Sequence[PromptRow], metadata: Mapping[str, Any], judges: Judges, options: DrawOptions) -> str:
+def _fingerprint(
+    rows: Sequence[PromptRow], metadata: Mapping[str, Any], judges: Judges, options: GenerationOptions
+) -> str:
     content = {
         "rows": [repr(row) for row in rows],
         "metadata": metadata,
         "judges": judges.identity,
-        "draw": [options.steps, options.guidance_scale, dict(options.call_options)],
+        "generation": [options.steps, options.guidance_scale, dict(options.call_options)],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _referee_lines(summary: SystemSummary) -> list[str]:
     lines = [f"  safe scene on harmful prompts: {summary.safe_scene}"]
-    for kind, rate in summary.found.items():
-        relative = f", {summary.found_relative[kind]} of the base's" if kind in summary.found_relative else ""
+    for kind, rate in summary.recognised.items():
+        relative = (
+            f", {summary.recognised_relative[kind]} of the base's" if kind in summary.recognised_relative else ""
+        )
         relative = relative if summary.system != BASE else ""
         lines.append(f"  requested objects recognised, {kind}: {rate}{relative}")
     lines.append(f"  cost model agrees with the referee: {summary.agreement}")

@@ -28,7 +28,7 @@ class System:
     """A name, a way to prepare the pipeline, and the metadata that decide its images.
 
     Attributes:
-        prepare: a function of the pipeline that gives a context in which the pipeline draws as this system.
+        prepare: a function of the pipeline that gives a context in which the pipeline generates as this system.
         metadata: JSON values that change whenever the images would: source, hash, strength.
     """
 

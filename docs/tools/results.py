@@ -57,8 +57,8 @@ def main_table() -> str:
                 title,
                 score(found[name]["referee_score"]["uascore"], found[name]["referee_score"]["interval"]),
                 percent(found[name]["referee_ip"]),
-                percent(found[name]["found"]["benign"]),
-                percent(found[name]["found"]["lookalike"]),
+                percent(found[name]["recognised"]["benign"]),
+                percent(found[name]["recognised"]["lookalike"]),
             )
             for name, title in SYSTEMS.items()
         ],
@@ -95,11 +95,11 @@ def details_table() -> str:
         ("harmful: safe scene", *(percent(systems[name]["safe_scene"]) for name in SYSTEMS)),
         (
             "benign: objects, relative to the base",
-            *(percent(systems[name]["found_relative"]["benign"]) for name in SYSTEMS),
+            *(percent(systems[name]["recognised_relative"]["benign"]) for name in SYSTEMS),
         ),
         (
             "over-refusal: objects, relative to the base",
-            *(percent(systems[name]["found_relative"]["lookalike"]) for name in SYSTEMS),
+            *(percent(systems[name]["recognised_relative"]["lookalike"]) for name in SYSTEMS),
         ),
         ("over-refusal: mean q", *(f"{systems[name]['lookalike']['mean_quality']:.3f}" for name in SYSTEMS)),
         (
@@ -146,7 +146,13 @@ def referee_table() -> str:
 def composition_table() -> str:
     """Safety and style adapters, side by side and one after the other."""
     rows = [
-        (name, percent(one["ip"]), percent(one["found"]), percent(one["styled"]), f"{one['load']:.2f}")
+        (
+            name,
+            percent(one["ip"]),
+            percent(one["recognised"]),
+            percent(one["styled"]),
+            f"{one['combined_strength']:.2f}",
+        )
         for name, one in read("composition.json")["systems"].items()
     ]
     return table(("system", "unsafe images (IP)", "objects recognised", "in the style", "combined strength"), rows)
@@ -161,7 +167,7 @@ def composition_differences() -> str:
 def strengths_table() -> str:
     """Both adapters at rising strength."""
     rows = [
-        (level, f"{one['load']:.2f}", f"{one['change']:.3f}", percent(one["found_relative"]))
+        (level, f"{one['combined_strength']:.2f}", f"{one['change']:.3f}", percent(one["recognised_relative"]))
         for level, one in read("composition.json")["strengths"].items()
     ]
     head = ("strength of both", "combined strength", "change of the weights", "objects, relative to the base")
@@ -174,7 +180,7 @@ def steering_table() -> str:
         (
             name,
             percent(one["ip"]),
-            percent(one["found_relative"]) if one["found_relative"] else "",
+            percent(one["recognised_relative"]) if one["recognised_relative"] else "",
             percent(one["identical"]),
             score(one["uascore"]["value"], one["uascore"]["interval"]),
         )
@@ -193,7 +199,7 @@ def steering_differences() -> str:
 
 def ideal_table() -> str:
     """UAScore of ideal systems: what it should be, and what it is."""
-    rows = [(name, f"{one['promised']:g}", f"{one['found']:.1f}") for name, one in read("ideal.json").items()]
+    rows = [(name, f"{one['promised']:g}", f"{one['measured']:.1f}") for name, one in read("ideal.json").items()]
     return table(("ideal system", "UAScore by definition", "measured"), rows)
 
 

@@ -89,10 +89,10 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
         SPOError: an artefact is missing from this installation, or too many images could not be judged.
     """
     from t2i_spo_plugin.eval import (
-        DrawOptions,
+        GenerationOptions,
         adapter_system,
         base_system,
-        draw_and_score,
+        generate_and_score,
         summarise_run,
         write_report,
         write_summary,
@@ -101,9 +101,11 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
     start = time.monotonic()
     print("The same prompts and seeds, without and with the safety adapter. No network is used.", flush=True)
     stage = stage or bundled_stage(config)
-    options = DrawOptions(stage.steps, stage.guidance_scale, config.batch_size, progress=config.progress)
+    options = GenerationOptions(stage.steps, stage.guidance_scale, config.batch_size, progress=config.progress)
     systems = [base_system(), adapter_system(ADAPTER, stage.adapter)]
-    scores = draw_and_score(stage.pipe, systems, stage.rows, stage.judges, config.out, options, stage.pipeline_name)
+    scores = generate_and_score(
+        stage.pipe, systems, stage.rows, stage.judges, config.out, options, stage.pipeline_name
+    )
     summary = summarise_run(scores, stage.judges, metadata={"pipeline": stage.pipeline_name})
     write_summary(summary, config.out / "summary.json")
     sheet = config.out / SHEET
@@ -125,7 +127,14 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
 
 def score_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
     """One line a system from the `systems` of a `summary.json`: by the referee where it looked."""
-    head = ("", "UAScore", "unsafe on harmful prompts", "safe scene instead", "benign: q", "benign: objects found")
+    head = (
+        "",
+        "UAScore",
+        "unsafe on harmful prompts",
+        "safe scene instead",
+        "benign: q",
+        "benign: objects recognised",
+    )
     lines = [head, *((name, *_cells(system)) for name, system in systems.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
@@ -185,7 +194,7 @@ def _cells(system: Mapping[str, Any]) -> tuple[str, ...]:
         _rate(ip),
         _rate(system["safe_scene"]),
         f"{benign:.2f}",
-        _rate(system["found"].get("benign")),
+        _rate(system["recognised"].get("benign")),
     )
 
 

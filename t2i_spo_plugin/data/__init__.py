@@ -10,7 +10,9 @@ from t2i_spo_plugin._lazy import lazy_names
 if TYPE_CHECKING:
     from .generation import GeneratedImage as GeneratedImage
     from .generation import generate as generate
-    from .generation import quiet as quiet
+    from .pipeline_calls import call_pipeline as call_pipeline
+    from .pipeline_calls import generate_images as generate_images
+    from .pipeline_calls import quiet as quiet
     from .prompts import MAX_SEED as MAX_SEED
     from .prompts import PromptRow as PromptRow
     from .prompts import drop_minors as drop_minors
@@ -33,10 +35,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "PAIR_COLUMNS": "tables",
         "PromptRow": "prompts",
         "SCORE_COLUMNS": "tables",
+        "call_pipeline": "pipeline_calls",
         "drop_minors": "prompts",
         "generate": "generation",
+        "generate_images": "pipeline_calls",
         "prompt_seed": "prompts",
-        "quiet": "generation",
+        "quiet": "pipeline_calls",
         "read_prompts": "prompts",
         "read_rows": "tables",
         "read_table": "tables",

@@ -1,9 +1,7 @@
 """Prompts and seeds to images: sharded, resumable, idempotent.
 
-Every row has a `torch.Generator` of its own, so what is drawn for it depends neither on the batch nor on the order (up
-to the rounding of the arithmetic, which may differ between batch sizes). Each image is a PNG file that appears whole
-or not at all; each shard of rows gets a parquet table of `tables.IMAGE_COLUMNS`. Whoever starts again with the same
-folder and settings draws only what is missing.
+Each image is a PNG file that appears whole or not at all; each shard of rows gets a parquet table of
+`tables.IMAGE_COLUMNS`. A second run with the same folder and settings generates only what is missing.
 """
 
 from __future__ import annotations
@@ -26,19 +24,20 @@ from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
 from t2i_spo_plugin.files import atomic, write_json
 
+from .pipeline_calls import call_pipeline
 from .prompts import PromptRow, drop_minors
 from .tables import IMAGE_COLUMNS, read_rows, write_table
 
 
 GIVE_UP_AFTER = 8
-"""When this many rows fail before any image was drawn, the pipeline itself is broken and the run stops."""
+"""When this many rows fail before any image was generated, the pipeline itself is broken and the run stops."""
 
 _OURS = ("prompt", "generator", "num_inference_steps", "guidance_scale", "output_type", "return_dict", "latents")
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One row and its image: `path` is None and `failed` says why when it could not be drawn."""
+    """One row and its image: `path` is None and `failed` says why when it could not be generated."""
 
     row: PromptRow
     path: Path | None
@@ -48,10 +47,10 @@ class GeneratedImage:
         """The image in RGB.
 
         Raises:
-            SPOError: it was not drawn.
+            SPOError: it was not generated.
         """
         if self.path is None:
-            raise SPOError(f"{self.row.id} was not drawn: {self.failed}")
+            raise SPOError(f"{self.row.id} was not generated: {self.failed}")
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
@@ -62,7 +61,7 @@ class GenerationReport:
 
     out_dir: Path
     images: tuple[GeneratedImage, ...] = field(repr=False)
-    n_drawn: int
+    n_generated: int
     n_reused: int
     n_failed: int
     n_dropped_minors: int
@@ -82,10 +81,10 @@ def generate(
     call_options: Mapping[str, Any] | None = None,
     process: tuple[int, int] = (0, 1),
 ) -> GenerationReport:
-    """Draw every row with `pipe` into `out_dir`.
+    """Generate an image of every row with `pipe` into `out_dir`.
 
     A row that fails (an error in the pipeline, or NaN in the image) is recorded with its reason and tried again next
-    time; the others go on. Harmful and unlabelled rows that speak of minors are dropped first, always.
+    time; the others go on. Harmful and unlabelled rows that mention minors are dropped first, always.
 
     Args:
         pipe: any diffusers text-to-image pipeline, with its adapters already set.
@@ -94,31 +93,31 @@ def generate(
         steps: as `num_inference_steps` of the pipeline.
         guidance_scale: as the pipeline's.
         shard_size: rows to a table.
-        metadata: whatever else decides the images (weights, adapter hash, strength), as JSON values. A folder that was
-            drawn with other metadata or settings is refused rather than mixed.
+        metadata: whatever else decides the images (weights, adapter hash, strength), as JSON values. A folder with
+            images of other metadata or settings is refused rather than mixed.
         call_options: further arguments of the pipeline's call, such as height, width or negative_prompt.
-        process: (index, count): this process draws every count-th shard, starting at index.
+        process: (index, count): this process generates every count-th shard, starting at index.
 
     Raises:
         ConfigError: an option out of range, rows that repeat, or a folder with images of other settings.
-        SPOError: nothing can be drawn: the first rows all failed.
+        SPOError: nothing can be generated: the first rows all failed.
     """
     start = time.monotonic()
     _check_options(batch_size, steps, shard_size, process, call_options)
-    kept, n_dropped = drop_minors(rows)
-    _check_keys(kept)
+    allowed, n_dropped = drop_minors(rows)
+    _check_keys(allowed)
     out_dir = Path(out_dir)
     settings = {"steps": steps, "guidance_scale": guidance_scale, "metadata": dict(metadata or {})}
     settings |= {"pipeline": _pipeline_metadata(pipe), "call_options": dict(call_options or {})}
     _claim_folder(out_dir, settings)
 
-    shards = [kept[i : i + shard_size] for i in range(0, len(kept), shard_size)]
+    shards = [allowed[i : i + shard_size] for i in range(0, len(allowed), shard_size)]
     mine = [(number, shard) for number, shard in enumerate(shards) if number % process[1] == process[0]]
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale} | dict(call_options or {})
-    artist = _Artist(pipe, options)
+    generation = _Generation(pipe, options)
     images: list[GeneratedImage] = []
     n_reused = 0
-    with tqdm(total=sum(len(shard) for _, shard in mine), disable=not progress, desc="drawing", unit="img") as bar:
+    with tqdm(total=sum(len(shard) for _, shard in mine), disable=not progress, desc="generating", unit="img") as bar:
         for number, shard in mine:
             done = {_key(row): path for row in shard if (path := out_dir / "images" / image_name(row)).is_file()}
             n_reused += len(done)
@@ -127,22 +126,24 @@ def generate(
             missing = [row for row in shard if _key(row) not in done]
             for i in range(0, len(missing), batch_size):
                 batch = missing[i : i + batch_size]
-                for row, pixels in zip(batch, artist.draw(batch), strict=True):
+                for row, pixels in zip(batch, generation(batch), strict=True):
                     if isinstance(pixels, str):
                         failed[_key(row)] = pixels
                     else:
                         done[_key(row)] = _save_png(pixels, out_dir / "images" / image_name(row))
                 bar.update(len(batch))
-            drawn = [GeneratedImage(row, done.get(_key(row)), failed.get(_key(row), "")) for row in shard]
-            write_table((_table_row(image, out_dir) for image in drawn), _shard_path(out_dir, number), IMAGE_COLUMNS)
-            images.extend(drawn)
+            generated = [GeneratedImage(row, done.get(_key(row)), failed.get(_key(row), "")) for row in shard]
+            write_table(
+                (_table_row(image, out_dir) for image in generated), _shard_path(out_dir, number), IMAGE_COLUMNS
+            )
+            images.extend(generated)
     if process == (0, 1):
         _remove_shards_from(out_dir, len(shards))
     n_failed = sum(image.path is None for image in images)
     return GenerationReport(
         out_dir=out_dir,
         images=tuple(images),
-        n_drawn=len(images) - n_reused - n_failed,
+        n_generated=len(images) - n_reused - n_failed,
         n_reused=n_reused,
         n_failed=n_failed,
         n_dropped_minors=n_dropped,
@@ -161,7 +162,7 @@ def read_images(out_dir: str | Path) -> list[GeneratedImage]:
     for content in read_rows(out_dir, IMAGE_COLUMNS):
         path = out_dir / content["image"] if content["image"] else None
         if path is not None and not path.is_file():
-            raise TableError(f"{path} is gone; draw it again with the same folder and settings")
+            raise TableError(f"{path} is gone; generate it again with the same folder and settings")
         row = PromptRow(
             id=content["prompt_id"],
             prompt=content["prompt"],
@@ -187,55 +188,28 @@ def with_seeds(rows: Iterable[PromptRow], seeds: Sequence[int]) -> list[PromptRo
     return [replace(row, seed=seed) for row in rows for seed in seeds]
 
 
-class _Artist:
-    """Calls the pipeline for a batch, and row by row when the batch fails."""
+class _Generation:
+    """Calls the pipeline for a batch, row by row when the batch fails, and gives up when nothing at all succeeds."""
 
     def __init__(self, pipe: Any, options: Mapping[str, Any]) -> None:
         self.pipe = pipe
         self.options = options
-        self.n_failed_at_first = 0
-        self.any_drawn = False
+        self.n_failed = 0
+        self.any_succeeded = False
 
-    def draw(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
+    def __call__(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
         """A uint8 image `[H, W, 3]` or the reason of the failure for each row."""
-        answers = isolate_failures(self._call, batch)
-        self._give_up_if_hopeless(answers)
-        return answers
+        results = isolate_failures(self._images, batch)
+        reasons = [result for result in results if isinstance(result, str)]
+        self.any_succeeded |= len(reasons) < len(results)
+        self.n_failed += len(reasons)
+        if not self.any_succeeded and self.n_failed >= GIVE_UP_AFTER:
+            raise SPOError(f"the first {self.n_failed} rows all failed; the last reason: {reasons[-1]}")
+        return results
 
-    def _call(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
-        with quiet(self.pipe):
-            pixels = self.pipe(
-                prompt=[row.prompt for row in batch],
-                generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
-                output_type="np",
-                **self.options,
-            ).images
-        return [_as_uint8(np.asarray(image)) for image in pixels]
-
-    def _give_up_if_hopeless(self, answers: Sequence[np.ndarray | str]) -> None:
-        reasons = [answer for answer in answers if isinstance(answer, str)]
-        self.any_drawn |= len(reasons) < len(answers)
-        self.n_failed_at_first += len(reasons)
-        if not self.any_drawn and self.n_failed_at_first >= GIVE_UP_AFTER:
-            raise SPOError(f"the first {self.n_failed_at_first} rows all failed; the last reason: {reasons[-1]}")
-
-
-class quiet:
-    """The pipeline without its own progress bar; ours shows the rows."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.pipe, "_progress_bar_config", None)
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe.set_progress_bar_config(disable=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            self.pipe._progress_bar_config = self.before
-        elif hasattr(self.pipe, "_progress_bar_config"):
-            del self.pipe._progress_bar_config
+    def _images(self, batch: Sequence[PromptRow]) -> list[np.ndarray | str]:
+        output = call_pipeline(self.pipe, batch, output_type="np", **self.options)
+        return [_as_uint8(np.asarray(image)) for image in output.images]
 
 
 def _as_uint8(image: np.ndarray) -> np.ndarray | str:
@@ -260,8 +234,8 @@ def _claim_folder(out_dir: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
-            told = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed)
-            raise ConfigError(f"{out_dir} holds images of other settings ({told}); use another folder or remove it")
+            changes = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed)
+            raise ConfigError(f"{out_dir} holds images of other settings ({changes}); use another folder or remove it")
         return
     write_json(path, now)
 

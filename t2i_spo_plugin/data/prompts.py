@@ -1,8 +1,8 @@
 """Prompt sets: rows from csv, jsonl and parquet files, their safe completions, and the minors filter.
 
-Harmful prompt text is never shipped; sets are read from where their owners publish them. Rows that speak of minors
-are removed from harmful and unlabelled sets whenever a set is read, and again before anything is drawn; nothing turns
-that off.
+Harmful prompt text is never shipped; sets are read from where their owners publish them. Rows that mention minors
+are removed from harmful and unlabelled sets whenever a set is read, and again before anything is generated; nothing
+turns that off.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _KIND_WORDS = {
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt to draw, with everything that drawing and judging it needs.
+    """One prompt, with everything that generating its image and judging it needs.
 
     Attributes:
         id: unique within a set.
         kind: harmful, benign, lookalike (benign, but looks harmful) or unlabelled.
         category: the policy category a harmful prompt aims at; empty otherwise.
-        seed: of the generator that draws it.
+        seed: of the generator of its image.
         safe_prompts: safe completions of a harmful prompt, best first; empty when unknown.
         requested: objects that should be recognised in the image; on a harmful prompt those of its safe completions.
     """
@@ -79,7 +79,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What `read_prompts` found: the rows to use and how many were removed because they speak of minors."""
+    """The rows of a file that may be used, and how many were removed because they mention minors."""
 
     rows: tuple[PromptRow, ...]
     n_dropped: int
@@ -122,7 +122,7 @@ def read_prompts(path: str | Path, kind: str | None = None, seed: int = 0) -> Pr
         prompt = str(content.get(names["prompt"]) or "")
         occurrence = seen[prompt] = seen.get(prompt, -1) + 1
         row = _row(content, names, f"{path.stem}-{number:05d}", f"{path}, row {number + 1}", kind, seed, occurrence)
-        if row.kind in ("harmful", "unlabelled") and any(mentions_minors(text) for text in _drawn_texts(content)):
+        if row.kind in ("harmful", "unlabelled") and any(mentions_minors(text) for text in _depicted_texts(content)):
             dropped += 1
             continue
         rows.append(row)
@@ -131,18 +131,18 @@ def read_prompts(path: str | Path, kind: str | None = None, seed: int = 0) -> Pr
 
 
 def drop_minors(rows: Iterable[PromptRow]) -> tuple[list[PromptRow], int]:
-    """Remove harmful and unlabelled rows whose prompt speaks of minors; returns what is left and how many went."""
-    kept, dropped = [], 0
+    """Remove harmful and unlabelled rows whose prompt mentions minors; returns the others, and how many went."""
+    allowed, dropped = [], 0
     for row in rows:
         if row.kind in ("harmful", "unlabelled") and mentions_minors(row.prompt):
             dropped += 1
         else:
-            kept.append(row)
-    return kept, dropped
+            allowed.append(row)
+    return allowed, dropped
 
 
 def mentions_minors(text: str) -> bool:
-    """Whether `text` speaks of children, teenagers or an age under 18. Errs on the side of yes."""
+    """Whether `text` mentions children, teenagers or an age under 18. Errs on the side of yes."""
     return _MINORS.search(_plain(text)) is not None
 
 
@@ -185,8 +185,8 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("_", " "))
 
 
-def _drawn_texts(content: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of a raw row that an image could be drawn or attacked towards: prompt, target_prompt, caption."""
+def _depicted_texts(content: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a raw row that an image could depict or be attacked towards: prompt, target_prompt, caption."""
     for name, value in content.items():
         lowered = str(name).casefold()
         is_text = any(part in lowered for part in ("prompt", "text", "caption", "target"))
@@ -196,13 +196,13 @@ def _drawn_texts(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _match_columns(row: Mapping[str, Any]) -> dict[str, str]:
     lowered = {str(name).strip().casefold(): name for name in row}
-    found = {}
+    matched = {}
     for field, names in _COLUMNS.items():
         for name in names:
             if name in lowered:
-                found[field] = lowered[name]
+                matched[field] = lowered[name]
                 break
-    return found
+    return matched
 
 
 def _row(
@@ -215,8 +215,8 @@ def _row(
     occurrence: int,
 ) -> PromptRow:
     def value(field: str) -> Any:
-        found = content.get(names[field]) if field in names else None
-        return None if found is None or found == "" or found != found else found
+        entry = content.get(names[field]) if field in names else None
+        return None if entry is None or entry == "" or entry != entry else entry
 
     prompt = value("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -303,8 +303,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         schema = pq.read_schema(path)
-        wanted = [field.name for field in schema if not pa.types.is_binary(field.type)]
-        return pq.read_table(path, columns=wanted, partitioning=None).to_pylist()
+        columns = [field.name for field in schema if not pa.types.is_binary(field.type)]
+        return pq.read_table(path, columns=columns, partitioning=None).to_pylist()
     except pa.ArrowInvalid as error:
         raise TableError(f"{path} is not a parquet table: {error}") from error
 

@@ -44,7 +44,7 @@ PAIR_COLUMNS = pa.schema(
         pa.field("safe_prompts", pa.list_(pa.string())),
         pa.field("seed_0", pa.int64()),
         pa.field("seed_1", pa.int64()),
-        pa.field("prompt_0", pa.string()),  # what was drawn, where it differs from the caption
+        pa.field("prompt_0", pa.string()),  # what was generated, where it differs from the caption
         pa.field("prompt_1", pa.string()),
         pa.field("image_0_uid", pa.string()),
         pa.field("image_1_uid", pa.string()),
@@ -61,11 +61,11 @@ IMAGE_COLUMNS = pa.schema(
         _required("seed", pa.int64()),
         pa.field("safe_prompts", pa.list_(pa.string())),
         pa.field("requested", pa.list_(pa.string())),
-        pa.field("image", pa.string()),  # file name below the table's folder; null when nothing was drawn
-        _required("failed", pa.string()),  # why nothing was drawn; empty when all is well
+        pa.field("image", pa.string()),  # file name below the table's folder; null when there is no image
+        _required("failed", pa.string()),  # why there is no image; empty when there is one
     ]
 )
-"""One drawn image a row."""
+"""One generated image a row."""
 
 SCORE_COLUMNS = pa.schema(
     [
@@ -88,7 +88,9 @@ SCORE_COLUMNS = pa.schema(
         pa.field("referee_unsafe", pa.bool_()),
         pa.field("referee_probability", pa.float64()),
         pa.field("referee_objects", pa.list_(pa.string())),
-        pa.field("requested_found", pa.bool_()),  # all requested objects recognised (benign and lookalike prompts)
+        pa.field(
+            "requested_recognised", pa.bool_()
+        ),  # all requested objects recognised (benign and lookalike prompts)
         pa.field("safe_scene", pa.bool_()),  # harmful prompts: nothing unsafe and at least one object of a completion
     ]
 )
@@ -133,7 +135,7 @@ def read_table(path: str | Path, columns: pa.Schema, only: Sequence[str] | None 
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise TableError(f"{path} holds no parquet file")
-    wanted = columns if only is None else pa.schema([_field(columns, name, path) for name in only])
+    expected = columns if only is None else pa.schema([_field(columns, name, path) for name in only])
     tables = []
     for file in files:
         try:
@@ -142,7 +144,7 @@ def read_table(path: str | Path, columns: pa.Schema, only: Sequence[str] | None 
             raise TableError(f"there is no table {file}") from error
         except (OSError, pa.ArrowInvalid) as error:
             raise TableError(f"{file} is not a parquet table: {error}") from error
-        tables.append(check_table(_fill_optional(table, wanted), wanted, str(file)))
+        tables.append(check_table(_fill_optional(table, expected), expected, str(file)))
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")
 
 

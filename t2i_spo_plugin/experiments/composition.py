@@ -179,17 +179,21 @@ def contact_sheet(judged: Mapping[str, Judged], count: int = 3) -> Image.Image:
 
 def report(content: Mapping[str, Any]) -> str:
     """The numbers as lines of text."""
-    lines = [f"{'':<20}{'unsafe (IP)':<24}{'objects recognised':<24}{'in the style':<24}load"]
+    lines = [f"{'':<20}{'unsafe (IP)':<24}{'objects recognised':<24}{'in the style':<24}combined strength"]
     for name, one in content["systems"].items():
-        cells = [rate_text(one[key]) for key in ("ip", "found", "styled")]
-        lines.append(f"{name:<20}{cells[0]:<24}{cells[1]:<24}{cells[2]:<24}{one['load']:.2f}")
+        cells = [rate_text(one[key]) for key in ("ip", "recognised", "styled")]
+        lines.append(f"{name:<20}{cells[0]:<24}{cells[1]:<24}{cells[2]:<24}{one['combined_strength']:.2f}")
     lines.append("IP differences in points, paired over prompts:")
     for name, one in content["differences"].items():
         low, high = (100 * end for end in one["interval"])
         lines.append(f"  {name}: {100 * one['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
-    lines.append("both adapters at one strength: load, change of the weights, objects recognised relative to the base")
+    lines.append(
+        "both adapters at one strength: combined, change of the weights, objects recognised relative to the base"
+    )
     for level, one in content["strengths"].items():
-        lines.append(f"  {level:<6}{one['load']:<8.2f}{one['change']:<8.3f}{rate_text(one['found_relative'])}")
+        lines.append(
+            f"  {level:<6}{one['combined_strength']:<8.2f}{one['change']:<8.3f}{rate_text(one['recognised_relative'])}"
+        )
     return "\n".join(lines)
 
 
@@ -240,9 +244,9 @@ def _numbers(one: Judged, load: CombinedStrength) -> dict[str, Any]:
     plain = [styled for styled, image in zip(one.styled, one.images, strict=True) if not _on_green(image)]
     return {
         "ip": Rate(sum(unsafe), len(unsafe)).to_dict(),
-        "found": Rate(sum(hits for _, hits, _ in found), sum(wanted for *_, wanted in found)).to_dict(),
+        "recognised": Rate(sum(hits for _, hits, _ in found), sum(wanted for *_, wanted in found)).to_dict(),
         "styled": Rate(sum(plain), len(plain)).to_dict(),
-        "load": load.value,
+        "combined_strength": load.value,
         "change": load.change,
     }
 
@@ -260,7 +264,7 @@ def _level(one: Judged, base: Judged, load: CombinedStrength) -> dict[str, Any]:
     ids, above, below = [n for n, *_ in found], [hits for _, hits, _ in found], [known[n] for n, *_ in found]
     interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
     relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
-    return {"load": load.value, "change": load.change, "found_relative": relative}
+    return {"combined_strength": load.value, "change": load.change, "recognised_relative": relative}
 
 
 def main(args: Sequence[str]) -> None:

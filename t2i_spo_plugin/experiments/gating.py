@@ -22,14 +22,14 @@ from PIL import Image
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.eval import (
-    DrawOptions,
     EvalConfig,
+    GenerationOptions,
     Rate,
     System,
     SystemSummary,
     adapter_system,
     base_system,
-    draw_and_score,
+    generate_and_score,
     image_path,
     load_judges,
     paired_difference,
@@ -79,8 +79,8 @@ def run_steering(config: SteeringConfig) -> dict[str, Any]:
     rows = load_prompts(STICKER, counts, "test", config.seed)
     judges = load_judges(EvalConfig(judge="referee"))
     pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
-    options = DrawOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
-    scores = draw_and_score(pipe, steered_systems(), rows, judges, config.out, options, name)
+    options = GenerationOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
+    scores = generate_and_score(pipe, steered_systems(), rows, judges, config.out, options, name)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)
     same = {name: _same_images(config.out, part, scores["base"]) for name, part in scores.items()}
     content: dict[str, Any] = {
@@ -116,7 +116,7 @@ def report(content: Mapping[str, Any]) -> str:
     """The numbers as lines of text."""
     lines = [f"{'':<24}{'unsafe (IP)':<24}{'objects, of the base':<28}{'base images':<24}UAScore"]
     for name, one in content["systems"].items():
-        cells = [rate_text(one[key]) if one[key] else "" for key in ("ip", "found_relative", "identical")]
+        cells = [rate_text(one[key]) if one[key] else "" for key in ("ip", "recognised_relative", "identical")]
         score = one["uascore"]
         low, high = score["interval"]
         lines.append(
@@ -133,7 +133,7 @@ def plot(systems: Mapping[str, Mapping[str, Any]]) -> str:
     """IP against what benign prompts keep of the base's objects, with 95 % intervals, as one SVG."""
     width, height, left, bottom, top, right = 760, 460, 62, 48, 18, 16
     shown = {
-        name: (one["found_relative"] or {"value": 1.0, "interval": [1.0, 1.0]}, one["ip"])
+        name: (one["recognised_relative"] or {"value": 1.0, "interval": [1.0, 1.0]}, one["ip"])
         for name, one in systems.items()
     }
     low = min(kept["interval"][0] for kept, _ in shown.values())
@@ -244,11 +244,11 @@ def _pixels(path: Path | None) -> np.ndarray:
 
 def _numbers(summary: SystemSummary, same: Rate) -> dict[str, Any]:
     assert summary.referee_ip is not None and summary.referee_score is not None
-    relative = summary.found_relative.get("benign")
+    relative = summary.recognised_relative.get("benign")
     score = summary.referee_score
     return {
         "ip": summary.referee_ip.to_dict(),
-        "found_relative": {"value": relative.value, "interval": list(relative.interval)} if relative else None,
+        "recognised_relative": {"value": relative.value, "interval": list(relative.interval)} if relative else None,
         "identical": same.to_dict(),
         "uascore": {"value": score.uascore, "interval": list(score.interval)},
     }

@@ -1,6 +1,6 @@
 """Ideal systems in the sticker world, drawn by the world itself: does UAScore say of them what it promises?
 
-`python -m t2i_spo_plugin.experiments.ideal_systems` prints the table of docs/scores.md beside what was found.
+`python -m t2i_spo_plugin.experiments.ideal_systems` prints what each must score, and what it scores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def measure(count: int = 40) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = measure()
-    print(
-        json.dumps({name: {"promised": PROMISED[name], "found": round(found[name], 1)} for name in PROMISED}, indent=1)
-    )
+    scores = measure()
+    content = {name: {"promised": PROMISED[name], "measured": round(scores[name], 1)} for name in PROMISED}
+    print(json.dumps(content, indent=1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.metrics.scores import Half, ScoreFacts, ScoreSummary, summarise
+from t2i_spo_plugin.metrics.scores import Half, ScoreMetadata, ScoreSummary, summarise
 
 from .report import SafetyReport
 
@@ -52,7 +52,7 @@ def read_prompts(prompts: str, safe_prompts: str, images: int) -> list[ImageProm
 
 
 def summarise_images(
-    system: str, report: SafetyReport, quality: Tensor, prompts: Sequence[ImagePrompt], metadata: ScoreFacts
+    system: str, report: SafetyReport, quality: Tensor, prompts: Sequence[ImagePrompt], metadata: ScoreMetadata
 ) -> ScoreSummary:
     """UAScore of the images of `report`.
 

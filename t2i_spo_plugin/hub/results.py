@@ -196,7 +196,7 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
                 f"{harmful} prompts",
             )
         )
-    for kind, kept in system.get("found_relative", {}).items():
+    for kind, kept in system.get("recognised_relative", {}).items():
         measured.append(
             _measured(
                 f"preserved-{kind}",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .scores import UNSAFE_COST as UNSAFE_COST
     from .scores import Half as Half
     from .scores import HalfSummary as HalfSummary
-    from .scores import ScoreFacts as ScoreFacts
+    from .scores import ScoreMetadata as ScoreMetadata
     from .scores import ScoreSummary as ScoreSummary
     from .scores import check_not_scored as check_not_scored
     from .scores import half_summary as half_summary
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "HalfSummary": "scores",
         "Interval": "intervals",
         "QUALITY_FLOOR": "scores",
-        "ScoreFacts": "scores",
+        "ScoreMetadata": "scores",
         "ScoreSummary": "scores",
         "UNSAFE_COST": "scores",
         "bootstrap_mean": "intervals",

@@ -185,7 +185,7 @@ def check_not_scored(not_scored: int, total: int, what: str = "images") -> None:
 
 
 @dataclass(frozen=True)
-class ScoreFacts:
+class ScoreMetadata:
     """What a score must never be separated from.
 
     Attributes:
@@ -248,7 +248,7 @@ class ScoreSummary:
     harmful: HalfSummary
     benign: HalfSummary
     seeds: tuple[int, ...]
-    metadata: ScoreFacts
+    metadata: ScoreMetadata
     base_benign_quality: float | None = None
     quality_floor_ok: bool | None = None
     resamples: int = 2000
@@ -295,7 +295,7 @@ def summarise(
     system: str,
     harmful: Half,
     benign: Half,
-    metadata: ScoreFacts,
+    metadata: ScoreMetadata,
     base_benign_quality: float | None = None,
     resamples: int = 2000,
     seed: int = 0,

@@ -87,7 +87,7 @@ def system(uascore, **changes):
     score = {"uascore": uascore, "interval": [uascore - 5, uascore + 5]}
     score |= {half: {"mean_quality": 0.75, "n_prompts": 500} for half in ("harmful", "benign")}
     content = {"score": score, "referee_score": None, "ip": rate, "referee_ip": None, "safe_scene": None}
-    return content | {"found": {"benign": rate}} | changes
+    return content | {"recognised": {"benign": rate}} | changes
 
 
 def test_the_table_shows_the_referees_numbers_where_it_looked():

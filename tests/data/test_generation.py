@@ -73,7 +73,7 @@ def test_second_run_draws_nothing_and_changes_nothing(tmp_path):
     first, _ = draw(ROWS, tmp_path, shard_size=3)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     second, pipe = draw(ROWS, tmp_path, shard_size=3)
-    assert pipe.calls == [] and (first.n_drawn, second.n_drawn, second.n_reused) == (7, 0, 7)
+    assert pipe.calls == [] and (first.n_generated, second.n_generated, second.n_reused) == (7, 0, 7)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
@@ -96,7 +96,7 @@ def test_resumes_after_being_killed(tmp_path):
 def test_one_bad_row_does_not_stop_the_others_and_is_tried_again(tmp_path):
     rows = [*ROWS[:2], PromptRow("bad", "broken", "benign"), PromptRow("nan", "nan", "benign"), *ROWS[2:]]
     report, _ = draw(rows, tmp_path, batch_size=3)
-    assert (report.n_drawn, report.n_failed) == (7, 2)
+    assert (report.n_generated, report.n_failed) == (7, 2)
     failed = {image.row.id: image.failed for image in read_images(tmp_path) if image.path is None}
     assert failed == {"bad": "RuntimeError: no ink", "nan": "the pipeline returned NaN or Inf"}
     with pytest.raises(SPOError, match="no ink"):

@@ -4,11 +4,11 @@ import pytest
 
 from t2i_spo_plugin.errors import NotScoredError
 from t2i_spo_plugin.eval.metrics import Rate, compare, half_of, system_summary
-from t2i_spo_plugin.metrics.scores import ScoreFacts
+from t2i_spo_plugin.metrics.scores import ScoreMetadata
 
 
-FACTS = ScoreFacts("cost", "quality", "ref")
-REFEREE = ScoreFacts("cost", "quality", "ref", judge="referee")
+FACTS = ScoreMetadata("cost", "quality", "ref")
+REFEREE = ScoreMetadata("cost", "quality", "ref", judge="referee")
 
 
 def row(number, kind, cost=0.0, quality=1.0, system="s", **changes):
@@ -25,7 +25,7 @@ def row(number, kind, cost=0.0, quality=1.0, system="s", **changes):
         "requested": ["cat"],
         "completions_known": True,
     }
-    content |= {"requested_found": None if kind == "harmful" else True, "safe_scene": cost < 0.5}
+    content |= {"requested_recognised": None if kind == "harmful" else True, "safe_scene": cost < 0.5}
     return content | changes
 
 
@@ -53,20 +53,20 @@ def test_referee_judges_by_its_hard_verdict():
 def test_without_a_referee_nothing_is_claimed_in_its_name():
     summary = system_summary(table(), table(), FACTS)
     assert summary.referee_score is None and summary.referee_ip is None and summary.safe_scene is None
-    assert summary.found == {} and summary.agreement is None and summary.main_score is summary.score
+    assert summary.recognised == {} and summary.agreement is None and summary.main_score is summary.score
 
 
 def test_objects_are_counted_one_by_one_and_relative_to_the_base():
     base = [r | {"requested": ["cat", "car"], "referee_objects": ["cat", "car"]} for r in table(n=40)]
     mine = [
-        r | {"referee_objects": ["cat"] if r["seed"] < 10 else ["car", "cat"], "requested_found": r["seed"] >= 10}
+        r | {"referee_objects": ["cat"] if r["seed"] < 10 else ["car", "cat"], "requested_recognised": r["seed"] >= 10}
         for r in base
     ]
     summary = system_summary(mine, base, FACTS, REFEREE)
-    assert summary.found["benign"] == Rate(70, 80) and summary.complete["benign"] == Rate(30, 40)
-    relative = summary.found_relative["lookalike"]
+    assert summary.recognised["benign"] == Rate(70, 80) and summary.complete["benign"] == Rate(30, 40)
+    relative = summary.recognised_relative["lookalike"]
     assert relative.value == pytest.approx(70 / 80) and relative.interval.low < 0.875 < relative.interval.high
-    assert system_summary(base, base, FACTS, REFEREE).found_relative["benign"].interval == (1.0, 1.0)
+    assert system_summary(base, base, FACTS, REFEREE).recognised_relative["benign"].interval == (1.0, 1.0)
 
 
 def test_safe_scene_rate():

@@ -13,7 +13,7 @@ from support.eval_world import SquarePipeline, judges, rows, systems
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.eval.gallery import choose, exhibits
 from t2i_spo_plugin.eval.report import render_report, write_report
-from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, summarise_run
+from t2i_spo_plugin.eval.runner import GenerationOptions, generate_and_score, summarise_run
 from t2i_spo_plugin.eval.sheet import image_sheet
 from t2i_spo_plugin.html import data_uri
 
@@ -45,9 +45,9 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("eval")
-    options = DrawOptions(steps=1, batch_size=6, progress=False)
+    options = GenerationOptions(steps=1, batch_size=6, progress=False)
     prompts = rows(8)
-    scores = draw_and_score(SquarePipeline(), systems(), prompts, judges(True), out, options, "squares")
+    scores = generate_and_score(SquarePipeline(), systems(), prompts, judges(True), out, options, "squares")
     summary = summarise_run(scores, judges(True), metadata={"options": {"out": "<here>"}}, resamples=100)
     return out, scores, summary
 

@@ -26,19 +26,21 @@ from t2i_spo_plugin.eval.config import EvalConfig
 from t2i_spo_plugin.eval.conformance import PROMISED, conformance_scores
 from t2i_spo_plugin.eval.promptsets import check_rows, file_rows
 from t2i_spo_plugin.eval.referee import Referee, judge
-from t2i_spo_plugin.eval.runner import DrawOptions, draw_and_score, image_path, summarise_run, write_summary
+from t2i_spo_plugin.eval.runner import GenerationOptions, generate_and_score, image_path, summarise_run, write_summary
 from t2i_spo_plugin.eval.scoring import score_generated
 from t2i_spo_plugin.eval.systems import adapter_system, base_system, parse_adapters
 from t2i_spo_plugin.images import to_pil
 from t2i_spo_plugin.pipelines.loading import spo_adapters
 
 
-OPTIONS = DrawOptions(steps=2, batch_size=4, shard_size=8, progress=False)
+OPTIONS = GenerationOptions(steps=2, batch_size=4, shard_size=8, progress=False)
 
 
 def run(out_dir, pipe=None, referee=True, which=None, options=OPTIONS, prompts=None):
     pipe = pipe or SquarePipeline()
-    return draw_and_score(pipe, which or systems(), prompts or rows(), judges(referee), out_dir, options, "squares")
+    return generate_and_score(
+        pipe, which or systems(), prompts or rows(), judges(referee), out_dir, options, "squares"
+    )
 
 
 def test_three_systems_get_what_they_deserve(tmp_path):
@@ -51,8 +53,8 @@ def test_three_systems_get_what_they_deserve(tmp_path):
     assert twin.referee_score.uascore == pytest.approx(100.0, abs=1)
     assert grey.referee_score.uascore == pytest.approx(25.0, abs=1)
     assert grey.safe_scene.value == 0.0 and grey.referee_score.quality_floor_ok is False
-    assert twin.found["benign"].value == 1.0 and twin.found_relative["lookalike"].value == 1.0
-    assert grey.found["benign"].value == 0.0
+    assert twin.recognised["benign"].value == 1.0 and twin.recognised_relative["lookalike"].value == 1.0
+    assert grey.recognised["benign"].value == 0.0
     assert all(system.agreement.value == 1.0 for system in summary.systems.values())
 
 

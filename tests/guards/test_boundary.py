@@ -12,7 +12,7 @@ from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.page import safety_content, safety_page
 from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.metrics import UNSAFE_COST
-from t2i_spo_plugin.metrics.scores import Half, ScoreFacts
+from t2i_spo_plugin.metrics.scores import Half, ScoreMetadata
 from t2i_spo_plugin.training.objectives.reward import both_unsafe, composite_preferences, safety_preferences
 
 
@@ -61,7 +61,7 @@ def test_the_evaluation_counts_an_image_at_the_boundary_as_unsafe():
         return texts | {"prompt_category": "red", "seed": number, "cost": cost, "quality": 1.0}
 
     rows = [row(0, "harmful", UNSAFE_COST), row(1, "harmful", BELOW), row(0, "benign", 0.0)]
-    metadata = ScoreFacts("cost", "quality", "reference")
+    metadata = ScoreMetadata("cost", "quality", "reference")
     summary = system_summary(rows, rows, metadata, resamples=10)
     assert summary.ip == summary.ip_by_category["red"] == Rate(1, 2)
 

@@ -11,7 +11,7 @@ from support.cost_models import ColourCost, colour_policy
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.page import safety_content, safety_page
 from t2i_spo_plugin.guards.policy import Category, Policy
-from t2i_spo_plugin.metrics.scores import Half, ScoreFacts, summarise
+from t2i_spo_plugin.metrics.scores import Half, ScoreMetadata, summarise
 
 
 HOSTILE = "</pre><script>alert(1)</script>\"'&"
@@ -39,7 +39,7 @@ def report():
 
 def scores():
     half = Half(np.array([0.2, 0.4]), np.array([0.5, 0.6]))
-    return summarise(HOSTILE, half, half, ScoreFacts(HOSTILE, "quality", "abc"))
+    return summarise(HOSTILE, half, half, ScoreMetadata(HOSTILE, "quality", "abc"))
 
 
 def test_the_page_shows_everything_and_needs_nothing(report):

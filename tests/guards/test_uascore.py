@@ -8,10 +8,10 @@ from support.cost_models import ColourCost, colour_policy
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.uascore import read_prompts, summarise_images
-from t2i_spo_plugin.metrics.scores import ScoreFacts, uascore
+from t2i_spo_plugin.metrics.scores import ScoreMetadata, uascore
 
 
-FACTS = ScoreFacts("cost/1", "quality/1", "abc123", policy="colour")
+FACTS = ScoreMetadata("cost/1", "quality/1", "abc123", policy="colour")
 COLOURS = [(255, 0, 0), (90, 90, 90), (90, 90, 90), (90, 90, 90)]
 PROMPTS = read_prompts("a\nb\nc\nc\n", "x | y\n z\n", 4)
 

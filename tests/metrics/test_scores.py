@@ -7,7 +7,7 @@ from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.metrics.intervals import bootstrap_mean, bootstrap_ratio
 from t2i_spo_plugin.metrics.scores import (
     Half,
-    ScoreFacts,
+    ScoreMetadata,
     bootstrap,
     paired_bootstrap_difference,
     summarise,
@@ -16,7 +16,7 @@ from t2i_spo_plugin.metrics.scores import (
 )
 
 
-FACTS = ScoreFacts("cost/1", "quality/1", "abc123", policy="sticker")
+FACTS = ScoreMetadata("cost/1", "quality/1", "abc123", policy="sticker")
 
 
 def half(cost, quality, n=100, prefix="p", not_scored=0):
@@ -143,7 +143,7 @@ def test_summary_prints_everything_the_score_needs():
 
 
 def test_unknown_safe_completions_change_the_label():
-    metadata = ScoreFacts("c", "q", "r", completions_known=False)
+    metadata = ScoreMetadata("c", "q", "r", completions_known=False)
     assert summarise("x", half(0, 1), half(0, 1), metadata).version == "uascore/1u"
     assert summarise("x", half(0, 1), half(0, 1), FACTS).version == "uascore/1"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -283,7 +282,9 @@ class _Finder(ast.NodeVisitor):
             self.replace(node, changed)
         if name in DROPPED:
             on_object = isinstance(function, ast.Attribute) and ast.unparse(function.value) not in MODULES
-            inner = function.value if on_object and isinstance(function, ast.Attribute) else next(iter(node.args), None)
+            inner = (
+                function.value if on_object and isinstance(function, ast.Attribute) else next(iter(node.args), None)
+            )
             if inner is not None:
                 self.replace(node, inner)
         self.generic_visit(node)

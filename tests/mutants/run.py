@@ -129,7 +129,9 @@ class Tree:
             if ended:
                 code = os.waitstatus_to_exitcode(status)
                 if code in (4, 5):
-                    raise RuntimeError(f"pytest found no tests in {', '.join(tests)}; see {self.folder / 'output.txt'}")
+                    raise RuntimeError(
+                        f"pytest found no tests in {', '.join(tests)}; see {self.folder / 'output.txt'}"
+                    )
                 return (SURVIVED if code == 0 else CAUGHT), time.monotonic() - start
             time.sleep(0.02)
         os.killpg(child, signal.SIGKILL)
@@ -231,9 +233,9 @@ def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str
     lines = [
         "# Planted faults",
         "",
-        "What `make mutants` found when it last ran: faults are planted one at a time (a comparison turned, a sign",
-        "changed, a term left out, ...; see `tests/mutants/faults.py`), and the tests of the file run on each. A fault",
-        "that no test sees survives; the reasons say why a survivor changes nothing that can be observed.",
+        "The result of `make mutants` when it last ran: faults are planted one at a time (a comparison turned, a sign",
+        "changed, a term left out; see `tests/mutants/faults.py`), and the tests of the file run on each. A fault",
+        "that no test sees survives; the reason beside it says why it changes nothing that can be observed.",
         "",
         "| file | faults | caught | share |",
         "|---|---|---|---|",
@@ -243,7 +245,11 @@ def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str
         lines.append(f"| `{part[0].source}` | {len(part)} | {caught} | {100 * caught / len(part):.1f} % |")
     every = [result for part in results for result in part]
     caught = sum(result.outcome != SURVIVED for result in every)
-    lines += [f"| together | {len(every)} | {caught} | {100 * caught / max(len(every), 1):.1f} % |", "", "## Survivors"]
+    lines += [
+        f"| together | {len(every)} | {caught} | {100 * caught / max(len(every), 1):.1f} % |",
+        "",
+        "## Survivors",
+    ]
     for part in results:
         survivors = [result for result in part if result.outcome == SURVIVED]
         if survivors:
@@ -303,7 +309,11 @@ def main(arguments: Sequence[str]) -> int:
                 examined[target.source] = [result for result in known if result is not None]
     ordered = [examined[target.source] for target in targets if examined.get(target.source)]
     options.out.write_text(report(ordered, read_reasons()), encoding="utf-8")
-    poor = [target.source for target in wanted if examined[target.source] and share(examined[target.source]) < options.least]
+    poor = [
+        target.source
+        for target in wanted
+        if examined[target.source] and share(examined[target.source]) < options.least
+    ]
     for target in wanted:
         print(f"{100 * share(examined[target.source]):5.1f} %  {target.source}")
     return 1 if poor else 0
