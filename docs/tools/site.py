@@ -45,14 +45,15 @@ def translate(text: str, source: str) -> str:
     folder = posixpath.dirname(source)
     here = posixpath.dirname(PAGES.get(source, source.removeprefix("docs/")))
 
-    def link(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, match["target"]))
-        if target in PAGES:
-            target = PAGES[target]
-        elif target.startswith("docs/"):
-            target = target.removeprefix("docs/")
-        else:
-            return match["text"]
-        return f"{match['head']}({posixpath.relpath(target, here or '.')}{match['anchor'] or ''})"
+    def moved(target: str) -> str | None:
+        target = posixpath.normpath(posixpath.join(folder, target))
+        if target not in PAGES and not target.startswith("docs/"):
+            return None
+        return posixpath.relpath(PAGES.get(target, target.removeprefix("docs/")), here or ".")
 
-    return LINK.sub(link, text)
+    def link(match: re.Match[str]) -> str:
+        target = moved(match["target"])
+        return match["text"] if target is None else f"{match['head']}({target}{match['anchor'] or ''})"
+
+    text = LINK.sub(link, text)
+    return re.sub(r'(?<=<img src=")[^":]+(?=")', lambda match: moved(match[0]) or match[0], text)
