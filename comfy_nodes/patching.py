@@ -55,7 +55,7 @@ def read_stack(names: Sequence[tuple[str, float]], strict: bool) -> Stack:
     """The chosen adapters with their strengths.
 
     Raises:
-        AdapterError: a file is none, or holds no adapter that can be meant.
+        AdapterError: a file is none, or holds no valid adapter.
         ConfigError: a negative strength.
     """
     return [(read_adapter(adapter_file(name), strict), check_strength(strength)) for name, strength in names]

@@ -1,4 +1,4 @@
-"""Every bad input ends in one of these errors, with a sentence: what was found, what was expected, what to do."""
+"""Every bad input ends in one of these errors, with a sentence: what is wrong, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnsupportedAdapterError(AdapterError):
 
 
 class InvalidAdapterError(AdapterError):
-    """A LoRA whose content cannot be meant: missing halves, matrices or alphas without sense, NaN, Inf, all zero."""
+    """A LoRA whose content is invalid: a matrix is missing, an alpha is out of range, NaN, Inf, all zero."""
 
 
 class IncompatibleAdapterError(AdapterError):

@@ -15,7 +15,7 @@ from .metadata import AdapterMetadata
 
 
 MAX_SCALE = 1000.0
-"""Largest `alpha / rank` that is taken for an intended one."""
+"""Largest valid `alpha / rank`: more is a corrupt file or a mistake."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Adapter:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def validate(self) -> Adapter:
-        """Return the adapter itself when its numbers can be meant.
+        """Return the adapter itself when its content is valid.
 
         Raises:
             InvalidAdapterError: no module, a module name without component, NaN or Inf, an alpha that is not positive
-                or out of proportion to the rank, or weights that change nothing.
+                or above `MAX_SCALE` times the rank, or weights that change nothing.
         """
         if not self.modules:
             raise InvalidAdapterError("the adapter has no module")
@@ -47,10 +47,10 @@ class Adapter:
                 raise InvalidAdapterError(f"{name}: a module name starts with one of {', '.join(COMPONENTS)}")
             if not (math.isfinite(pair.alpha) and 0.0 < pair.alpha <= MAX_SCALE * pair.rank):
                 raise InvalidAdapterError(
-                    f"{name}: alpha {pair.alpha} makes no sense for rank {pair.rank}; it must be positive and at most "
-                    f"{MAX_SCALE:.0f} times the rank"
+                    f"{name}: alpha {pair.alpha} is out of range for rank {pair.rank}; it must be positive and at "
+                    f"most {MAX_SCALE:.0f} times the rank"
                 )
-            peaks = [_peak(half, name) for half in (pair.down, pair.up)]
+            peaks = [_peak(matrix, name) for matrix in (pair.down, pair.up)]
             changes_something = changes_something or all(peak > 0.0 for peak in peaks)
         if not changes_something:
             raise InvalidAdapterError("all weights are zero: the adapter changes nothing")
@@ -65,12 +65,12 @@ class Adapter:
         return sum(pair.down.numel() + pair.up.numel() for pair in self.modules.values())
 
 
-def _peak(half: Tensor, name: str) -> float:
-    if not half.is_floating_point():
-        raise InvalidAdapterError(f"{name}: weights must be floating point, got {half.dtype}")
-    half = half.detach()
+def _peak(matrix: Tensor, name: str) -> float:
+    if not matrix.is_floating_point():
+        raise InvalidAdapterError(f"{name}: weights must be floating point, got {matrix.dtype}")
+    matrix = matrix.detach()
     # One pass: the largest magnitude is NaN or Inf when any weight is, and 0 when all are.
-    peak = float((half if half.element_size() > 1 else half.float()).abs().amax())
+    peak = float((matrix if matrix.element_size() > 1 else matrix.float()).abs().amax())
     if not math.isfinite(peak):
         raise InvalidAdapterError(f"{name}: the weights hold NaN or Inf")
     return peak

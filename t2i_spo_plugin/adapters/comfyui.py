@@ -1,7 +1,7 @@
 """An adapter for a ComfyUI model: where each of its modules belongs there, by ComfyUI's own key maps.
 
 A key map is a plain mapping from the names that LoRA files use to the weight that a name stands for: the weight's
-name, or a tuple of it, the part `(dimension, start, length)` of the weight that is meant (None is all), and maybe a
+name, or a tuple of it, the part `(dimension, start, length)` of the weight (None is all), and maybe a
 function to apply to the change first. Nothing of ComfyUI is imported here.
 """
 
@@ -37,7 +37,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ComfyBase:
-    """What has to be known of a ComfyUI model, and of the CLIP that is connected with it.
+    """What `fit_adapter` has to know of a ComfyUI model, and of the CLIP that is connected with it.
 
     Attributes:
         architecture: as `AdapterMetadata.base_architecture`; empty when unknown.
@@ -61,13 +61,13 @@ class Fit:
     Attributes:
         adapter: as it was read.
         places: patch key by module name, for every module that has a place.
-        left: names of the modules that have none.
+        missing: names of the modules that have none.
         notes: what a user should know, a sentence each.
     """
 
     adapter: Adapter
     places: dict[str, PatchKey]
-    left: tuple[str, ...]
+    missing: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -123,17 +123,17 @@ def bypass_pairs(
         `up`; rows of the weight that an adapter leaves alone are 0.
 
     Raises:
-        UnsupportedAdapterError: a part of a weight is meant that is not a range of its rows.
+        UnsupportedAdapterError: an adapter changes a part of a weight that is not a range of its rows.
     """
-    halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for fit, strength in fits:
         for name, place in fit.places.items():
             weight = _weight(place)
             pair = fit.adapter.modules[name]
-            halves.setdefault(weight, []).append(_halves(pair, strength, place, shapes[weight]))
+            pairs.setdefault(weight, []).append(_bypass_pair(pair, strength, place, shapes[weight]))
     return {
         weight: (torch.cat([down for down, _ in parts]), torch.cat([up for _, up in parts], dim=1))
-        for weight, parts in halves.items()
+        for weight, parts in pairs.items()
     }
 
 
@@ -142,7 +142,7 @@ def describe(fit: Fit, strength: float) -> str:
     metadata, total = fit.adapter.metadata, len(fit.adapter.modules)
     lines = [
         metadata.title,
-        f"base: {metadata.base_architecture or 'not said'}, predicts {metadata.prediction_type or 'not said'}",
+        f"base: {metadata.base_architecture or 'not stated'}, predicts {metadata.prediction_type or 'not stated'}",
         f"rank {fit.adapter.rank}, {len(fit.places)} of {total} modules applied, strength {strength:g}",
         *(f"{key}: {value}" for key, value in sorted(metadata.extra.items())),
         *(f"note: {note}" for note in fit.notes),
@@ -151,11 +151,11 @@ def describe(fit: Fit, strength: float) -> str:
 
 
 def _place(name: str, base: ComfyBase) -> PatchKey | None:
-    """Key maps may speak of weights that a shallower model does not have."""
+    """Its patch key; key maps also list weights that a shallower model does not have."""
     component, _, path = name.partition(".")
     names = (form.format(path=path, flat=path.replace(".", "_")) for form in _NAMES.get(component, ()))
-    found = (base.keys[name] for name in names if name in base.keys)
-    return next((place for place in found if _weight(place) in base.shapes), None)
+    places = (base.keys[name] for name in names if name in base.keys)
+    return next((place for place in places if _weight(place) in base.shapes), None)
 
 
 def _weight(place: PatchKey) -> str:
@@ -163,7 +163,7 @@ def _weight(place: PatchKey) -> str:
 
 
 def _part(place: PatchKey) -> tuple[tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None]:
-    """The part of the weight that is meant, and the function for the change."""
+    """The part of the weight that is changed, and the function for the change."""
     if isinstance(place, str):
         return None, None
     return place[1], place[2] if len(place) > 2 else None
@@ -182,7 +182,7 @@ def _with_dimensions(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     return core + (1,) * (count - len(core))
 
 
-def _halves(pair: LoraPair, strength: float, place: PatchKey, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _bypass_pair(pair: LoraPair, strength: float, place: PatchKey, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     part, function = _part(place)
     if part is not None and part[0] != 0:
         raise UnsupportedAdapterError(

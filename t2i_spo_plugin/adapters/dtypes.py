@@ -72,13 +72,13 @@ def rounded(pair: LoraPair, dtype: torch.dtype, name: str) -> tuple[LoraPair, fl
 
     Raises:
         ConfigError: adapters are not written in `dtype`.
-        AdapterError: the largest weight of a half lies outside of what `dtype` holds at full precision.
+        AdapterError: the largest weight of a matrix lies outside of what `dtype` holds at full precision.
     """
     check_dtype(dtype)
     if pair.down.dtype == dtype == pair.up.dtype:
         return pair, 0.0
-    for half in (pair.down, pair.up):
-        least, most, peak = torch.finfo(dtype).tiny, torch.finfo(dtype).max, float(half.abs().amax())
+    for matrix in (pair.down, pair.up):
+        least, most, peak = torch.finfo(dtype).tiny, torch.finfo(dtype).max, float(matrix.abs().amax())
         if 0.0 < peak < least or peak > most:
             raise AdapterError(
                 f"{name}: the largest weight is {peak:.1e}, {str(dtype).removeprefix('torch.')} holds {least:.1e} to "
@@ -97,7 +97,7 @@ def check_dtype(dtype: torch.dtype) -> None:
         ConfigError: they are not.
     """
     if dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise ConfigError(f"dtype must be one of {names}, got {dtype}")
 
 

@@ -41,7 +41,7 @@ _DENOISERS = ("unet", "transformer", "prior")
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractionResult:
     """What a tuned model changes, as an adapter, and what got lost on the way.
 
     Attributes:
@@ -72,11 +72,11 @@ def extract_adapter(
     device: str = "cpu",
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> Extracted:
+) -> ExtractionResult:
     """The adapter that turns `base` into `tuned`, as nearly as its rank allows; float32 arithmetic.
 
     The weights are read tensor by tensor: memory is bounded by the largest layer and the adapter itself. A change of
-    low rank, such as a merged LoRA, is found without decomposing the whole weight. Of pipelines, the components are
+    low rank, such as a merged LoRA, is computed without decomposing the whole weight. Of pipelines, the components are
     compared that can carry a LoRA.
 
     Args:
@@ -109,7 +109,7 @@ def extract_adapter(
         energy = DEFAULT_ENERGY
     sources = find_model(base, component), find_model(tuned, component)
     pairs = _common(*sources)
-    said = _metadata(*sources, architecture, prediction_type)
+    claims = _claims(*sources, architecture, prediction_type)
     modules: dict[str, LoraPair] = {}
     squares: dict[str, tuple[float, float]] = {}
     unexpressed: dict[str, float] = {}
@@ -148,8 +148,8 @@ def extract_adapter(
         "extract_energy": str(energy or ""),
         "extract_error": f"{errors[2]:.6f}",
     }
-    metadata = AdapterMetadata(*said, "Extracted adapter", {key: value for key, value in extra.items() if value})
-    return Extracted(Adapter(dict(sorted(modules.items())), metadata).validate(), *errors, unexpressed)
+    metadata = AdapterMetadata(*claims, "Extracted adapter", {key: value for key, value in extra.items() if value})
+    return ExtractionResult(Adapter(dict(sorted(modules.items())), metadata).validate(), *errors, unexpressed)
 
 
 def _decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
@@ -171,7 +171,7 @@ def _decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[
 
 
 def _decompositions(matrix: Tensor, rank: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Singular vectors and values of `matrix [m, n]`, the strongest found quickly, where that is worth it; then all.
+    """Singular vectors and values of `matrix [m, n]`, the strongest at first, where that is quicker; then all.
 
     The strongest come by a randomised range finder (Halko, Martinsson, Tropp 2011, with one power iteration), which
     finds a change of low rank as a whole; its seed is fixed, so that equal models give equal adapters.
@@ -225,21 +225,20 @@ def _common(base: ModelFiles, tuned: ModelFiles) -> dict[str, tuple[Path, Path]]
     return {name: (base.components[name], tuned.components[name]) for name in shared}
 
 
-def _metadata(base: ModelFiles, tuned: ModelFiles, architecture: str, prediction_type: str) -> tuple[str, str]:
-    """Architecture and prediction type; what is given fills in what the files do not say."""
-    given = normalise_architecture(architecture)
-    said = []
+def _claims(base: ModelFiles, tuned: ModelFiles, architecture: str, prediction_type: str) -> tuple[str, str]:
+    """Architecture and prediction type; the arguments fill in what the files do not say."""
+    claims = []
     for what, values in (
-        ("architecture", (base.architecture, tuned.architecture, given)),
+        ("architecture", (base.architecture, tuned.architecture, normalise_architecture(architecture))),
         ("prediction type", (base.prediction_type, tuned.prediction_type, prediction_type)),
     ):
-        found = sorted({value for value in values if value})
-        if len(found) > 1:
-            raise AdapterError(f"{base.name} and {tuned.name} must share the {what}, found {' and '.join(found)}")
-        said.append(found[0] if found else "")
-    if not said[0]:
+        names = sorted({value for value in values if value})
+        if len(names) > 1:
+            raise AdapterError(f"{base.name} and {tuned.name} must share the {what}, got {' and '.join(names)}")
+        claims.append(names[0] if names else "")
+    if not claims[0]:
         raise AdapterError(f"{base.name} and {tuned.name} do not say which architecture they are of; name it")
-    return said[0], said[1]
+    return claims[0], claims[1]
 
 
 def _agreed_shapes(component: str, base: Weights, tuned: Weights) -> dict[str, tuple[int, ...]]:

@@ -68,22 +68,22 @@ def inspect_adapter(path: str | Path) -> Inspection:
     Raises:
         UnreadableAdapterError: no such file, or not a safetensors file.
         UnsupportedAdapterError: nothing in it is understood as a LoRA.
-        InvalidAdapterError: halves are missing, or do not fit each other.
+        InvalidAdapterError: matrices are missing, or do not fit each other.
     """
     path = find_adapter_file(path)
     tensors, header, peft_config = read_tensors(path)
     try:
         layout = layouts.layout_of(tensors, header, peft_config)
         foreign = layouts.foreign_keys(tensors, peft_config is not None)
-        known = {key: tensors[key] for key in sorted(set(tensors) - set(foreign))}
-        adapter = Adapter(layouts.decode(known, header, peft_config), metadata_from_header(header))
+        loras = {key: tensors[key] for key in sorted(set(tensors) - set(foreign))}
+        adapter = Adapter(layouts.decode(loras, header, peft_config), metadata_from_header(header))
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     pairs, metadata = adapter.modules.values(), adapter.metadata
     squares: dict[str, float] = {}
     for name, pair in adapter.modules.items():
         squares[block_of(name)] = squares.get(block_of(name), 0.0) + pair.norm() ** 2
-    partial, assumed = stated_alphas(layout, list(known), header)
+    partial, assumed = stated_alphas(layout, list(loras), header)
     flaws = [*_flaws(adapter, foreign, len(tensors)), *partial]
     return Inspection(
         file=str(path),
@@ -95,7 +95,7 @@ def inspect_adapter(path: str | Path) -> Inspection:
         components=sorted({name.partition(".")[0] for name in adapter.modules}),
         modules=len(adapter.modules),
         parameters=adapter.num_parameters(),
-        dtypes=sorted({str(half.dtype).removeprefix("torch.") for pair in pairs for half in (pair.down, pair.up)}),
+        dtypes=sorted({str(matrix.dtype).removeprefix("torch.") for pair in pairs for matrix in (pair.down, pair.up)}),
         ranks=sorted({pair.rank for pair in pairs}),
         alphas=sorted({pair.alpha for pair in pairs}),
         scales=sorted({pair.scale for pair in pairs}),
@@ -114,44 +114,46 @@ def inspect_adapter(path: str | Path) -> Inspection:
 
 def _flaws(adapter: Adapter, foreign: Sequence[str], total: int) -> list[str]:
     """Why loading refuses the file; its alphas apart."""
-    found = []
+    flaws = []
     if foreign:
-        found.append(layouts.foreign_weights(foreign, total))
+        flaws.append(layouts.foreign_weights(foreign, total))
     try:
         adapter.validate()
     except AdapterError as error:
-        found.append(str(error))
-    return found
+        flaws.append(str(error))
+    return flaws
 
 
 def _header_warnings(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> list[str]:
-    found = []
+    messages = []
     if not adapter.metadata.base_architecture:
-        found.append("the header does not say which architecture it was made for: loading cannot check that")
+        messages.append("the header does not say which architecture it was made for: loading cannot check that")
     elif not adapter.metadata.prediction_type:
-        found.append("the header does not say what the base model predicts: loading cannot check that")
+        messages.append("the header does not say what the base model predicts: loading cannot check that")
     digest = metadata.get("sshs_model_hash", "")
     if digest and digest != _digest(path):
-        found.append("the weights are not those that the header's hash was taken of: the file was changed afterwards")
-    return found
+        messages.append(
+            "the weights are not those that the header's hash was taken of: the file was changed afterwards"
+        )
+    return messages
 
 
 def _weight_warnings(adapter: Adapter) -> list[str]:
-    found = []
+    messages = []
     idle = [name for name, pair in adapter.modules.items() if not (pair.up.any() and pair.down.any())]
     if idle:
-        found.append(f"{len(idle)} of {len(adapter.modules)} modules change nothing, such as {idle[0]}")
+        messages.append(f"{len(idle)} of {len(adapter.modules)} modules change nothing, such as {idle[0]}")
     tiny = torch.finfo(torch.float16).tiny
-    halves = [
-        half for pair in adapter.modules.values() for half in (pair.down, pair.up) if half.dtype == torch.float16
+    narrow = [
+        matrix for pair in adapter.modules.values() for matrix in (pair.down, pair.up) if matrix.dtype == torch.float16
     ]
-    faint = sum(bool(half.any()) and float(half.abs().amax()) < tiny for half in halves)
+    faint = sum(bool(matrix.any()) and float(matrix.abs().amax()) < tiny for matrix in narrow)
     if faint:
-        found.append(f"{faint} matrices lie below what float16 holds exactly: much of them is lost")
+        messages.append(f"{faint} matrices lie below what float16 holds exactly: much of them is lost")
     texts = sorted({name.partition(".")[0] for name in adapter.modules if name.startswith("text_encoder")})
     if texts:
-        found.append(f"it changes {', '.join(texts)} too; in ComfyUI that part has a strength of its own")
-    return found
+        messages.append(f"it changes {', '.join(texts)} too; in ComfyUI that part has a strength of its own")
+    return messages
 
 
 def _digest(path: Path) -> str:
@@ -161,21 +163,24 @@ def _digest(path: Path) -> str:
     return sha256_of(path, 8 + length)
 
 
-def as_lines(found: Inspection) -> dict[str, Any]:
+def as_lines(inspection: Inspection) -> dict[str, Any]:
     """The inspection as `{label: text}` for people, metadata after the numbers."""
-    short = [f"{value:g}" for value in found.scales[:6]] + (["..."] if len(found.scales) > 6 else [])
-    ranks = f"{found.ranks[0]}" if len(found.ranks) == 1 else f"{found.ranks[0]} to {found.ranks[-1]}"
-    alphas = f"{found.alphas[0]:g}" if len(found.alphas) == 1 else f"{found.alphas[0]:g} to {found.alphas[-1]:g}"
+    short = [f"{value:g}" for value in inspection.scales[:6]] + (["..."] if len(inspection.scales) > 6 else [])
     return {
-        "file": f"{found.file} ({found.bytes / 1e6:.2f} MB)",
-        "title": found.title or "none",
-        "layout": found.layout,
-        "architecture": found.base_architecture or "not said",
-        "prediction": found.prediction_type or "not said",
-        "modules": f"{found.modules} in {', '.join(found.components)}",
-        "rank": f"{ranks}, alpha {alphas}, alpha / rank {', '.join(short)}",
-        "parameters": f"{found.parameters:,} in {', '.join(found.dtypes)}",
-        "norm": f"{found.norm:.4g}",
-        **{f"  {block}": f"{norm:.4g}" for block, norm in found.block_norms.items()},
-        **found.metadata,
+        "file": f"{inspection.file} ({inspection.bytes / 1e6:.2f} MB)",
+        "title": inspection.title or "none",
+        "layout": inspection.layout,
+        "architecture": inspection.base_architecture or "not stated",
+        "prediction": inspection.prediction_type or "not stated",
+        "modules": f"{inspection.modules} in {', '.join(inspection.components)}",
+        "rank": f"{_span(inspection.ranks)}, alpha {_span(inspection.alphas)}, alpha / rank {', '.join(short)}",
+        "parameters": f"{inspection.parameters:,} in {', '.join(inspection.dtypes)}",
+        "norm": f"{inspection.norm:.4g}",
+        **{f"  {block}": f"{norm:.4g}" for block, norm in inspection.block_norms.items()},
+        **inspection.metadata,
     }
+
+
+def _span(values: Sequence[float]) -> str:
+    """The range of ascending numbers."""
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"

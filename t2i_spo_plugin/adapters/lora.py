@@ -45,7 +45,7 @@ class LoraPair:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def norm(self) -> float:
-        """The Frobenius norm of `delta()`, from the Gram matrices of the halves: the delta itself is never made."""
+        """The Frobenius norm of `delta()`, from the Gram matrices of A and B: the delta itself is never computed."""
         down, up = self.down.double().flatten(1), self.up.double().flatten(1)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return self.scale * math.sqrt(max(squared, 0.0))

@@ -1,4 +1,4 @@
-"""Several adapters into one: exactly, by concatenation, or at a chosen rank, with the error that this makes."""
+"""Several adapters into one: exactly, by concatenation, or at a chosen rank, with the error of that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .metadata import AdapterMetadata
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """Several adapters as one.
 
     Attributes:
@@ -35,26 +35,32 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One module after merging: its pair, and the squared Frobenius norms of what was cut and of the whole."""
+class Approximation:
+    """A module of the merged adapter.
+
+    Attributes:
+        pair: its matrices.
+        squared_error: squared Frobenius norm of what the pair leaves out of the exact sum.
+        squared_norm: the same of the exact sum.
+    """
 
     pair: LoraPair
-    lost: float
-    total: float
+    squared_error: float
+    squared_norm: float
 
 
-Method = Callable[[Tensor, Tensor, "int | None"], Cut]
+Method = Callable[[Tensor, Tensor, "int | None"], Approximation]
 """`(down [R, in, ...], up [out, R, ...], rank)` of the exact sum `up @ down` -> the module of the merged adapter."""
 
 
-def concat(down: Tensor, up: Tensor, rank: int | None) -> Cut:
+def concat(down: Tensor, up: Tensor, rank: int | None) -> Approximation:
     """The exact sum: the ranks add up, and `rank` is not used."""
     pair = LoraPair(down, up, float(down.shape[0]))
-    return Cut(pair, 0.0, pair.norm() ** 2)
+    return Approximation(pair, 0.0, pair.norm() ** 2)
 
 
-def svd(down: Tensor, up: Tensor, rank: int | None) -> Cut:
-    """The nearest pair of at most `rank` in the Frobenius norm, by QR of both halves and an SVD of `R_up R_down^T`.
+def svd(down: Tensor, up: Tensor, rank: int | None) -> Approximation:
+    """The nearest pair of at most `rank` in the Frobenius norm, by QR of both matrices and an SVD of `R_up R_down^T`.
 
     Singular values that are rounding alone are left out, so that a module may come out with a lower rank.
     """
@@ -63,17 +69,17 @@ def svd(down: Tensor, up: Tensor, rank: int | None) -> Cut:
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     parts = float((up.double().flatten(1).norm(dim=0) * down.double().flatten(1).norm(dim=1)).sum())
     values = torch.where(values > torch.finfo(torch.float32).eps * parts, values, 0.0)
-    squared, meant = values.square(), int(values.count_nonzero())
-    keep = max(1, min(meant, rank or meant))
+    squared, full_rank = values.square(), int(values.count_nonzero())
+    keep = max(1, min(full_rank, rank or full_rank))
     weight = (up.shape[0], *down.shape[1:])
     pair = balanced_pair(q_up @ left[:, :keep], values[:keep], right[:keep] @ q_down.T, weight)
-    return Cut(pair, float(squared[keep:].sum()), float(squared.sum()))
+    return Approximation(pair, float(squared[keep:].sum()), float(squared.sum()))
 
 
 def balanced_pair(left: Tensor, values: Tensor, right: Tensor, weight: Sequence[int]) -> LoraPair:
     """`left [out, r] diag(values [r]) right [r, in * ...]` as a float32 pair for a weight of that shape, on the CPU.
 
-    Each half takes the root of the singular values, so that 16 bits hold both alike well.
+    Each matrix takes the root of the singular values, so that 16 bits hold both alike well.
     """
     rank, roots, ones = len(values), values.sqrt(), (1,) * (len(weight) - 2)
     up = (left * roots).to("cpu", torch.float32).reshape(weight[0], rank, *ones)
@@ -81,9 +87,9 @@ def balanced_pair(left: Tensor, values: Tensor, right: Tensor, weight: Sequence[
     return LoraPair(down.contiguous(), up.contiguous(), float(rank))
 
 
-def relative_error(lost: float, total: float) -> float:
-    """`sqrt(lost / total)` of two squared norms; 0 where there was nothing to lose."""
-    return math.sqrt(lost / total) if total > 0.0 else 0.0
+def relative_error(squared_error: float, squared_norm: float) -> float:
+    """`sqrt(squared_error / squared_norm)`; 0 for a norm of 0."""
+    return math.sqrt(squared_error / squared_norm) if squared_norm > 0.0 else 0.0
 
 
 METHODS: dict[str, Method] = {"concat": concat, "svd": svd}
@@ -97,7 +103,7 @@ def merge_adapters(
     rank: int | None = None,
     names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Merged:
+) -> MergeResult:
     """One adapter that changes every weight by `sum_k weights[k] * delta_k`; where one has no module, it adds nothing.
 
     Args:
@@ -122,20 +128,23 @@ def merge_adapters(
         rank = max(pair.rank for adapter in adapters for pair in adapter.modules.values())
     metadata = _metadata(adapters, weights, names, method)
     stacked = stack(adapters, weights)
-    cuts = {name: _rounded(METHODS[method](down, up, rank), dtype, name) for name, (down, up) in stacked.items()}
-    errors = {name: relative_error(cut.lost, cut.total) for name, cut in cuts.items()}
-    error = relative_error(sum(cut.lost for cut in cuts.values()), sum(cut.total for cut in cuts.values()))
-    merged = Adapter({name: cut.pair for name, cut in cuts.items()}, metadata).validate()
-    return Merged(merged, errors, error)
+    modules = {name: _rounded(METHODS[method](down, up, rank), dtype, name) for name, (down, up) in stacked.items()}
+    errors = {name: relative_error(module.squared_error, module.squared_norm) for name, module in modules.items()}
+    error = relative_error(
+        sum(module.squared_error for module in modules.values()),
+        sum(module.squared_norm for module in modules.values()),
+    )
+    merged = Adapter({name: module.pair for name, module in modules.items()}, metadata).validate()
+    return MergeResult(merged, errors, error)
 
 
-def _rounded(cut: Cut, dtype: torch.dtype, name: str) -> Cut:
-    pair, lost = rounded(cut.pair, dtype, name)
-    return Cut(pair, cut.lost + lost, cut.total)
+def _rounded(module: Approximation, dtype: torch.dtype, name: str) -> Approximation:
+    pair, squared_error = rounded(module.pair, dtype, name)
+    return Approximation(pair, module.squared_error + squared_error, module.squared_norm)
 
 
 def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both halves of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
+    """Both matrices of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
     parts: dict[str, list[tuple[LoraPair, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, pair in adapter.modules.items():
@@ -145,9 +154,9 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tu
     for name, pairs in sorted(parts.items()):
         shapes = sorted({pair.shape for pair, _ in pairs})
         if len(shapes) > 1:
-            found = " and ".join(str(list(shape)) for shape in shapes)
+            listed = " and ".join(str(list(shape)) for shape in shapes)
             raise IncompatibleAdapterError(
-                f"the adapters are for different models: they change {name} as weights of {found}"
+                f"the adapters are for different models: they change {name} as weights of {listed}"
             )
         down = torch.cat([_plain(pair.down) for pair, _ in pairs])
         up = torch.cat([_plain(pair.up) * (weight * pair.scale) for pair, weight in pairs], dim=1)
@@ -155,8 +164,8 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tu
     return stacked
 
 
-def _plain(half: Tensor) -> Tensor:
-    return half.detach().to("cpu", torch.float32)
+def _plain(matrix: Tensor) -> Tensor:
+    return matrix.detach().to("cpu", torch.float32)
 
 
 def _metadata(
@@ -181,10 +190,10 @@ def _metadata(
 
 def _agreed(what: str, values: Sequence[str]) -> str:
     """The one value among those that are not empty, empty when there is none."""
-    said = sorted({value for value in values if value})
-    if len(said) > 1:
-        raise IncompatibleAdapterError(f"the adapters were made for models of different {what}: {', '.join(said)}")
-    return said[0] if said else ""
+    names = sorted({value for value in values if value})
+    if len(names) > 1:
+        raise IncompatibleAdapterError(f"the adapters were made for models of different {what}: {', '.join(names)}")
+    return names[0] if names else ""
 
 
 def _check_arguments(
@@ -192,16 +201,16 @@ def _check_arguments(
 ) -> None:
     if not adapters:
         raise ConfigError("name at least one adapter")
-    for what, given in (("weights", weights), ("names", names)):
-        if len(given) != len(adapters):
-            raise ConfigError(f"{len(adapters)} adapters need as many {what}, got {len(given)}")
+    for what, values in (("weights", weights), ("names", names)):
+        if len(values) != len(adapters):
+            raise ConfigError(f"{len(adapters)} adapters need as many {what}, got {len(values)}")
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0.0):
             raise ConfigError(
                 f"a weight must be finite and at least 0, got {weight}; a negative one would undo safety"
             )
     if not any(weights):
-        raise ConfigError("all weights are 0: nothing would be left")
+        raise ConfigError("all weights are 0: the result would change nothing")
     if method not in METHODS:
         raise ConfigError(f"there is no method {method}; there are {', '.join(METHODS)}")
     if rank is not None and method == "concat":

@@ -89,7 +89,7 @@ def metadata_from_header(metadata: Mapping[str, str]) -> AdapterMetadata:
     """What the header of an adapter file says, ours or another program's.
 
     Raises:
-        InvalidAdapterError: the prediction type is none that exists, or the architecture's name makes no sense.
+        InvalidAdapterError: the prediction type is none that exists, or the architecture's name is not one.
     """
     spelled = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
     version = metadata.get("ss_base_model_version", "")
@@ -98,14 +98,14 @@ def metadata_from_header(metadata: Mapping[str, str]) -> AdapterMetadata:
         spelled = next((name for name, kohya in _KOHYA_VERSIONS.items() if bare == kohya), "")
     architecture = normalise_architecture(spelled)
     if len(architecture) > _LONGEST_NAME or not architecture.isprintable():
-        raise InvalidAdapterError(f"the name of its architecture makes no sense: {quoted(architecture)}")
+        raise InvalidAdapterError(f"the name of its architecture is invalid: {quoted(architecture)}")
     prediction = metadata.get("spo.prediction_type", "")
     if not prediction:
         spec = metadata.get("modelspec.prediction_type", "")
         prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
     if not prediction:
-        said_v = version in {f"{known}{_VERSION_OF_V}" for known in _KOHYA_VERSIONS.values()}
-        prediction = "v_prediction" if said_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
+        is_v = version in {f"{known}{_VERSION_OF_V}" for known in _KOHYA_VERSIONS.values()}
+        prediction = "v_prediction" if is_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
     extra = {
         key.removeprefix("spo."): value
         for key, value in metadata.items()

@@ -61,7 +61,8 @@ def check_blocks(blocks: Iterable[str], paths: Iterable[str]) -> None:
 
 def factor_at(path: str, blocks: Mapping[str, float]) -> float:
     """The number that `blocks` give the module `path`: that of the longest block it is in, or 1."""
-    return blocks[max(found, key=len)] if (found := [block for block in blocks if inside(path, block)]) else 1.0
+    matches = [block for block in blocks if inside(path, block)]
+    return blocks[max(matches, key=len)] if matches else 1.0
 
 
 def inside(path: str, block: str) -> bool:
@@ -74,14 +75,14 @@ def by_block(strengths: Mapping[str, float]) -> dict[str, float]:
     uniform: dict[str, float | None] = {}
     for path, strength in strengths.items():
         for block in _prefixes(path):
-            known = uniform.setdefault(block, strength)
-            if known is not None and not math.isclose(known, strength, rel_tol=1e-6, abs_tol=1e-9):
+            common = uniform.setdefault(block, strength)
+            if common is not None and not math.isclose(common, strength, rel_tol=1e-6, abs_tol=1e-9):
                 uniform[block] = None
-    found: dict[str, float] = {}
+    blocks: dict[str, float] = {}
     for path, strength in strengths.items():
         block = next(block for block in _prefixes(path) if uniform[block] is not None)
-        found.setdefault(block, strength)
-    return found
+        blocks.setdefault(block, strength)
+    return blocks
 
 
 def _prefixes(path: str) -> list[str]:
@@ -91,10 +92,10 @@ def _prefixes(path: str) -> list[str]:
 
 def _blocks_of(paths: Iterable[str]) -> str:
     """Components, their parts, and the numbered blocks of these, as a list for people."""
-    found = set()
+    blocks = set()
     for path in paths:
         parts = path.split(".")
-        found |= {".".join(parts[:depth]) for depth in (1, 2) if depth < len(parts)}
+        blocks |= {".".join(parts[:depth]) for depth in (1, 2) if depth < len(parts)}
         if len(parts) > 3 and parts[2].isdigit():
-            found.add(".".join(parts[:3]))
-    return ", ".join(sorted(found))
+            blocks.add(".".join(parts[:3]))
+    return ", ".join(sorted(blocks))

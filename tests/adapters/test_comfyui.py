@@ -44,7 +44,7 @@ TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 def test_every_module_of_every_family_finds_its_place(pipe):
     adapter = random_adapter(pipe, layers=LAYERS, components=("unet", "transformer", *TEXTS))
     fit = fit_adapter(adapter, base_for(adapter))
-    assert fit.places == {name: f"there.{name}.weight" for name in adapter.modules} and not fit.left
+    assert fit.places == {name: f"there.{name}.weight" for name in adapter.modules} and not fit.missing
     tensors, places = lora_tensors(fit)
     assert places == fit.places and len(tensors) == 3 * len(places)
     for name, pair in adapter.modules.items():
@@ -132,7 +132,7 @@ def test_what_has_no_place_is_refused_unless_told_and_then_noted(sd1):
         with pytest.raises(IncompatibleAdapterError, match=words):
             fit_adapter(adapter, replace(base, keys=unet, has_clip=has_clip))
         fit = fit_adapter(adapter, replace(base, keys=unet, has_clip=has_clip), strict=False)
-        assert len(fit.left) == texts and len(fit.places) == len(unet)
+        assert len(fit.missing) == texts and len(fit.places) == len(unet)
         assert f"{texts} of its {len(base.keys)} modules" in describe(fit, 1.0)
     only_texts = {name: key for name, key in base.keys.items() if name not in unet}
     with pytest.raises(IncompatibleAdapterError, match="text encoders only, not the denoiser"):

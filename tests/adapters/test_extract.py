@@ -230,7 +230,7 @@ def test_models_of_another_make_are_refused(unets, tmp_path):
         extract_adapter(base, tuned, architecture="flux-1-dev")
     fresh("sd1").save_pretrained(tmp_path / "epsilon")
     fresh("sd1", prediction_type="v_prediction").save_pretrained(tmp_path / "v")
-    with pytest.raises(AdapterError, match="must share the prediction type, found epsilon and v_prediction"):
+    with pytest.raises(AdapterError, match="must share the prediction type, got epsilon and v_prediction"):
         extract_adapter(tmp_path / "epsilon", tmp_path / "v")
     fresh("flux").transformer.save_pretrained(tmp_path / "flux")
     with pytest.raises(AdapterError, match="base has unet, flux has transformer"):

@@ -148,9 +148,9 @@ def tensor_rows(valid, native):
         "an unknown prefix": {key.replace("lora_unet_", "lora_prior_"): tensor for key, tensor in valid.items()},
         "foreign keys": valid | {"lora_unet_conv_in.diff": torch.ones(2, 2), "step": torch.ones(1)},
         "alpha for some modules only": without(alpha),
-        "a half that is missing": without(up),
-        "an alpha without halves": valid | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
-        "a half twice": native | {f"{q}.lora.down.weight": native[f"{q}.lora_A.weight"].clone()},
+        "a matrix that is missing": without(up),
+        "an alpha without matrices": valid | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+        "a matrix twice": native | {f"{q}.lora.down.weight": native[f"{q}.lora_A.weight"].clone()},
         "ranks that differ": valid | {down: valid[down][:-1].clone()},
         "no rank at all": valid | {down: valid[down][:0].clone(), up: valid[up][:, :0].clone()},
         "an alpha of several numbers": valid | {alpha: torch.ones(2)},
@@ -299,7 +299,7 @@ def test_strict_false_reads_the_rest_and_counts_what_it_left_out(sources, valid)
         pipe = fresh("sd1")
         with pytest.warns(UserWarning, match=counts):
             assert counts in load_spo_lora(pipe, sources[what], strict=False).notes[0]
-    for what in ("LoHa", "DoRA", "a half that is missing", "all zero", "a full checkpoint", "ranks that differ"):
+    for what in ("LoHa", "DoRA", "a matrix that is missing", "all zero", "a full checkpoint", "ranks that differ"):
         with pytest.raises(errors.AdapterError):
             read_adapter(sources[what], strict=False)
 

@@ -301,7 +301,7 @@ def test_transformers_get_every_module_and_steering_changes_what_patching_does(f
     layers = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "proj_mlp", "net.2", "norm_out.linear")
     adapter = random_adapter(source, layers=layers)
     on_model, _, (fit,) = patched(model, None, [(adapter, 1.0)], True)
-    assert not fit.left and len(fit.places) == len(adapter.modules)
+    assert not fit.missing and len(fit.places) == len(adapter.modules)
     pairs = bypass_pairs([(fit, 1.0)], weight_shapes(model.model))
     assert set(pairs) == set(on_model.patches)
     for weight, (down, up) in pairs.items():

@@ -70,8 +70,8 @@ def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str
         layouts = {key: "peft" if layout == "bare" else layout for key, layout in layouts.items()}
     counts = Counter(layout for layout in layouts.values() if layout not in ("", "bare"))
     if counts:
-        chosen = max(sorted(counts), key=lambda layout: counts[layout])
-        return chosen, sorted(key for key, layout in layouts.items() if layout != chosen)
+        most = max(sorted(counts), key=lambda layout: counts[layout])
+        return most, sorted(key for key, layout in layouts.items() if layout != most)
     if not any("lora" in key.lower() for key in keys):
         raise UnsupportedAdapterError(
             f"none of the file's {len(keys)} tensors is a LoRA weight, the first is {quoted(min(keys))}: "
@@ -97,18 +97,18 @@ def foreign_weights(foreign: Sequence[str], total: int) -> str:
     """The sentence about keys that are no LoRA weights, or that no pipeline can take."""
     encoder = [key for key in foreign if key.startswith(_T5)]
     other = [key for key in foreign if not key.startswith(_T5)]
-    said = []
+    sentences = []
     if encoder:
-        said.append(
+        sentences.append(
             f"{quoted(encoder[0])} changes the T5 text encoder ({len(encoder)} of {total} tensors do), into which "
             "diffusers' pipelines can load no LoRA"
         )
     if other:
-        said.append(
+        sentences.append(
             f"{quoted(other[0])} is not a plain LoRA weight in the layout of the file ({len(other)} of {total} "
             "tensors are not); only the down and up matrices and alpha are understood"
         )
-    return "; ".join(said)
+    return "; ".join(sentences)
 
 
 def decode(
@@ -149,8 +149,8 @@ def layout_of(keys: Collection[str], metadata: Mapping[str, str], peft_config: M
     layout, foreign = recognise(keys, peft_config is not None)
     if layout == "processor":
         return "diffusers"
-    halves_only = all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in set(keys) - set(foreign))
-    if layout == "diffusers" and halves_only and diffusers.METADATA_KEY not in metadata:
+    has_no_alphas = all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in set(keys) - set(foreign))
+    if layout == "diffusers" and has_no_alphas and diffusers.METADATA_KEY not in metadata:
         return "native"
     return layout
 

@@ -50,7 +50,7 @@ def configured_alphas(ranks: Mapping[str, int], config: Mapping[str, Any]) -> di
 
 
 class _Rules:
-    """Patterns in their order, those without a wildcard found by name rather than one by one."""
+    """Patterns in their order, looked up by name unless they have a wildcard."""
 
     def __init__(self, rules: list[tuple[str, float]]) -> None:
         self._whole: dict[str, tuple[int, float]] = {}
@@ -76,12 +76,12 @@ class _Rules:
 
     def find(self, path: str) -> float | None:
         words = path.split(".")
-        found = [self._tails.get(".".join(words[n:])) for n in range(len(words))] + [self._whole.get(path)]
+        rules = [self._tails.get(".".join(words[n:])) for n in range(len(words))] + [self._whole.get(path)]
         for order, alpha, anchored, pieces in self._wildcards:
             if _matches(path, anchored, pieces):
-                found.append((order, alpha))
+                rules.append((order, alpha))
                 break
-        return min((rule for rule in found if rule is not None), default=(0, None))[1]
+        return min((rule for rule in rules if rule is not None), default=(0, None))[1]
 
 
 def _matches(path: str, anchored: bool, pieces: list[str]) -> bool:

@@ -19,7 +19,7 @@ from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableA
 from ..lora import COMPONENTS, LoraPair, canonical
 from ..safetensors_file import parse_metadata
 from .alphas import configured_alphas
-from .base import Parts
+from .base import PairBuilder
 
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -62,8 +62,8 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
     Raises:
         UnreadableAdapterError: the header's adapter metadata is not readable.
-        InvalidAdapterError: the halves or alphas do not fit.
-        UnsupportedAdapterError: the metadata tells of another method.
+        InvalidAdapterError: the matrices or alphas do not fit.
+        UnsupportedAdapterError: the metadata names another method.
     """
     text = metadata.get(METADATA_KEY)
     prefixed = parse_metadata(text, f"{METADATA_KEY} in the header") if text else {}
@@ -73,13 +73,13 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     for key, value in prefixed.items():
         component, _, field = key.partition(".")
         configs.setdefault(component, {})[field] = value
-    parts = _parts(tensors)
+    builder = _collect(tensors)
     alphas: dict[str, float] = {}
     for component, config in configs.items():
-        ranks = {name: rank for name, rank in parts.ranks().items() if name.startswith(f"{component}.")}
-        found = configured_alphas({name.partition(".")[2]: rank for name, rank in ranks.items()}, config)
-        alphas |= {f"{component}.{path}": alpha for path, alpha in found.items()}
-    return parts.pairs(alphas)
+        ranks = {name: rank for name, rank in builder.ranks().items() if name.startswith(f"{component}.")}
+        configured = configured_alphas({name.partition(".")[2]: rank for name, rank in ranks.items()}, config)
+        alphas |= {f"{component}.{path}": alpha for path, alpha in configured.items()}
+    return builder.build(alphas)
 
 
 def decode_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, LoraPair]:
@@ -87,8 +87,8 @@ def decode_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None)
 
     Raises:
         UnreadableAdapterError: the configuration is missing; the alpha stands nowhere else.
-        InvalidAdapterError: the halves or alphas do not fit.
-        UnsupportedAdapterError: the configuration tells of another method.
+        InvalidAdapterError: the matrices or alphas do not fit.
+        UnsupportedAdapterError: the configuration names another method.
     """
     if config is None:
         raise UnreadableAdapterError(
@@ -101,27 +101,27 @@ def decode_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None)
         component = "unet"
     else:
         component = "text_encoder" if all(key.startswith(_CLIP_BEGINNINGS) for key in bare) else "transformer"
-    parts = _parts({f"{component}.{key}": tensor for key, tensor in bare.items()})
-    ranks = {name.partition(".")[2]: rank for name, rank in parts.ranks().items()}
+    builder = _collect({f"{component}.{key}": tensor for key, tensor in bare.items()})
+    ranks = {name.partition(".")[2]: rank for name, rank in builder.ranks().items()}
     alphas = configured_alphas(ranks, config)
-    return parts.pairs({f"{component}.{path}": alpha for path, alpha in alphas.items()})
+    return builder.build({f"{component}.{path}": alpha for path, alpha in alphas.items()})
 
 
 def decode_processors(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
     """The neutral form of a UNet's attention processors as they were saved in 2023, alpha equal to the rank.
 
     Raises:
-        InvalidAdapterError: the halves do not fit.
+        InvalidAdapterError: the matrices do not fit.
     """
-    return _parts({f"unet.{key}": tensor for key, tensor in tensors.items()}).pairs()
+    return _collect({f"unet.{key}": tensor for key, tensor in tensors.items()}).build()
 
 
 def encode(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
     """A diffusers file's tensors; its alphas are `alpha_metadata`."""
     return {
-        f"{name}.lora_{letter}.weight": half
+        f"{name}.lora_{letter}.weight": matrix
         for name, pair in modules.items()
-        for letter, half in (("A", pair.down), ("B", pair.up))
+        for letter, matrix in (("A", pair.down), ("B", pair.up))
     }
 
 
@@ -143,7 +143,7 @@ def encode_peft(modules: Mapping[str, LoraPair]) -> dict[str, Tensor]:
         AdapterError: modules of several components, or of a text encoder: PEFT's names do not say which.
     """
     component = _only_component(modules)
-    return {f"{_PEFT_PREFIX}{key}": half for key, half in encode(_paths(modules, component)).items()}
+    return {f"{_PEFT_PREFIX}{key}": matrix for key, matrix in encode(_paths(modules, component)).items()}
 
 
 def peft_config(modules: Mapping[str, LoraPair]) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def _config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
     }
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> Parts:
-    parts = Parts()
+def _collect(tensors: Mapping[str, Tensor]) -> PairBuilder:
+    builder = PairBuilder()
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
         if suffix is None:
@@ -193,5 +193,5 @@ def _parts(tensors: Mapping[str, Tensor]) -> Parts:
         if suffix.startswith("_lora.") or ".processor." in name:
             names = _OF_CLIP if name.startswith("text_encoder") else _OF_UNET
             name = _PROCESSOR.sub(lambda match: f".{names.get(match[2], match[2])}", name)  # noqa: B023
-        parts.add(canonical(name), SUFFIXES[suffix], tensor, key)
-    return parts
+        builder.add(canonical(name), SUFFIXES[suffix], tensor, key)
+    return builder

@@ -1,4 +1,4 @@
-"""Flux by the names of its original code, such as `double_blocks.0.img_attn.qkv`, in diffusers' words.
+"""Flux by the names of its original code, such as `double_blocks.0.img_attn.qkv`, in diffusers' names.
 
 sd-scripts and ComfyUI name the modules so. Several layers of diffusers are one layer there: its rows are theirs, one
 after the other, so that each takes its rows of B and all share A.
@@ -86,8 +86,8 @@ def _parts(path: str, pair: LoraPair) -> dict[str, LoraPair]:
         raise InvalidAdapterError(
             f"{quoted(path)} changes a weight of {list(pair.shape)}: that is no {len(names)} layers side by side"
         )
-    halves = zip(names, pair.up.split(sizes), strict=True)
-    return {name: LoraPair(pair.down.clone(), up.clone(), pair.alpha) for name, up in halves}
+    ups = zip(names, pair.up.split(sizes), strict=True)
+    return {name: LoraPair(pair.down.clone(), up.clone(), pair.alpha) for name, up in ups}
 
 
 def _targets(path: str) -> list[str]:

@@ -18,7 +18,7 @@ from t2i_spo_plugin.files import quoted
 
 from ..lora import LoraPair
 from . import flux
-from .base import Parts
+from .base import PairBuilder
 
 
 PREFIXES = {
@@ -63,7 +63,7 @@ _LDM_RESNET = {
 
 
 def owns(key: str) -> bool:
-    """Whether `key` names a half or an alpha in this layout."""
+    """Whether `key` names a matrix or an alpha in this layout."""
     flat, _, suffix = key.partition(".")
     return suffix in _SUFFIXES and flat.startswith(tuple(PREFIXES))
 
@@ -79,17 +79,17 @@ def decode(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]
 
     Args:
         tensors: as the file has them.
-        split: flat name and half by key, for files that spell the same names otherwise.
+        split: flat name and role by key, for files that spell the same names otherwise.
 
     Raises:
         UnsupportedAdapterError: a name of no module of a diffusers UNet, of Flux or of a CLIP text encoder.
-        InvalidAdapterError: the halves do not fit, or a module stands there twice.
+        InvalidAdapterError: the matrices do not fit, or a module stands there twice.
     """
-    parts = Parts()
+    builder = PairBuilder()
     for key, tensor in tensors.items():
-        flat, half = split(key)
-        parts.add(unflatten(flat), half, tensor, key)
-    return flux.in_diffusers_names(parts.pairs())
+        flat, role = split(key)
+        builder.add(unflatten(flat), role, tensor, key)
+    return flux.in_diffusers_names(builder.build())
 
 
 def encode(modules: Mapping[str, LoraPair], two_text_encoders: bool) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def unflatten(flat: str) -> str:
 
 
 def _diffusers_block(block: re.Match[str], flat: str) -> str:
-    """LDM block names (two resnets a block, as in SD and SDXL) in diffusers' words, underscores still in place."""
+    """LDM block names (two resnets a block, as in SD and SDXL) in diffusers' names, underscores still in place."""
     if block[5]:
         part, rest = int(block[6]), block[7]
         where = {0: "mid_block_resnets_0", 1: "mid_block_attentions_0", 2: "mid_block_resnets_1"}.get(part)

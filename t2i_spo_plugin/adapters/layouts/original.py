@@ -27,7 +27,7 @@ _UNETS = ("input_blocks_", "middle_block_", "output_blocks_", *kohya.LDM_OUTSIDE
 
 
 def owns(key: str) -> bool:
-    """Whether `key` is a half or an alpha under such a name."""
+    """Whether `key` is a matrix or an alpha under such a name."""
     name = _split(key)[0]
     return bool(name) and (name.startswith(tuple(_PREFIXES)) or flux.owns(name.replace(".", "_")))
 
@@ -37,14 +37,14 @@ def decode(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
 
     Raises:
         UnsupportedAdapterError: a name of another model's code.
-        InvalidAdapterError: the halves do not fit, or a module stands there twice.
+        InvalidAdapterError: the matrices do not fit, or a module stands there twice.
     """
     return kohya.decode(tensors, _flat)
 
 
 def _flat(key: str) -> tuple[str, str]:
-    """The name and the half of a key, as the kohya layout would have them."""
-    name, half = _split(key)
+    """The name and the role of a key, as the kohya layout would have them."""
+    name, role = _split(key)
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     path = name.removeprefix(prefix).replace(".", "_")
     flat = _PREFIXES.get(prefix, "lora_unet_")
@@ -53,7 +53,7 @@ def _flat(key: str) -> tuple[str, str]:
             f"{quoted(key)} is named by the code of a model that is not mapped to diffusers' names (mapped are Stable "
             "Diffusion 1, 2 and XL, and Flux); convert the file to diffusers' names first"
         )
-    return flat + path, half
+    return flat + path, role
 
 
 def _split(key: str) -> tuple[str, str]:
