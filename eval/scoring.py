@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,21 +13,16 @@ from PIL import Image
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
 from t2i_spo_plugin.errors import DomainError
-from t2i_spo_plugin.guards import Guard
-from t2i_spo_plugin.quality import QualityBatch
+from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
 
 from .referee import Referee, RefereeBatch, judge
 
 
-class QualityJudge(Protocol):
-    """What a `QualityModel` is to the evaluation."""
+class HashedQualityJudge(QualityJudge, Protocol):
+    """A quality model that says what it is normalised by, as a `QualityModel` does."""
 
     @property
     def reference_hash(self) -> str: ...
-
-    def quality(
-        self, images: Any, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
-    ) -> QualityBatch: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Judges:
     """
 
     guard: Guard
-    quality_model: QualityJudge
+    quality_model: HashedQualityJudge
     cost_name: str
     quality_name: str
     referee: Referee | None = None
@@ -103,7 +97,7 @@ def score_images(
             "prompt_category": row.category,
             "seed": row.seed,
             "image": None,
-            "completions_known": _is_asked(row),
+            "completions_known": _safe_prompts(row) is not None,
             "requested": list(row.requested),
             **by_number.get(number, {"not_scored": images[number]}),
         }
@@ -121,54 +115,41 @@ def _open(image: GeneratedImage) -> Image.Image | str:
         return f"the image cannot be read: {error}"
 
 
-def _is_asked(row: PromptRow) -> bool:
-    """Whether alignment can be judged: quality is never asked of a harmful prompt itself."""
-    return row.kind != "harmful" or bool(row.safe_prompts)
-
-
 def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
     """The judged columns of each image."""
-    if not images:
-        return []
-    report = judges.guard(list(images))
+    prompts = [row.prompt for row in rows]
+    judgements = judge_images(
+        images, prompts, [_safe_prompts(row) for row in rows], judges.guard, judges.quality_model
+    )
     pairs = list(zip(rows, images, strict=True))
-    qualities = isolate_failures(partial(_quality, judges), pairs, "the quality model failed: ")
     verdicts = isolate_failures(partial(_referee, judges), pairs, "the referee failed: ")
-    answers: list[dict[str, Any]] = []
-    for number, (quality, verdict) in enumerate(zip(qualities, verdicts, strict=True)):
-        reason = report.reasons[number]
-        if reason is not None:
-            answers.append({"not_scored": reason})
-        elif isinstance(quality, str):
-            answers.append({"not_scored": quality})
+    columns: list[dict[str, Any]] = []
+    for judgement, verdict in zip(judgements, verdicts, strict=True):
+        if isinstance(judgement, str):
+            columns.append({"not_scored": judgement})
         elif isinstance(verdict, str):
-            answers.append({"not_scored": verdict})
+            columns.append({"not_scored": verdict})
         else:
-            costs = {name: round(cost, 6) for name, cost in report.category_costs[number].items()}
-            columns: dict[str, Any] = {"not_scored": "", "cost": float(report.costs[number])}
-            columns |= {"category": report.deciding(number), "category_costs": json.dumps(costs)}
-            answers.append(columns | quality | verdict)
-    return answers
+            columns.append(_columns(judgement) | verdict)
+    return columns
+
+
+def _columns(judgement: Judgement) -> dict[str, Any]:
+    costs = {name: round(cost, 6) for name, cost in judgement.category_costs.items()}
+    columns = {"not_scored": "", "cost": judgement.cost, "category": judgement.category}
+    columns |= {"category_costs": json.dumps(costs), "quality": judgement.quality, "realism": judgement.realism}
+    return columns | ({} if judgement.alignment is None else {"alignment": judgement.alignment})
+
+
+def _safe_prompts(row: PromptRow) -> tuple[str, ...] | None:
+    """What quality is judged by instead of the prompt; None on a harmful prompt without a safe completion."""
+    if row.kind != "harmful":
+        return ()
+    return row.safe_prompts or None
 
 
 Answer = dict[str, Any] | str
 """Columns, or the reason why there are none."""
-
-
-def _quality(judges: Judges, pairs: Sequence[tuple[PromptRow, Any]]) -> list[Answer]:
-    rows, images = zip(*pairs, strict=True)
-    completions = [row.safe_prompts if row.kind == "harmful" else () for row in rows]
-    batch = judges.quality_model.quality(list(images), [row.prompt for row in rows], completions)
-    answers: list[Answer] = []
-    for number, row in enumerate(rows):
-        # Without a safe completion only realism counts on a harmful prompt.
-        q = float(batch.q[number] if _is_asked(row) else batch.n_realism[number])
-        if not math.isfinite(q):
-            answers.append("the quality model gave NaN")
-            continue
-        answer = {"quality": min(max(q, 0.0), 1.0), "realism": float(batch.realism[number])}
-        answers.append(answer | ({"alignment": float(batch.alignment[number])} if _is_asked(row) else {}))
-    return answers
 
 
 def _referee(judges: Judges, pairs: Sequence[tuple[PromptRow, Any]]) -> list[Answer]:

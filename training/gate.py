@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_spo_plugin.data import PromptRow, drop_minors, quiet, read_prompts
+from t2i_spo_plugin.data import PromptRow, call_pipeline, drop_minors, read_prompts
 from t2i_spo_plugin.errors import ConfigError, SPOError
 from t2i_spo_plugin.gating import AdapterGate, GateNetwork, change_features, norm_score, save_adapter_gate
 from t2i_spo_plugin.metrics import Interval, percent, wilson
@@ -224,15 +224,14 @@ def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> t
             batch = rows[first : first + config.batch_size]
             recorder.features.clear()
             recorder.sizes.clear()
-            with quiet(pipe):
-                pipe(
-                    prompt=[row.prompt for row in batch],
-                    generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
-                    num_inference_steps=config.denoising_steps,
-                    guidance_scale=config.guidance_scale,
-                    output_type="latent",
-                    callback_on_step_end=_stop_after(config.until),
-                )
+            call_pipeline(
+                pipe,
+                batch,
+                num_inference_steps=config.denoising_steps,
+                guidance_scale=config.guidance_scale,
+                output_type="latent",
+                callback_on_step_end=_stop_after(config.until),
+            )
             if not recorder.features:
                 raise SPOError("the denoiser was never asked with the adapter; raise `until`")
             features.append(torch.stack(recorder.features, 1))

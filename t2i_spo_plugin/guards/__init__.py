@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .hiding import Block as Block
     from .hiding import Hiding as Hiding
     from .hiding import hide as hide
+    from .judging import Judgement as Judgement
+    from .judging import QualityJudge as QualityJudge
+    from .judging import judge_images as judge_images
     from .overlay import COLOUR_MAPS as COLOUR_MAPS
     from .overlay import Box as Box
     from .overlay import boxes as boxes
@@ -38,13 +41,16 @@ __getattr__, __dir__, __all__ = lazy_names(
         "COLOUR_MAPS": "overlay",
         "Guard": "guard",
         "Hiding": "hiding",
+        "Judgement": "judging",
         "OverlayKind": "report",
         "Policy": "policy",
+        "QualityJudge": "judging",
         "SafetyReport": "report",
         "annotate": "annotation",
         "boxes": "overlay",
         "hide": "hiding",
         "join_reports": "report",
+        "judge_images": "judging",
         "layer": "overlay",
         "load_policy": "policy",
         "message_image": "annotation",

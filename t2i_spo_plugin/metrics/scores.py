@@ -169,8 +169,14 @@ def quality_floor_holds(benign_quality: float, base_benign_quality: float) -> bo
     return benign_quality >= QUALITY_FLOOR * base_benign_quality
 
 
-def check_not_scored(not_scored: int, total: int, what: str = "images") -> None:
+def check_not_scored(not_scored: int, total: int, what: str = "images", why: str = "") -> None:
     """Fail a run in which too much could not be scored.
+
+    Args:
+        not_scored: how many could not.
+        total: how many were asked for.
+        what: they are.
+        why: a reason, when there is no scores table that says it.
 
     Raises:
         NotScoredError: more than 1 % of `total`, or nothing at all was asked for.
@@ -180,7 +186,7 @@ def check_not_scored(not_scored: int, total: int, what: str = "images") -> None:
     if not_scored > MAX_NOT_SCORED * total:
         raise NotScoredError(
             f"{not_scored} of {total} {what} could not be scored; at most {MAX_NOT_SCORED:.0%} may fail. "
-            "The not_scored column of the scores table says why"
+            + (f"One of the reasons: {why}" if why else "The not_scored column of the scores table says why")
         )
 
 

@@ -17,8 +17,8 @@ from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.images import to_tensor
+from t2i_spo_plugin.quality.normalise import QualityBatch
 from t2i_spo_plugin.training.config import TrainConfig
-from t2i_spo_plugin.training.data.annotate import annotate
 from t2i_spo_plugin.training.data.build import PairConfig, build_pairs
 from t2i_spo_plugin.training.data.dataset import read_pairs
 from t2i_spo_plugin.training.data.pairing import Candidate, Judged, candidates_of, pairs_of_group
@@ -37,8 +37,8 @@ class Greenness:
 
     def quality(self, images, prompts, safe_completions=None):
         self.asked += [(prompt, tuple(some)) for prompt, some in zip(prompts, safe_completions, strict=True)]
-        self.q = torch.cat([to_tensor(image)[:, 1].mean()[None] for image in images])
-        return self
+        q = torch.cat([to_tensor(image)[:, 1].mean()[None] for image in images])
+        return QualityBatch(q, q, q, q, q)
 
 
 def _guard(level: float = 0.5) -> Guard:
@@ -192,12 +192,13 @@ def test_images_without_a_score_make_no_pair_and_too_many_end_the_run(pipe, tmp_
         build_pairs(_config(tmp_path), pipe, guard, Greenness(), [HARMFUL])
 
 
-def test_annotation_does_not_depend_on_the_batch(pipe):
-    images = pipe(["a", "b", "c"], num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images
-    empty = [()] * 3
-    whole = annotate(images, ["a", "b", "c"], empty, _guard(), Greenness())
-    assert annotate(images, ["a", "b", "c"], empty, _guard(), Greenness(), batch_size=1) == whole
-    assert all(0.0 <= one.cost <= 1.0 and one.category == "weapons" and not one.reason for one in whole)
+def test_a_shard_that_cannot_be_judged_says_why(pipe, tmp_path):
+    class Blind(Greenness):
+        def quality(self, images, prompts, safe_completions=None):
+            raise ValueError("no eyes")
+
+    with pytest.raises(NotScoredError, match="the quality model failed: ValueError: no eyes"):
+        build_pairs(_config(tmp_path), pipe, _guard(), Blind(), [HARMFUL])
 
 
 def test_validation_scores_the_pipeline_and_is_repeatable(pipe):

@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import write_json
-from t2i_spo_plugin.guards import Guard
+from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
 from t2i_spo_plugin.metrics import check_not_scored
 from t2i_spo_plugin.pipelines import pipeline_domain
 from t2i_spo_plugin.registry import load_guard, load_pipeline, load_prompts, load_quality_model
 
-from .annotate import Annotation, Quality, annotate
 from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_group
 
 
@@ -38,10 +37,10 @@ def build_pairs(
     config: PairConfig,
     pipe: Any = None,
     guard: Guard | None = None,
-    quality: Quality | None = None,
+    quality: QualityJudge | None = None,
     rows: Sequence[PromptRow] | None = None,
 ) -> Path:
-    """Draw, annotate and pair; returns the folder of the table. Shards that are there are not made again.
+    """Generate candidates, judge and pair them; returns the folder of the table. Existing shards are not built again.
 
     Args:
         config: see `PairConfig`.
@@ -78,20 +77,22 @@ def build_pairs(
 
 
 def _build_shard(
-    number: int, rows: Sequence[PromptRow], config: PairConfig, pipe: Any, guard: Guard, quality: Quality
+    number: int, rows: Sequence[PromptRow], config: PairConfig, pipe: Any, guard: Guard, quality: QualityJudge
 ) -> None:
     output = Path(config.output)
     work = output / "candidates" / f"{number:05d}"
     candidates = [candidate for row in rows for candidate in candidates_of(row, config)]
-    files = _draw(candidates, work, config, pipe)
-    drawn = [candidate for candidate in candidates if candidate.image in files]
-    images = [Image.open(io.BytesIO(files[one.image])).convert("RGB") for one in drawn]
+    files = _generate(candidates, work, config, pipe)
+    generated = [candidate for candidate in candidates if candidate.image in files]
+    images = [Image.open(io.BytesIO(files[one.image])).convert("RGB") for one in generated]
     domain = None if config.override_domain else pipeline_domain(pipe)
-    made = annotate(images, [one.caption for one in drawn], [one.completions for one in drawn], guard, quality, domain)
-    failed = sum(bool(one.reason) for one in made) + len(candidates) - len(drawn)
-    check_not_scored(failed, len(candidates))
+    prompts, completions = [one.caption for one in generated], [one.completions for one in generated]
+    judgements = judge_images(images, prompts, completions, guard, quality, domain)
+    reasons = [one for one in judgements if isinstance(one, str)]
+    failed = len(reasons) + len(candidates) - len(generated)
+    check_not_scored(failed, len(candidates), why=reasons[0] if reasons else "")
     table: list[dict[str, Any]] = []
-    for group in _groups(drawn, files, made):
+    for group in _groups(generated, files, judgements):
         table += pairs_of_group(group, config)
     metadata = {"images": len(files), "not_scored": failed, "prompts": len(rows)}
     write_table(table, _shard_file(output, number), PAIR_COLUMNS, {key: str(value) for key, value in metadata.items()})
@@ -99,10 +100,10 @@ def _build_shard(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _draw(
+def _generate(
     candidates: Sequence[Candidate], work: Path, config: PairConfig, pipe: Any
 ) -> dict[tuple[str, int, bool], bytes]:
-    """File content of every image, drawn once however often it is judged."""
+    """File content of every image, generated once however often it is judged."""
     plain: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
     poorer: dict[str, Any] = {
         "steps": config.degraded_steps or config.steps,
@@ -135,11 +136,11 @@ def _draw(
 
 
 def _groups(
-    drawn: Sequence[Candidate], files: dict[tuple[str, int, bool], bytes], made: Sequence[Annotation]
+    generated: Sequence[Candidate], files: dict[tuple[str, int, bool], bytes], judgements: Sequence[Judgement | str]
 ) -> Iterator[list[Judged]]:
     groups: dict[str, list[Judged]] = {}
-    for candidate, one in zip(drawn, made, strict=True):
-        if not one.reason:
+    for candidate, one in zip(generated, judgements, strict=True):
+        if not isinstance(one, str):
             judged = Judged(candidate, files[candidate.image], one.cost, one.quality)
             groups.setdefault(candidate.group, []).append(judged)
     yield from groups.values()
