@@ -1,5 +1,6 @@
 """The command line: options from YAML and dataclass, plain sentences for errors, files in and out."""
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,25 +15,32 @@ from transformers import ResNetConfig
 from t2i_spo_plugin import cli
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, write_adapter
 from t2i_spo_plugin.cli.commands import COMMANDS
+from t2i_spo_plugin.cli.demo import DemoConfig
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.eval import EvalConfig
 from t2i_spo_plugin.gating.gate_network import save_adapter_gate
 from t2i_spo_plugin.gating.schedule import AdapterGate
 from t2i_spo_plugin.networks.backbone import MapClassifier
 from t2i_spo_plugin.options import find_config, read_options
 from t2i_spo_plugin.registry import load_policy
-from t2i_spo_plugin.training.config import TrainConfig
+from t2i_spo_plugin.training import ClosedLoopConfig, PairConfig, TrainConfig
+from t2i_spo_plugin.training.objectives import OBJECTIVE_OPTIONS, DPOOptions, SPOOptions
+from t2i_spo_plugin.training.objectives.terms import SFTTermOptions, TermOptions
 
 
 @dataclass(frozen=True)
 class Options:
     """A few options.
 
-    Where to
+    Attributes:
         target: the place
             one goes to.
-        steps, rate: how many; and how fast.
-        lambda_: weight; mark: a text.
+        steps: how many; and how fast.
+        rate: how fast.
+        lambda_: a weight.
+        mark: a text.
+        names: of things.
     """
 
     target: str
@@ -71,7 +79,8 @@ def test_a_required_option_may_come_from_either_side_but_must_come(tmp_path, cap
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 7\n", "unknown stepz"),
+        ("stepz: 7\n", "unknown stepz; did you mean steps"),
+        ("lambda_: 7\n", "unknown lambda_; did you mean lambda"),
         ("- 1\n", "expected a mapping"),
         ("a: [\n", "not a YAML file"),
         ("target: t\nrate: fast\n", "rate must be a number"),
@@ -85,7 +94,7 @@ def test_a_bad_file_is_refused_with_its_reason(tmp_path, text, message):
 
 def test_a_missing_config_names_what_is_bundled():
     with pytest.raises(ConfigError, match="bundled are"):
-        find_config("no-such-thing")
+        find_config("no-such-thing", TrainConfig)
     with pytest.raises(ConfigError, match="needs a file"):
         read_options(Options, ["--config"], "spo x")
 
@@ -100,8 +109,38 @@ def test_help_explains_every_option_from_the_docstring(capsys):
 
 
 def test_the_training_options_are_those_of_the_python_api():
-    found = read_options(TrainConfig, ["--pairs", "p", "--output-dir", "o", "--lambda", "0.5"], "spo train")
-    assert found == TrainConfig(pairs="p", output_dir="o", lambda_=0.5)
+    args = ["--pairs", "p", "--output-dir", "o", "--objective.lambda", "0.5", "--terms.sft.weight", "3"]
+    expected = TrainConfig(
+        pairs="p", output_dir="o", objective=SPOOptions(lambda_=0.5), terms=TermOptions(sft=SFTTermOptions(3.0))
+    )
+    assert read_options(TrainConfig, args, "spo train") == expected
+
+
+def test_an_objective_is_chosen_by_name_and_keeps_the_options_of_the_file_that_it_has(tmp_path):
+    text = "pairs: p\noutput_dir: o\nobjective: {name: spo, beta: 500, lambda: 2}\n"
+    config = write(tmp_path / "a.yaml", text)
+    chosen = read_options(TrainConfig, ["--config", config, "--objective", "dpo"], "spo train")
+    assert chosen.objective == DPOOptions(beta=500.0)
+    changed = read_options(TrainConfig, ["--config", config, "--objective.lambda=1"], "spo train")
+    assert changed.objective == SPOOptions(beta=500.0, lambda_=1.0)
+    with pytest.raises(ConfigError, match="--objective must be one of dpo, spo, sft"):
+        read_options(TrainConfig, ["--config", config, "--objective", "ppo"], "spo train")
+
+
+def test_bundled_configurations_are_known_by_name():
+    by_name = read_options(TrainConfig, ["--config", "sticker-spo", "--steps", "500"], "spo train")
+    assert by_name == TrainConfig.from_yaml("sticker-spo.yaml", steps=500)
+
+
+@pytest.mark.parametrize("kind", [PairConfig, TrainConfig, ClosedLoopConfig, EvalConfig, DemoConfig])
+def test_every_option_of_every_command_is_explained(kind):
+    kinds = [kind, *OBJECTIVE_OPTIONS.values()]
+    while kinds:
+        own = kinds.pop()
+        for field in dataclasses.fields(own):
+            assert f"\n        {field.name}: " in own.__doc__, f"{own.__name__}.{field.name}"
+            value = field.default_factory() if callable(field.default_factory) else None
+            kinds += [type(value)] if dataclasses.is_dataclass(value) else []
 
 
 def test_help_is_printed_without_loading_torch():

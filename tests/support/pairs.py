@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, write_table
+from t2i_spo_plugin.options import from_mapping, merged, to_mapping
 from t2i_spo_plugin.training import TrainConfig
 
 from .pipelines import SIZE
@@ -51,7 +52,7 @@ def pair_table(path: Path, count: int = 6) -> Path:
 
 
 def train_config(folder: Path, **options: Any) -> TrainConfig:
-    """A short run on the CPU, whose every step is logged, with `options` over it."""
+    """A short run on the CPU, whose every step is logged, with `options` as in YAML over it."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "resolution": SIZE,
@@ -64,4 +65,12 @@ def train_config(folder: Path, **options: Any) -> TrainConfig:
         "device": "cpu",
         "log_every": 1,
     }
-    return TrainConfig(**(defaults | options))
+    return from_mapping(TrainConfig, defaults | options)
+
+
+def changed(config: TrainConfig, **options: Any) -> TrainConfig:
+    """`config` with `options` as in YAML over it; an objective that is named begins with its own defaults."""
+    content = to_mapping(config)
+    if "name" in options.get("objective", {}):
+        content.pop("objective")
+    return from_mapping(TrainConfig, merged(content, options))

@@ -9,17 +9,16 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
+from support.pairs import png
 from support.pipelines import SIZE, tiny_pipeline
 
 from t2i_spo_plugin.errors import ImageError
 from t2i_spo_plugin.training.data import caches
 
 
-def _image(seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[str, bytes]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return caches.content_key(buffer.getvalue()), buffer.getvalue()
+def _image(seed: int) -> tuple[str, bytes]:
+    data = png(seed)
+    return caches.content_key(data), data
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,9 @@ def test_cached_posterior_samples_what_encoding_every_step_would(vae, tmp_path):
     caches.build_latents(store, [(key, data)], vae, SIZE, progress=False)
     pixels = caches.decode_square(data, SIZE) * 2.0 - 1.0
     with torch.no_grad():
-        expected = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7)) * vae.config.scaling_factor
+        expected = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7))
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(caches.sample_latents(store.get([key]), noise, vae.config), expected)
+    assert torch.equal(caches.posterior_sample(store.get([key]), noise), expected)
 
 
 def test_an_autoencoder_without_posterior_keeps_plain_latents(tmp_path):
@@ -54,8 +53,7 @@ def test_an_autoencoder_without_posterior_keeps_plain_latents(tmp_path):
     assert list(rows) == ["mean"]
     with torch.no_grad():
         expected = vae.encode(caches.decode_square(data, SIZE) * 2.0 - 1.0).latents
-    made = caches.sample_latents(rows, torch.full_like(expected, 100.0), vae.config)
-    assert torch.equal(made, expected * vae.config.scaling_factor)
+    assert torch.equal(caches.posterior_sample(rows, torch.full_like(expected, 100.0)), expected)
 
 
 def test_mirrored_images_go_through_the_encoder(vae, tmp_path):

@@ -56,7 +56,7 @@ def test_mean_stays_usable_when_every_pair_is_solved():
     assert torch.isfinite(focusing.weigh(torch.tensor([0.0, 1e-6]))).all()
 
 
-def test_state_resumes_between_steps():
+def test_focusing_resumes_between_steps():
     first, second = fo.Focusing(1.0), fo.Focusing(1.0)
     first.weigh(torch.tensor([0.9, 0.8]))
     first.update(first.pending())
@@ -70,30 +70,13 @@ def test_weights_carry_no_gradient():
     assert not fo.Focusing(1.0).weigh(fo.difficulty(logit)).requires_grad
 
 
-def test_views_over_mean_and_max():
-    views = torch.tensor([[0.1, 0.9], [0.3, 0.5]])
-    torch.testing.assert_close(fo.combine(views), torch.tensor([0.2, 0.7]))
-    torch.testing.assert_close(fo.combine(views, "max"), torch.tensor([0.3, 0.9]))
+def test_difficulty_over_augmentations_is_their_mean_or_maximum():
+    augmented = torch.tensor([[0.1, 0.9], [0.3, 0.5]])
+    torch.testing.assert_close(fo.combine(augmented), torch.tensor([0.2, 0.7]))
+    torch.testing.assert_close(fo.combine(augmented, "max"), torch.tensor([0.3, 0.9]))
 
 
-def test_shift_moves_the_image_and_repeats_the_border():
-    latents = torch.arange(9.0).view(1, 1, 3, 3)
-    moved = fo.shift(latents, dy=1, dx=0)
-    assert torch.equal(moved[0, 0], torch.tensor([[0.0, 1, 2], [0, 1, 2], [3, 4, 5]]))
-    assert torch.equal(fo.shift(latents, 0, -1)[0, 0], torch.tensor([[1.0, 2, 2], [4, 5, 5], [7, 8, 8]]))
-    assert torch.equal(fo.shift(latents, 0, 0), latents)
-    assert torch.equal(fo.flip(fo.flip(latents)), latents)
-
-
-def test_drawn_shifts_move_and_come_from_the_generator_alone():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    drawn = {fo.draw_shift(torch.Generator().manual_seed(seed)) for seed in range(60)}
-    assert (0, 0) not in drawn and len(drawn) == 8
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_bad_options_are_refused():
+def test_focusing_refuses_bad_options():
     with pytest.raises(ConfigError, match="eta"):
         fo.Focusing(-0.1)
     with pytest.raises(ConfigError, match="momentum"):

@@ -18,10 +18,9 @@ from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.images import to_tensor
 from t2i_spo_plugin.quality.normalise import QualityBatch
-from t2i_spo_plugin.training.config import TrainConfig
 from t2i_spo_plugin.training.data.build import PairConfig, build_pairs
-from t2i_spo_plugin.training.data.dataset import read_pairs
 from t2i_spo_plugin.training.data.pairing import Candidate, Judged, candidates_of, pairs_of_group
+from t2i_spo_plugin.training.objectives.spo import SPO, SPOOptions
 from t2i_spo_plugin.training.validation import UAScoreValidation
 
 
@@ -154,7 +153,7 @@ def test_built_table_is_annotated_read_by_the_trainer_and_leaves_no_images(pipe,
     assert not list(output.rglob("*.png"))
     counts = json.loads((output / "counts.json").read_text())
     assert counts["pairs"] == len(table) and counts["prompts"] == 2
-    data = read_pairs(TrainConfig(pairs=str(output), output_dir="unused", tensorboard=False))
+    data = SPO(SPOOptions()).read(output)
     assert data.counts["kept"] == len(data) > 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.training.objectives.dpo import preference_logit, preference_loss
+from t2i_spo_plugin.training.objectives.losses import preference_logit, preference_loss
 from t2i_spo_plugin.training.objectives.reward import MODES, composite_loss, composite_preferences, safety_preferences
 
 

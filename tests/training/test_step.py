@@ -83,7 +83,7 @@ def observe(pairs, tmp_path):
             seen.calls.append(Call(args[0].detach(), args[1], prediction, prediction.requires_grad))
 
         pipe.unet.register_forward_hook(keep)
-        defaults = {"pairs": str(pairs), "steps": STEPS, "batch_size": BATCH, "beta": BETA, "resume": False}
+        defaults = {"pairs": str(pairs), "steps": STEPS, "batch_size": BATCH, "resume": False}
         train(train_config(tmp_path, **(defaults | options)), pipe)
         seen.curve = json.loads((tmp_path / "run" / "report.json").read_text())["curve"]
         return seen
@@ -115,21 +115,26 @@ def logits(trained: Tensor, reference: Tensor, target: Tensor) -> Tensor:
 
 
 def check(seen: Observed, expected: Any) -> None:
-    """Loss and gradient of every step are those of `expected(step, prediction, reference, target, views)`."""
+    """Loss and gradient of every step are those of `expected(step, prediction, reference, target, augmented)`."""
     for number in range(STEPS):
-        trained, reference, views = seen.step(number)
+        trained, reference, augmented = seen.step(number)
         prediction = trained.prediction.detach().requires_grad_()
-        loss = expected(number, prediction, reference.prediction, noise_of(number), views)
+        loss = expected(number, prediction, reference.prediction, noise_of(number), augmented)
         loss.backward()
         assert seen.curve[number]["loss"] == pytest.approx(loss.item(), rel=1e-5), f"step {number}"
         torch.testing.assert_close(trained.gradient, prediction.grad, rtol=1e-3, atol=1e-6)
 
 
-def dpo(number, prediction, reference, target, views) -> Tensor:
+def dpo(number, prediction, reference, target, augmented) -> Tensor:
     return -logsigmoid(logits(prediction, reference, target)).mean()
 
 
-PLAIN = {"objective": "dpo", "safe_pairs": "quality"}
+PLAIN = {"objective": {"name": "dpo", "beta": BETA, "safe_pairs": "quality"}}
+STEEP = {"objective": {"name": "dpo", "beta": 1e6, "safe_pairs": "quality"}}
+
+
+def spo(**options: Any) -> dict[str, Any]:
+    return {"objective": {"name": "spo", "beta": BETA, **options}}
 
 
 def test_plain_dpo_is_the_preference_loss_and_nothing_else(observe):
@@ -140,19 +145,19 @@ def test_plain_dpo_is_the_preference_loss_and_nothing_else(observe):
 
 
 def test_sft_term_adds_its_weight_times_the_winners_error(observe):
-    def expected(number, prediction, reference, target, views):
-        return dpo(number, prediction, reference, target, views) + 3.0 * error(prediction[:BATCH], target).mean()
+    def expected(number, prediction, reference, target, augmented):
+        return dpo(number, prediction, reference, target, augmented) + 3.0 * error(prediction[:BATCH], target).mean()
 
-    check(observe(**PLAIN, anchor=3.0), expected)
+    check(observe(**PLAIN, terms={"sft": {"weight": 3.0}}), expected)
 
 
-def test_prior_preservation_on_benign_pairs_leaves_harmful_pairs_alone(observe):
-    def expected(number, prediction, reference, target, views):
+def test_prior_preservation_holds_benign_pairs_and_leaves_harmful_ones_alone(observe):
+    def expected(number, prediction, reference, target, augmented):
         both = benign_of(number).repeat(2)
         apart = error(prediction, reference.detach())
-        return dpo(number, prediction, reference, target, views) + 40.0 * (apart * both).mean()
+        return dpo(number, prediction, reference, target, augmented) + 40.0 * (apart * both).mean()
 
-    seen = observe(**PLAIN, benign_preservation=40.0)
+    seen = observe(**PLAIN, terms={"prior_preservation": {"weight": 40.0}})
     check(seen, expected)
     assert {bool(kind) for number in range(STEPS) for kind in benign_of(number)} == {True, False}
     trained, reference, _ = seen.step(STEPS - 1)
@@ -162,12 +167,12 @@ def test_prior_preservation_on_benign_pairs_leaves_harmful_pairs_alone(observe):
     assert torch.equal(moved, benign_of(STEPS - 1).repeat(2))
 
 
-def test_prior_preservation_on_pure_noise_sees_the_last_timestep_and_no_pair(observe):
-    def expected(number, prediction, reference, target, views):
+def test_output_preservation_sees_pure_noise_at_the_last_timestep_and_no_pair(observe):
+    def expected(number, prediction, reference, target, augmented):
         apart = error(prediction[2 * BATCH :], reference[2 * BATCH :].detach())
-        return dpo(number, prediction, reference, target, views) + 40.0 * apart.mean()
+        return dpo(number, prediction, reference, target, augmented) + 40.0 * apart.mean()
 
-    seen = observe(**PLAIN, preservation=40.0, preservation_batch=2)
+    seen = observe(**PLAIN, terms={"output_preservation": {"weight": 40.0, "batch_size": 2}})
     check(seen, expected)
     trained, _, _ = seen.step(STEPS - 1)
     assert len(trained.noisy) == 2 * BATCH + 2 and trained.timesteps[2 * BATCH :].tolist() == [999, 999]
@@ -179,7 +184,7 @@ def test_prior_preservation_on_pure_noise_sees_the_last_timestep_and_no_pair(obs
 @pytest.mark.parametrize("per_pair", [True, False])
 def test_loser_guard_scales_the_losers_gradient_and_not_the_loss(observe, per_pair):
     mu = 0.6
-    seen = observe(**PLAIN, sdpo_mu=mu, sdpo_per_pair=per_pair)
+    seen = observe(**PLAIN, terms={"loser_guard": {"mu": mu, "per_pair": per_pair}})
     scales = []
     for number in range(STEPS):
         trained, reference, _ = seen.step(number)
@@ -204,11 +209,11 @@ def test_loser_guard_scales_the_losers_gradient_and_not_the_loss(observe, per_pa
 
 @pytest.mark.parametrize("lambda_", [0.0, 2.0])
 def test_margin_is_lambda_times_the_cost_gap_where_safe_beats_unsafe(observe, lambda_):
-    def expected(number, prediction, reference, target, views):
+    def expected(number, prediction, reference, target, augmented):
         margin = lambda_ * MARGIN * (~benign_of(number)).float()
         return -logsigmoid(logits(prediction, reference, target) - margin).mean()
 
-    check(observe(objective="spo", lambda_=lambda_, mode="relabel+margin"), expected)
+    check(observe(**spo(**{"lambda": lambda_}, mode="relabel+margin")), expected)
 
 
 @pytest.mark.parametrize(("kind", "over"), [("additive", "mean"), ("focal", "max")])
@@ -220,9 +225,9 @@ def test_focusing_weighs_each_pair_by_its_difficulty_over_the_augmentations(obse
 
     mean = float(raw(torch.tensor(0.5)))
 
-    def expected(number, prediction, reference, target, views):
+    def expected(number, prediction, reference, target, augmented):
         nonlocal mean
-        model, base = views
+        model, base = augmented
         # The flipped pair keeps the noise of the plain one.
         plain, flipped = logits(prediction, reference, target), logits(model.prediction, base.prediction, target)
         each = torch.stack((torch.sigmoid(-plain.detach()), torch.sigmoid(-flipped)))
@@ -231,38 +236,36 @@ def test_focusing_weighs_each_pair_by_its_difficulty_over_the_augmentations(obse
         mean = momentum * mean + (1.0 - momentum) * float(weight.mean())
         return loss
 
-    seen = observe(
-        objective="spo",
-        lambda_=0.0,
-        eta=eta,
-        focusing=kind,
-        focusing_momentum=momentum,
-        views=("flip",),
-        view_mean=over,
-    )
+    options = {"eta": eta, "focusing": kind, "focusing_momentum": momentum, "reduction": over}
+    seen = observe(**spo(**{"lambda": 0.0}, augmentations=["flip"], **options))
     check(seen, expected)
     assert abs(mean - float(raw(torch.tensor(0.5)))) > 1e-3
 
 
 def test_augmentations_carry_no_gradient(observe):
-    seen = observe(objective="spo", eta=1.0, views=("flip", "shift", "noise"))
+    seen = observe(**spo(eta=1.0, augmentations=["flip", "shift", "noise"]))
     for number in range(STEPS):
-        _, _, views = seen.step(number)
-        assert len(views) == 2 * 3 and not any(call.prediction.requires_grad for call in views)
+        _, _, augmented = seen.step(number)
+        assert len(augmented) == 2 * 3 and not any(call.prediction.requires_grad for call in augmented)
 
 
 def test_terms_add_up(observe):
-    def expected(number, prediction, reference, target, views):
+    def expected(number, prediction, reference, target, augmented):
         pairs = slice(0, 2 * BATCH)
         apart = error(prediction, reference.detach())
         return (
-            dpo(number, prediction, reference, target, views)
+            dpo(number, prediction, reference, target, augmented)
             + 0.5 * error(prediction[:BATCH], target).mean()
             + 20.0 * apart[2 * BATCH :].mean()
             + 30.0 * (apart[pairs] * benign_of(number).repeat(2)).mean()
         )
 
-    check(observe(**PLAIN, anchor=0.5, preservation=20.0, benign_preservation=30.0), expected)
+    terms = {
+        "sft": {"weight": 0.5},
+        "output_preservation": {"weight": 20.0},
+        "prior_preservation": {"weight": 30.0},
+    }
+    check(observe(**PLAIN, terms=terms), expected)
 
 
 def first_moment(folder: Path) -> Tensor:
@@ -273,7 +276,7 @@ def first_moment(folder: Path) -> Tensor:
 
 
 def test_a_huge_gradient_is_clipped_to_max_grad_norm(observe):
-    huge = {**PLAIN, "beta": 1e6, "steps": 1, "checkpoint_every": 1}
+    huge = {**STEEP, "steps": 1, "checkpoint_every": 1}
     free = first_moment(observe(**huge, max_grad_norm=1e9).folder)
     clipped = first_moment(observe(**huge, max_grad_norm=0.5).folder)
     assert free.norm() > 100.0
@@ -283,7 +286,7 @@ def test_a_huge_gradient_is_clipped_to_max_grad_norm(observe):
 
 def test_a_clipped_gradient_moves_the_weights_by_the_clipped_amount(observe):
     # AdamW's first step is lr * g / (|g| + 1e-8): only a gradient near 1e-8 shows its size in the weights.
-    seen = observe(**PLAIN, beta=1e6, steps=1, checkpoint_every=1, max_grad_norm=1e-8)
+    seen = observe(**STEEP, steps=1, checkpoint_every=1, max_grad_norm=1e-8)
     gradient = first_moment(seen.folder)
     expected = 1e-2 * (gradient / (gradient.abs() + 1e-8)).norm()
     adapter = read_adapter(seen.folder / "adapter.safetensors")
@@ -310,7 +313,7 @@ def test_a_run_logs_the_scheduled_rate_and_steps_by_it(observe):
     rates = [entry["learning_rate"] for entry in seen.curve]
     assert rates == pytest.approx([1e-2 * math.cos(0.5 * math.pi * n / STEPS) ** 2 for n in range(STEPS)])
     # The first step moves each weight that begins at 0 by the rate.
-    warm = observe(**PLAIN, beta=1e6, warmup=4, schedule="cosine", learning_rate=1e-2, steps=1)
+    warm = observe(**STEEP, warmup=4, schedule="cosine", learning_rate=1e-2, steps=1)
     adapter = read_adapter(warm.folder / "adapter.safetensors")
     largest = max(float(pair.up.abs().max()) for pair in adapter.modules.values())
     assert largest == pytest.approx(0.25e-2, rel=1e-3)

@@ -129,7 +129,7 @@ def decode_square(data: bytes, resolution: int) -> Tensor:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError) as error:
-        raise ImageError(f"an image of the pair table cannot be decoded: {error}") from error
+        raise ImageError(f"an image cannot be decoded: {error}") from error
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     return to_tensor(image.crop((left, top, left + edge, top + edge)), resolution)
@@ -145,14 +145,11 @@ def encode_latents(vae: Any, pixels: Tensor) -> Rows:
     return {"mean": encoded.latents.float().cpu()}
 
 
-def sample_latents(rows: Rows, noise: Tensor | None, vae_config: Any) -> Tensor:
-    """Scaled latents `[B, C, h, w]` from rows: `(mean + std * noise - shift) * scale`; no noise gives the mean."""
-    latents = rows["mean"]
+def posterior_sample(rows: Rows, noise: Tensor | None) -> Tensor:
+    """Latents `[B, C, h, w]` from rows, unscaled: `mean + std * noise`; no noise, or no `std`, gives the mean."""
     if "std" in rows and noise is not None:
-        latents = latents + rows["std"] * noise
-    shift = getattr(vae_config, "shift_factor", None)
-    scale = getattr(vae_config, "scaling_factor", None)
-    return (latents - (shift or 0.0)) * (1.0 if scale is None else scale)
+        return rows["mean"] + rows["std"] * noise
+    return rows["mean"]
 
 
 def build_latents(

@@ -1,4 +1,4 @@
-"""Images with captions, as a folder: what the plain denoising objective is trained on."""
+"""Images with captions, as a folder: what supervised fine-tuning is trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from t2i_spo_plugin.errors import TableError
 
 from .caches import content_key
-from .dataset import PairData
+from .dataset import Examples
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,13 +32,13 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
         raise TableError(f"there is no folder {folder} with images")
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is not None:
-        found = _from_table(table)
+        images = _from_table(table)
     else:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-        found = [(path, _beside(path)) for path in files]
-    if not found:
+        images = [(path, _beside(path)) for path in files]
+    if not images:
         raise TableError(f"{folder} holds no images ({', '.join(IMAGES)})")
-    return sorted(found)
+    return sorted(images)
 
 
 def captioned_images(folder: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -48,18 +48,15 @@ def captioned_images(folder: str | Path) -> Iterator[tuple[str, bytes]]:
         yield content_key(data), data
 
 
-def caption_data(folder: str | Path) -> PairData:
-    """The folder as training data: each image is a pair with itself, of which the objective uses one side."""
+def read_captioned(folder: str | Path) -> Examples:
+    """The folder as training data: examples of one image each, all under benign prompts."""
     captions = [caption for _, caption in read_captions(folder)]
     keys = [key for key, _ in captioned_images(folder)]
     count = len(keys)
-    return PairData(
+    return Examples(
         captions=captions,
-        winners=keys,
-        losers=keys,
-        margin=torch.zeros(count),
-        target=torch.ones(count),
-        benign=torch.ones(count, dtype=torch.bool),
+        images=(keys,),
+        columns={"benign": torch.ones(count, dtype=torch.bool)},
         counts={"read": count, "kept": count, "dropped": 0},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, read_table
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.metrics import UNSAFE_COST
 
-from ..config import TrainConfig
-from ..objectives.reward import Preferences, both_unsafe, composite_preferences, safety_preferences
 from .caches import content_key
 
 
@@ -24,83 +23,94 @@ _ANNOTATION = ("caption", "label_0", "safety_cost_0", "safety_cost_1", "quality_
 
 
 @dataclass(frozen=True)
-class PairData:
-    """N pairs that are trained on, in the order of the table.
+class Examples:
+    """N examples of S images each under one prompt: winner and loser of a pair, or a single image.
 
     Attributes:
         captions: N prompts.
-        winners, losers: N keys of images (content hashes).
-        margin, target: `[N]`, as in `reward.Preferences`.
-        benign: `[N]` bool, the pair stands under a benign prompt.
-        counts: pairs read, kept, dropped, and kept of each kind.
+        images: S lists of N keys of images (content hashes).
+        columns: `[N]` by name: `benign` (bool, the prompt is benign) always; `margin` and `target` of pairs.
+        counts: rows read, kept, dropped, and kept of each kind.
     """
 
     captions: list[str]
-    winners: list[str]
-    losers: list[str]
-    margin: Tensor
-    target: Tensor
-    benign: Tensor
+    images: tuple[list[str], ...]
+    columns: dict[str, Tensor]
     counts: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def digest(self) -> str:
-        """Changes with any pair, its order, winner, margin or target."""
-        made = hashlib.sha256()
-        for row in zip(
-            self.captions, self.winners, self.losers, self.margin.tolist(), self.target.tolist(), strict=True
-        ):
-            made.update(repr(row).encode())
-        return made.hexdigest()[:16]
+        """Changes with any example, its order, its images or its columns."""
+        digest = hashlib.sha256()
+        columns = [self.columns[name].tolist() for name in sorted(self.columns)]
+        for row in zip(self.captions, *self.images, *columns, strict=True):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:16]
 
 
-def prefer(quality: Tensor, cost: Tensor, label_0: Tensor, config: TrainConfig) -> Preferences:
-    """Winner, margin and target of N pairs `[N, 2]` as `config` asks; `label_0 [N]` is for `labels="table"`."""
-    if config.objective == "spo":
-        return composite_preferences(quality, cost, config.lambda_, config.mode, config.tau, config.tau_soft)
-    if config.labels == "safety":
-        return safety_preferences(quality, cost, config.safe_pairs)
-    keep = (label_0 != 0.5) & ~both_unsafe(cost)
-    ones = torch.ones_like(label_0)
-    return Preferences((label_0 < 0.5).long(), keep, torch.zeros_like(ones), ones)
+@dataclass(frozen=True)
+class Preferences:
+    """What an objective makes of N annotated pairs.
+
+    Attributes:
+        winner: `[N]`, 0 or 1, the column of the preferred image.
+        keep: `[N]` bool, whether the pair is trained on.
+        margin: `[N]`, what the loss demands on top of zero.
+        target: `[N]` in [0.5, 1], the probability that the winner is better; 1 unless the labels are soft.
+    """
+
+    winner: Tensor
+    keep: Tensor
+    margin: Tensor
+    target: Tensor
 
 
-def read_pairs(config: TrainConfig) -> PairData:
-    """Read the table of `config.pairs` and order its pairs.
+Prefer = Callable[[Tensor, Tensor, Tensor], Preferences]
+"""Orders N pairs by quality `[N, 2]`, cost `[N, 2]` and the table's own label of the first image `[N]`."""
+
+
+def both_unsafe(cost: Tensor) -> Tensor:
+    """`[N]` bool of `cost [N, 2]`."""
+    return (cost >= UNSAFE_COST).all(1)
+
+
+def read_pairs(path: str | Path, prefer: Prefer) -> Examples:
+    """Read a pair table and order its pairs; the first image of each example is the winner.
 
     Raises:
         TableError: the table is not a pair table, or no pair is left.
     """
-    table = read_table(config.pairs, PAIR_COLUMNS, only=_ANNOTATION)
+    table = read_table(path, PAIR_COLUMNS, only=_ANNOTATION)
     column = {name: table.column(name).to_pylist() for name in _ANNOTATION}
     cost = torch.tensor([column["safety_cost_0"], column["safety_cost_1"]], dtype=torch.float64).T
     quality = torch.tensor([column["quality_0"], column["quality_1"]], dtype=torch.float64).T
-    made = prefer(quality, cost, torch.tensor(column["label_0"], dtype=torch.float64), config)
-    keys = list(image_keys(config.pairs))
-    if len(keys) != len(made.keep):
-        raise TableError(f"{config.pairs} changed while it was read")
-    kept = made.keep.nonzero()[:, 0].tolist()
-    if not kept:
+    preferences = prefer(quality, cost, torch.tensor(column["label_0"], dtype=torch.float64))
+    keys = list(image_keys(path))
+    if len(keys) != len(preferences.keep):
+        raise TableError(f"{path} changed while it was read")
+    rows = preferences.keep.nonzero()[:, 0].tolist()
+    if not rows:
         raise TableError(
-            f"{config.pairs}: none of {len(keys)} pairs can be trained on; they are unsafe on both sides, tied, "
+            f"{path}: none of {len(keys)} pairs can be trained on; they are unsafe on both sides, tied, "
             "or left out by the objective's labels"
         )
-    first = made.winner.tolist()
-    kinds = Counter(column["pair_kind"][row] for row in kept)
-    return PairData(
-        captions=[column["caption"][row] for row in kept],
-        winners=[keys[row][first[row]] for row in kept],
-        losers=[keys[row][1 - first[row]] for row in kept],
-        margin=made.margin[kept].float(),
-        target=made.target[kept].float(),
-        benign=torch.tensor([column["pair_kind"][row].startswith("benign") for row in kept]),
+    winner = preferences.winner.tolist()
+    kinds = Counter(column["pair_kind"][row] for row in rows)
+    return Examples(
+        captions=[column["caption"][row] for row in rows],
+        images=([keys[row][winner[row]] for row in rows], [keys[row][1 - winner[row]] for row in rows]),
+        columns={
+            "margin": preferences.margin[rows].float(),
+            "target": preferences.target[rows].float(),
+            "benign": torch.tensor([column["pair_kind"][row].startswith("benign") for row in rows]),
+        },
         counts={
             "read": len(keys),
-            "kept": len(kept),
+            "kept": len(rows),
             "dropped_both_unsafe": int(both_unsafe(cost).sum()),
-            "dropped": len(keys) - len(kept),
+            "dropped": len(keys) - len(rows),
             **{f"kind {kind}": count for kind, count in sorted(kinds.items())},
         },
     )

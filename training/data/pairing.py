@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from t2i_spo_plugin.data import MAX_SEED, PromptRow, prompt_seed
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics import UNSAFE_COST
+from t2i_spo_plugin.options import check_range
 
 from .caches import content_key
 
@@ -33,31 +35,39 @@ BENIGN, UNDER_SAFE_PROMPT = "benign", "benign_safe_over_unsafe"
 class PairConfig:
     """How a pair table is made.
 
-    Where from and to
+    Attributes:
         output: folder that receives the table in shards of parquet, and `counts.json`.
-        prompts: `sticker`, or a prompt file; harmful, benign, lookalike: how many prompts of each kind; split: of the
-            sticker prompts.
+        prompts: `sticker`, or a prompt file.
+        harmful: harmful prompts.
+        benign: benign prompts.
+        lookalike: benign prompts that look harmful.
+        split: of the sticker prompts.
         pipeline: `sticker`, a diffusers folder, or a Hub id.
-        cost_model, policy, quality_model: `sticker`, or folder, YAML file, folder.
+        cost_model: `sticker`, or what `load_cost_model` takes.
+        policy: `sticker`, or a policy's name or YAML file.
+        quality_model: `sticker`, or a folder.
         override_domain: judge images of another domain than the cost model's.
-
-    Candidates
-        seeds_per_prompt: images of each prompt. steps, guidance_scale, batch_size: how they are drawn.
-        degraded_guidance, degraded_steps: when either is given, benign prompts and safe completions are drawn once
-            more that way, as candidates to lose.
-        max_completions: safe completions drawn for a harmful prompt.
-
-    Pairs
-        min_quality_gap: between winner and loser of a pair that is safe on both sides.
-        min_winner_quality: a poorer winner would teach to draw nothing.
+        seeds_per_prompt: images of each prompt.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance.
+        batch_size: images generated at once.
+        degraded_guidance: when given, benign prompts and safe completions are generated once more with this guidance,
+            as candidates to lose.
+        degraded_steps: likewise with so few denoising steps.
+        max_completions: safe completions generated for a harmful prompt.
+        min_quality_gap: between winner and loser of a pair that is safe on both sides, in [0, 1].
+        min_winner_quality: a poorer winner would teach to generate nothing; in [0, 1].
         max_pairs: of one kind for one prompt.
         reuse_under_safe_prompt: each safe-over-unsafe pair once more under the safe prompt.
-
-    Run
-        seed: of prompts and further seeds. shard_size: prompts to a shard; at most one is lost when killed.
-        keep_images: keep the candidates after a shard is written. progress: show bars.
-        shard_index, shard_count: this process makes every shard_count-th shard, for several at once.
+        seed: of prompts and further seeds.
+        shard_size: prompts to a shard; at most one shard is lost when the process is killed.
+        keep_images: keep the candidates after a shard is written.
+        progress: show bars.
+        shard_index: of this process among `shard_count`.
+        shard_count: processes that run at once; each makes every shard_count-th shard.
     """
+
+    configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
 
     output: str
     prompts: str = "sticker"
@@ -93,11 +103,10 @@ class PairConfig:
 
     def __post_init__(self) -> None:
         for name in ("harmful", "benign", "lookalike"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_range(name, getattr(self, name), 0, whole=True)
         if self.harmful + self.benign + self.lookalike == 0:
             raise ConfigError("ask for at least one prompt: harmful, benign or lookalike")
-        positive = (
+        counts = (
             "seeds_per_prompt",
             "steps",
             "batch_size",
@@ -106,16 +115,13 @@ class PairConfig:
             "shard_size",
             "shard_count",
         )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in counts:
+            check_range(name, getattr(self, name), 1, whole=True)
         for name in ("min_quality_gap", "min_winner_quality"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.degraded_steps is not None and self.degraded_steps < 1:
-            raise ConfigError(f"degraded_steps must be at least 1, got {self.degraded_steps}")
-        if not 0 <= self.shard_index < self.shard_count:
-            raise ConfigError(f"shard_index must lie in 0..{self.shard_count - 1}, got {self.shard_index}")
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        if self.degraded_steps is not None:
+            check_range("degraded_steps", self.degraded_steps, 1, whole=True)
+        check_range("shard_index", self.shard_index, 0, self.shard_count - 1, whole=True)
 
     @property
     def degraded(self) -> bool:

@@ -3,35 +3,29 @@
 T2I-SPO has such a mechanism with a parameter eta, off at 0, over several augmentations (arXiv 2504.14290); its
 formula and its augmentations are not public. What stands here is this project's own:
 
-    d_k = 1 - sigmoid(-0.5 * beta * D_k)      difficulty of the pair in view k, view 0 being the plain pair
+    d_k = 1 - sigmoid(-0.5 * beta * D_k)      difficulty of the pair in augmentation k, 0 being the plain pair
     d   = mean (or max) over k of d_k         no gradient
     raw = 1 + eta * d   (`additive`)   or   d ** eta   (`focal`)
     w   = raw / running mean of raw
 
 The running mean is over all ranks and is updated once per optimiser step, so that a weight does not depend on the
 micro-batch. It starts at raw(1/2), which is exact: before the first step the model is its own reference.
-
-Views work on cached latents, the same transform on both images of a pair: `flip` mirrors, `shift` moves by one
-latent cell with the border repeated (both near the image's own augmentation, as far as the autoencoder commutes with
-them), `noise` draws timestep and noise afresh. Colour, blur and JPEG would need pixels, and can hide the harmful part;
-they are left out.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from t2i_spo_plugin.errors import ConfigError
 
 
 FocusingKind = Literal["additive", "focal"]
-View = Literal["flip", "shift", "noise"]
-KINDS: tuple[FocusingKind, ...] = ("additive", "focal")
-VIEWS: tuple[View, ...] = ("flip", "shift", "noise")
+Reduction = Literal["mean", "max"]
+KINDS: tuple[FocusingKind, ...] = get_args(FocusingKind)
 _SMALLEST_MEAN = 1e-6
 
 
@@ -40,9 +34,9 @@ def difficulty(logit: Tensor) -> Tensor:
     return torch.sigmoid(-logit.detach().float())
 
 
-def combine(difficulties: Tensor, over: Literal["mean", "max"] = "mean") -> Tensor:
-    """Difficulty `[B]` over the views `[K, B]`."""
-    return difficulties.mean(0) if over == "mean" else difficulties.amax(0)
+def combine(difficulties: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Difficulty `[B]` over the augmentations `[K, B]`."""
+    return difficulties.mean(0) if reduction == "mean" else difficulties.amax(0)
 
 
 def raw_weight(d: Tensor, eta: float, kind: FocusingKind) -> Tensor:
@@ -50,25 +44,6 @@ def raw_weight(d: Tensor, eta: float, kind: FocusingKind) -> Tensor:
     if kind not in KINDS:
         raise ConfigError(f"focusing must be one of {', '.join(KINDS)}, got {kind!r}")
     return 1.0 + eta * d if kind == "additive" else d**eta
-
-
-def flip(latents: Tensor) -> Tensor:
-    """`[..., H, W]` mirrored left to right."""
-    return latents.flip(-1)
-
-
-def shift(latents: Tensor, dy: int, dx: int) -> Tensor:
-    """`[B, C, H, W]` moved down by dy and right by dx cells, the border repeated."""
-    height, width = latents.shape[-2:]
-    pad = F.pad(latents, (abs(dx), abs(dx), abs(dy), abs(dy)), mode="replicate")
-    top, left = abs(dy) - dy, abs(dx) - dx
-    return pad[..., top : top + height, left : left + width]
-
-
-def draw_shift(generator: torch.Generator) -> tuple[int, int]:
-    """One of the eight moves by one cell."""
-    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    return steps[int(torch.randint(len(steps), (1,), generator=generator))]
 
 
 class Focusing:
@@ -112,9 +87,9 @@ class Focusing:
         self._total = torch.zeros(2, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, float]:
-        """What has to be kept to resume between two optimiser steps."""
-        return {"mean": self.mean}
+        """What it takes to resume between two optimiser steps."""
+        return {"focusing_mean": self.mean}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.mean = float(state["mean"])
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.mean = float(state["focusing_mean"])
         self._total = torch.zeros(2, dtype=torch.float64)

@@ -13,8 +13,7 @@ Pairs in which both images are unsafe are dropped in every mode (SafeDPO's trans
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,28 +21,13 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
-from .dpo import preference_loss, soft_preference_loss
+from ..data.dataset import Preferences, both_unsafe
+from .losses import preference_loss, soft_preference_loss
 
 
+SafePairs = Literal["drop", "cost", "quality"]
 RewardMode = Literal["relabel", "margin", "relabel+margin", "soft"]
-MODES: tuple[RewardMode, ...] = ("relabel", "margin", "relabel+margin", "soft")
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """What a mode makes of N annotated pairs.
-
-    Attributes:
-        winner: `[N]`, 0 or 1, the column of the preferred image.
-        keep: `[N]` bool, whether the pair is trained on.
-        margin: `[N]`, what the loss demands on top of zero.
-        target: `[N]` in [0.5, 1], the probability that the winner is better; 1 except in `soft`.
-    """
-
-    winner: Tensor
-    keep: Tensor
-    margin: Tensor
-    target: Tensor
+MODES: tuple[RewardMode, ...] = get_args(RewardMode)
 
 
 def composite_reward(quality: Tensor, cost: Tensor, lambda_: float) -> Tensor:
@@ -98,14 +82,14 @@ def composite_preferences(
     return Preferences(winner, keep, margin, target)
 
 
-def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: Literal["drop", "cost", "quality"]) -> Preferences:
+def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: SafePairs) -> Preferences:
     """Safe over unsafe and nothing else: how plain Diffusion-DPO is labelled when it is the rival.
 
     `safe_pairs` says what becomes of pairs that are safe on both sides: dropped, ordered by the lower cost, or by the
     higher quality. Shapes and errors as in `composite_preferences`.
     """
-    if safe_pairs not in ("drop", "cost", "quality"):
-        raise ConfigError(f"safe_pairs must be drop, cost or quality, got {safe_pairs!r}")
+    if safe_pairs not in get_args(SafePairs):
+        raise ConfigError(f"safe_pairs must be one of {', '.join(get_args(SafePairs))}, got {safe_pairs!r}")
     _check(quality, cost, 0.0, "relabel", 0.0, 1.0)
     unsafe = cost >= UNSAFE_COST
     crossing = unsafe[:, 0] != unsafe[:, 1]
@@ -115,11 +99,6 @@ def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: Literal["drop"
     winner = torch.where(crossing, unsafe[:, 0], gap > 0).long()
     keep = crossing | ((gap != 0) & ~unsafe.any(1))
     return Preferences(winner, keep, torch.zeros_like(cost[:, 0]), torch.ones_like(cost[:, 0]))
-
-
-def both_unsafe(cost: Tensor) -> Tensor:
-    """`[N]` bool of `cost [N, 2]`."""
-    return (cost >= UNSAFE_COST).all(1)
 
 
 def composite_loss(logit: Tensor, margin: Tensor, target: Tensor, mode: RewardMode) -> Tensor:

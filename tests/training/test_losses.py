@@ -7,10 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.training.objectives import dpo as ob
+from t2i_spo_plugin.training.objectives import losses as ob
 
 
 def _errors(seed: int = 0, batch: int = 7) -> list[torch.Tensor]:
@@ -69,39 +67,6 @@ def test_diffusers_convention_is_twice_ours():
     err_w, err_l, ref_w, ref_l = _errors()
     theirs = -torch.nn.functional.logsigmoid(-2500.0 * ((err_w - err_l) - (ref_w - ref_l)))
     torch.testing.assert_close(ob.diffusion_dpo_loss(err_w, err_l, ref_w, ref_l, 5000.0), theirs)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_schedule_agrees_with_the_scheduler(prediction, zero_snr):
-    scheduler = DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
-    schedule = ob.NoiseSchedule.from_scheduler(scheduler)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(4, 3, 5, 5, generator=generator) for _ in range(2))
-    index = torch.tensor([0, 10, 500, 999])
-    torch.testing.assert_close(schedule.noised(latents, noise, index), scheduler.add_noise(latents, noise, index))
-    expected = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, index)
-    torch.testing.assert_close(schedule.target(latents, noise, index), expected)
-    assert torch.equal(schedule.timesteps[index], index)
-
-
-def test_flow_schedule_agrees_with_the_scheduler_and_ignores_earlier_drawing():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    sigmas, timesteps = scheduler.sigmas[:1000].clone(), scheduler.timesteps.clone()
-    scheduler.set_timesteps(7)
-    schedule = ob.NoiseSchedule.from_scheduler(scheduler)
-    torch.testing.assert_close(schedule.timesteps.flip(0), timesteps)
-    latents, noise = torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 3.0)
-    index = torch.tensor([990])
-    sigma = sigmas[1000 - 1 - 990]
-    torch.testing.assert_close(schedule.noised(latents, noise, index), (1 - sigma) * latents + sigma * noise)
-    assert torch.equal(schedule.target(latents, noise, index), noise - latents)
-
-
-def test_schedules_that_predict_something_else_are_refused():
-    with pytest.raises(ConfigError, match="sample"):
-        ob.NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type="sample"))
-    assert len(ob.NoiseSchedule.from_scheduler(EulerDiscreteScheduler())) == 1000
 
 
 def _linear_step(mu: float, angle: float, per_pair: bool = False) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Plain denoising on captioned images of one's own: what is read, what is learnt, and what is refused."""
+"""Supervised fine-tuning on captioned images of one's own: what is read, what is learnt, and what is refused."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.pairs import changed, train_config
 from support.pipelines import SIZE, random_adapter, tiny_pipeline
 
 from t2i_spo_plugin import load_spo_lora
 from t2i_spo_plugin.adapters import read_adapter
-from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
-from t2i_spo_plugin.training.config import TrainConfig
-from t2i_spo_plugin.training.data.captions import caption_data, read_captions
-from t2i_spo_plugin.training.trainer import train
+from t2i_spo_plugin.errors import PipelineError, TableError
+from t2i_spo_plugin.training import TrainConfig, train
+from t2i_spo_plugin.training.data.captions import read_captioned, read_captions
 
 
 def image(path: Path, shade: int) -> None:
@@ -34,23 +34,8 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def config(folder, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        output_dir=str(tmp_path / "run"),
-        images=str(folder),
-        objective="denoise",
-        resolution=SIZE,
-        rank=2,
-        learning_rate=1e-2,
-        steps=4,
-        batch_size=2,
-        caption_dropout=0.3,
-        random_flip=True,
-        tensorboard=False,
-        progress=False,
-        device="cpu",
-        log_every=1,
-        checkpoint_every=2,
-    )
+    options = {"caption_dropout": 0.3, "random_flip": True, "checkpoint_every": 2}
+    return train_config(tmp_path, images=str(folder), objective={"name": "sft"}, **options)
 
 
 def report_of(config: TrainConfig) -> dict:
@@ -61,7 +46,7 @@ def report_of(config: TrainConfig) -> dict:
 def test_a_folder_of_images_trains_an_adapter_that_loads(config, name):
     path = train(replace(config, steps=2), tiny_pipeline(name))
     adapter = read_adapter(path)
-    assert adapter.metadata.extra["objective"] == "denoise" and "beta" not in adapter.metadata.extra
+    assert adapter.metadata.extra["objective"] == "sft" and "beta" not in adapter.metadata.extra
     assert adapter.metadata.title == config.title
     report = report_of(config)
     # Two steps of two images, each once forward and once backward: no second side, no reference.
@@ -85,6 +70,11 @@ def test_stopped_and_resumed_equals_never_stopped(config):
     assert report_of(config)["curve"] == report_of(replace(config, output_dir=f"{config.output_dir}-whole"))["curve"]
 
 
+def test_prior_preservation_may_be_carried_and_asks_the_reference(config):
+    train(changed(config, steps=2, terms={"prior_preservation": {"weight": 10.0}}), tiny_pipeline("sd1"))
+    assert report_of(config)["passes"] == {"forward": 8, "backward": 4}
+
+
 def test_an_adapter_must_be_off_while_another_is_trained(config):
     pipe = tiny_pipeline("sd1")
     load_spo_lora(pipe, random_adapter(pipe))
@@ -98,12 +88,12 @@ def test_captions_stand_beside_images_or_in_a_table(folder):
         ("0.png", "an image number 0"),
         ("1.jpg", "an image number 1"),
     ]
-    digest = caption_data(folder).digest()
+    digest = read_captioned(folder).digest()
     (folder / "metadata.csv").write_text("file_name,text\n2.webp,two\n0.png,zero\n")
     assert [(path.name, text) for path, text in read_captions(folder)] == [("0.png", "zero"), ("2.webp", "two")]
     (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "three"}\n')
     assert [text for _, text in read_captions(folder)] == ["three"]
-    assert caption_data(folder).digest() != digest
+    assert read_captioned(folder).digest() != digest
 
 
 def test_what_is_no_folder_of_captioned_images_is_refused(folder, tmp_path):
@@ -123,15 +113,3 @@ def test_what_is_no_folder_of_captioned_images_is_refused(folder, tmp_path):
     (folder / "metadata.jsonl").write_text('{"file": "0.png"}')
     with pytest.raises(TableError, match="file_name and text"):
         read_captions(folder)
-
-
-def test_options_of_pairs_are_refused(config):
-    for change in ({"eta": 1.0}, {"anchor": 1.0}, {"fixed_draws": 2}, {"benign_share": 0.5}):
-        with pytest.raises(ConfigError, match=f"leave out {next(iter(change))}"):
-            replace(config, **change)
-    with pytest.raises(ConfigError, match="images must be given"):
-        replace(config, images="")
-    with pytest.raises(ConfigError, match="not on pairs"):
-        replace(config, pairs="pairs.parquet")
-    with pytest.raises(ConfigError, match="pairs must be given"):
-        replace(config, objective="spo", images="")
