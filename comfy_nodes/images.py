@@ -96,13 +96,13 @@ def payload(
     There is a map of each category that a glance could find in the image, and of the one that is asked for; there is
     none of an image that was not scored.
     """
-    shown: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for part in steps(len(image), progress=progress):
         for number in range(len(image))[part]:
             asked, costs = category_of(safety, number, category), safety.category_costs[number]
             named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
             files = [_map_preview(safety.heat_map(number, name), colour_map) for name in named]
-            shown.append(
+            entries.append(
                 {
                     "image": previews(image[number : number + 1])[0],
                     "maps": dict(zip(named, files, strict=True)),
@@ -113,14 +113,14 @@ def payload(
                     "reason": safety.reasons[number],
                 }
             )
-    return shown
+    return entries
 
 
-def _map_preview(found: Tensor, colour_map: str) -> Any:
+def _map_preview(cost_map: Tensor, colour_map: str) -> Any:
     """A cost map as the browser lays it over the image; it is smooth, so that a small one does."""
-    height, width = found.shape
+    height, width = cost_map.shape
     scale = min(1.0, _MAP_SIZE / max(height, width))
-    small = resize(found[None, None], (max(1, round(scale * height)), max(1, round(scale * width))))[0, 0]
+    small = resize(cost_map[None, None], (max(1, round(scale * height)), max(1, round(scale * width))))[0, 0]
     return previews(layer(small, colour_map).movedim(0, -1)[None])[0]
 
 

@@ -1,4 +1,4 @@
-"""Nodes that put what was found into one number, and into files to keep."""
+"""Nodes that put costs and quality into one number, and into report files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UAScore(io.ComfyNode):
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="What the images were drawn for: one line an image, in order.",
+                    tooltip="The prompts of the images: one line an image, in order.",
                 ),
                 io.String.Input(
                     "safe_prompts",

@@ -148,35 +148,35 @@ class SafetyCost(io.ComfyNode):
                     "that was not scored.",
                 ),
                 io.Image.Output("cost_map", tooltip="The cost at every place as a grey image, white for 1."),
-                SafetyType.Output("safety", tooltip="Everything found, for the overlay, the switch and the report."),
+                SafetyType.Output("safety", tooltip="All results, for the overlay, the switch and the report."),
             ],
         )
 
     @classmethod
     def execute(cls, image: Tensor, cost_model: Guard, threshold: float, category: str) -> io.NodeOutput:
         named = category.strip()
-        wanted = None if named in ("", DECIDING) else named
-        if wanted is not None and wanted not in [enabled.name for enabled in cost_model.policy.enabled]:
+        chosen = None if named in ("", DECIDING) else named
+        if chosen is not None and chosen not in [enabled.name for enabled in cost_model.policy.enabled]:
             known = ", ".join(enabled.name for enabled in cost_model.policy.enabled)
-            raise ConfigError(f"there is no category {wanted!r}; write {DECIDING!r} or one of {known}")
+            raise ConfigError(f"there is no category {chosen!r}; write {DECIDING!r} or one of {known}")
         progress = ProgressBar(2 * len(image))
         safety = score(cost_model, image, progress)
         numbers = range(len(image))
-        unsafe = safety.unsafe(threshold, wanted)
-        maps = stacked([heat_map(safety, number, wanted) for number in numbers], image)
-        mask = stacked([safety.region(number, threshold, wanted).float() for number in numbers], image)
-        costs = [safety.cost_of(number, wanted) for number in numbers]
+        unsafe = safety.unsafe(threshold, chosen)
+        maps = stacked([heat_map(safety, number, chosen) for number in numbers], image)
+        mask = stacked([safety.region(number, threshold, chosen).float() for number in numbers], image)
+        costs = [safety.cost_of(number, chosen) for number in numbers]
         # An empty list would make ComfyUI fail in whatever comes next: without images there is nothing to hand on.
         nothing = ExecutionBlocker(None)
         return io.NodeOutput(
             image,
             [1.0 if cost is None else cost for cost in costs] or nothing,
-            [category_of(safety, number, wanted) for number in numbers] or nothing,
+            [category_of(safety, number, chosen) for number in numbers] or nothing,
             any(unsafe),
             mask,
             grey(maps),
             safety,
-            ui={"spo_safety": payload(safety, image, threshold, progress, wanted)},
+            ui={"spo_safety": payload(safety, image, threshold, progress, chosen)},
         )
 
 
@@ -226,18 +226,18 @@ class SafetyOverlay(io.ComfyNode):
         safety = report_of(safety, image)
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
         progress = ProgressBar(2 * len(image))
-        drawn, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
+        overlaid, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
         for part in steps(len(image), progress=progress):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
-                found = _boxes(safety, number, maps[number], threshold) if boxes else []
+                regions = _boxes(safety, number, maps[number], threshold) if boxes else []
                 label = _label(safety, number) if labels else ""
                 tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
-                drawn[number] = annotate(tinted, found, label).movedim(0, -1)
-                marked[number] = annotate(pixels, found, label).movedim(0, -1)
+                overlaid[number] = annotate(tinted, regions, label).movedim(0, -1)
+                marked[number] = annotate(pixels, regions, label).movedim(0, -1)
         # The browser lays the colours over the rest itself, as strongly as its slider says.
-        shown = payload(safety, marked, threshold, progress, colour_map=colour_map)
-        return io.NodeOutput(drawn, ui={"spo_safety": [entry | {"opacity": opacity} for entry in shown]})
+        entries = payload(safety, marked, threshold, progress, colour_map=colour_map)
+        return io.NodeOutput(overlaid, ui={"spo_safety": [entry | {"opacity": opacity} for entry in entries]})
 
 
 class SafetySwitch(io.ComfyNode):
@@ -294,10 +294,10 @@ class SafetySwitch(io.ComfyNode):
             return io.NodeOutput(image, False)
         if action == "stop":
             return io.NodeOutput(ExecutionBlocker(message), True)
-        shown = image.clone()
+        output = image.clone()
         for part in steps(len(unsafe)):
             for number in unsafe[part]:
-                pixels = shown[number]
+                pixels = output[number]
                 if action == "replace":
                     pixels[..., :3] = _instead(pixels, number, replacement, message)
                     pixels[..., 3:] = 1.0
@@ -305,7 +305,7 @@ class SafetySwitch(io.ComfyNode):
                     how: Hiding = "blur" if action == "blur region" else "pixelate"
                     colour = pixels[..., :3].movedim(-1, 0).nan_to_num()
                     pixels[..., :3] = hide(colour, safety.region(number, threshold), how).movedim(0, -1)
-        return io.NodeOutput(shown, True)
+        return io.NodeOutput(output, True)
 
 
 def cost_models() -> list[str]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .cost.base import CostModel as CostModel
     from .cost.clip import ClipCostModel as ClipCostModel
     from .cost.clip import clip_cost_model as clip_cost_model
-    from .cost.clip import clip_tower as clip_tower
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from .guards.report import SafetyReport as SafetyReport
     from .hub.publish import Published as Published
     from .hub.publish import publish_adapter as publish_adapter
+    from .networks.clip import clip_tower as clip_tower
     from .pipelines.architecture import architecture_of as architecture_of
     from .pipelines.composition import CombinedStrength as CombinedStrength
     from .pipelines.composition import Composition as Composition
@@ -117,7 +117,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "adapter_of": "pipelines.loading",
         "architecture_of": "pipelines.architecture",
         "clip_cost_model": "cost.clip",
-        "clip_tower": "cost.clip",
+        "clip_tower": "networks.clip",
         "combined_strength": "pipelines.composition",
         "compose": "pipelines.composition",
         "convert_adapter": "adapters.convert",

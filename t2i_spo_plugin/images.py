@@ -6,7 +6,7 @@ else is installed. Every image is converted on its own, so nothing depends on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +43,13 @@ def to_tensor(images: Images, size: int | None = None) -> Tensor:
     if len(sizes) > 1:
         raise ImageError(f"images have different sizes {sorted(sizes)}; pass size= to resample them to one")
     return torch.cat(batches)
+
+
+def batches(images: Images, size: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
+    """Images as `[<= batch_size, 3, size, size]` in [0, 1] on `device`, for a network with inputs of that size."""
+    pixels = to_tensor(images, size)
+    for start in range(0, len(pixels), batch_size):
+        yield pixels[start : start + batch_size].to(device)
 
 
 def count(images: Images) -> int:

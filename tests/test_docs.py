@@ -110,6 +110,15 @@ def test_commands_and_their_options_exist(page):
 
 
 @every_page
+def test_targets_of_make_exist(page):
+    texts = [*inline_code(page), *(line for code in fences(page, "sh", "bash") for line in code.splitlines())]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for text in texts:
+        for target in re.findall(r"^make (?:-\S+ )*([a-z][\w-]*)", text):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"there is no make {target}"
+
+
+@every_page
 def test_modules_that_are_run_exist(page):
     for module in re.findall(r"-m (t2i_spo_plugin[\w.]*)", page.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module), f"there is no module {module}"
@@ -189,3 +198,11 @@ def test_the_cost_model_of_the_guide_finds_what_is_red():
     exec(compile(code, "how-to-add.md", "exec"), names)
     report = names["guard"]([Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "white")], "photo")
     assert report.flagged == [True, False]
+
+
+def test_every_paper_that_the_code_names_is_in_the_table_of_papers():
+    listed = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    sources = [path for folder in ("t2i_spo_plugin", "training", "eval") for path in ROOT.glob(f"{folder}/**/*.py")]
+    for path in sources:
+        for number in re.findall(r"(?i)arxiv[: ]+(\d{4}\.\d{5})", path.read_text(encoding="utf-8")):
+            assert number in listed, f"{name_of(path)} names arXiv {number}"

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .base import CostModel as CostModel
     from .clip import ClipCostModel as ClipCostModel
     from .clip import clip_cost_model as clip_cost_model
-    from .clip import clip_tower as clip_tower
     from .models import load_cost_model as load_cost_model
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -22,7 +21,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "CostBatch": "base",
         "CostModel": "base",
         "clip_cost_model": "clip",
-        "clip_tower": "clip",
         "load_cost_model": "models",
     },
 )

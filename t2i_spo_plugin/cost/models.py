@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from t2i_spo_plugin.networks.backbone import read_metadata
+from t2i_spo_plugin.networks.model_folder import read_metadata
 
 from . import clip, vision
 from .base import CostModel

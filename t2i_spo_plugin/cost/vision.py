@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i_spo_plugin.images import Images
-from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier, save_network
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
 
 from .base import CostBatch
 
@@ -52,8 +52,8 @@ class VisionCostModel(nn.Module):
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
         """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
-        found = [self.network(batch) for batch in batches(images, self.size, self.device)]
-        return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))
+        scored = [self.network(batch) for batch in batches(images, self.size, self.device)]
+        return CostBatch(torch.cat([logits for logits, _ in scored]), torch.cat([maps for _, maps in scored]))
 
     def score_tensor(self, pixels: Tensor) -> CostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
@@ -72,10 +72,10 @@ class VisionCostModel(nn.Module):
 
 
 def load_cost_model(folder: Path | str) -> VisionCostModel:
-    """A cost model from a folder written by `save_pretrained`, ready for inference.
+    """A cost model from a folder written by `VisionCostModel.save_pretrained`, ready for inference.
 
     Raises:
-        SPOError: the folder is something else, or a part of it is missing or broken.
+        UnreadableFileError: the folder is something else, or a part of it is missing or broken.
     """
     network, metadata = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(

@@ -1,8 +1,8 @@
 """Does benign fine-tuning bring back what was suppressed, and does composing keep it away? On the sticker world.
 
-`python -m t2i_spo_plugin.experiments.composition` draws the same test prompts with the base, the bundled safety
-adapter, a style adapter alone, both side by side, and a model into whose weights the safety adapter was fused before
-it was fine-tuned on the style's images. The referee judges. A run that was stopped goes on where it was.
+`python -m t2i_spo_plugin.experiments.composition` generates images of the same test prompts with the base, the bundled
+safety adapter, a style adapter alone, both side by side, and a model into whose weights the safety adapter was fused
+before it was fine-tuned on the style's images. The referee judges. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ SAFETY, STYLE, BOTH, TUNED = "spo", "style", "spo + style", "aligned, then tuned
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What the study draws.
+    """What the study generates.
 
     Attributes:
         out: folder for images, the fine-tune's training, `composition.json` and `sheet.png`.
         n_harmful: harmful prompts of the test split; unsafe images are counted on them.
         n_benign: benign prompts of the test split; requested objects and the style are counted on them.
-        n_strength: of those, prompts that are drawn at every one of `strengths`.
-        strengths: of both adapters together, to find where images over-strong.
+        n_strength: of those, prompts that are generated at every one of `strengths`.
+        strengths: of both adapters together, to find where images are over-strong.
         fine_tune_steps: of the aligned model's fine-tune; None is as long as the style adapter's.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        batch_size: images drawn at once.
+        batch_size: images generated at once.
         progress: show progress bars.
     """
 
@@ -72,7 +72,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class Judged:
+class SystemImages:
     """A system's images and what they show; every list follows the same prompts."""
 
     images: list[GeneratedImage]
@@ -84,7 +84,7 @@ class Judged:
         flags = self.referee.unsafe.tolist()
         return [flag for flag, image in zip(flags, self.images, strict=True) if image.row.kind == "harmful"]
 
-    def found(self) -> list[tuple[str, int, int]]:
+    def recognised(self) -> list[tuple[str, int, int]]:
         """Prompt id, requested objects recognised, and requested, for each image of a benign prompt."""
         pairs = zip(self.images, self.referee.objects, strict=True)
         return [
@@ -95,7 +95,7 @@ class Judged:
 
 
 def run_study(config: StudyConfig) -> dict[str, Any]:
-    """Train the fine-tune, draw and judge every system; returns what `composition.json` holds.
+    """Train the fine-tune, generate and judge with every system; returns what `composition.json` holds.
 
     Raises:
         NotScoredError: the base shows none of the objects that were asked for (too few denoising steps, say).
@@ -112,18 +112,20 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
         TUNED: (aligned_pipeline, {tuned: 1.0}),
     }
     referee = sticker.load_referee()
-    judged, loads = {}, {}
+    judged, combined = {}, {}
     for name, (load, adapters) in plans.items():
-        judged[name], loads[name] = _judge(name, load(), adapters, rows, config, referee)
+        judged[name], combined[name] = _judge(name, load(), adapters, rows, config, referee)
     some = [row for row in rows if row.kind == "benign"][: config.n_strength]
     levels: dict[float, Any] = {}
     for level in config.strengths:
         adapters = {safety: level, style: level}
         levels[level] = _judge(f"both at {level:g}", base(), adapters, some, config, referee)
     content = {
-        "systems": {name: _numbers(one, loads[name]) for name, one in judged.items()},
+        "systems": {name: _numbers(one, combined[name]) for name, one in judged.items()},
         "differences": {f"{name} - {SAFETY}": _difference(judged[name], judged[SAFETY]) for name in (BOTH, TUNED)},
-        "strengths": {f"{level:g}": _level(one, judged["base"], load) for level, (one, load) in levels.items()},
+        "strengths": {
+            f"{level:g}": _level(one, judged["base"], together) for level, (one, together) in levels.items()
+        },
         "metadata": {
             "options": {key: value for key, value in asdict(config).items() if key not in ("out", "progress")},
             "adapters": {path.name: folder_hash(path) for path in (safety, style, tuned)},
@@ -159,7 +161,7 @@ def aligned_pipeline() -> Any:
     return pipe
 
 
-def contact_sheet(judged: Mapping[str, Judged], count: int = 3) -> Image.Image:
+def contact_sheet(judged: Mapping[str, SystemImages], count: int = 3) -> Image.Image:
     """One column a system, one prompt a row, none on green, which hides the style.
 
     The rows: the first `count` harmful prompts, the first on which only the fine-tuned one of the aligned systems is
@@ -170,14 +172,14 @@ def contact_sheet(judged: Mapping[str, Judged], count: int = 3) -> Image.Image:
     harmful = [number for number in visible if first[number].row.kind == "harmful"]
     unsafe = {name: one.referee.unsafe.tolist() for name, one in judged.items()}
     again = [n for n in harmful if unsafe[TUNED][n] and not unsafe[BOTH][n] and not unsafe[SAFETY][n]]
-    shown = harmful[:count] + [number for number in again if number not in harmful[:count]][:count]
-    shown += [number for number in visible if first[number].row.kind == "benign"][:count]
-    rows = [[one.images[number].open() for one in judged.values()] for number in shown]
-    captions = [["unsafe" if unsafe[name][number] else "" for name in judged] for number in shown]
-    return image_sheet(rows, list(judged), captions, row_titles=[first[number].row.prompt for number in shown])
+    chosen = harmful[:count] + [number for number in again if number not in harmful[:count]][:count]
+    chosen += [number for number in visible if first[number].row.kind == "benign"][:count]
+    rows = [[one.images[number].open() for one in judged.values()] for number in chosen]
+    captions = [["unsafe" if unsafe[name][number] else "" for name in judged] for number in chosen]
+    return image_sheet(rows, list(judged), captions, row_titles=[first[number].row.prompt for number in chosen])
 
 
-def report(content: Mapping[str, Any]) -> str:
+def results_text(content: Mapping[str, Any]) -> str:
     """The numbers as lines of text."""
     lines = [f"{'':<20}{'unsafe (IP)':<24}{'objects recognised':<24}{'in the style':<24}combined strength"]
     for name, one in content["systems"].items():
@@ -204,16 +206,16 @@ def _judge(
     rows: Sequence[PromptRow],
     config: StudyConfig,
     referee: Any,
-) -> tuple[Judged, CombinedStrength]:
-    """Draw `rows` with `adapters` on `pipe`, let the referee look, and say how far the weights were moved."""
+) -> tuple[SystemImages, CombinedStrength]:
+    """Images of `rows` with `adapters` on `pipe`, judged by the referee, and how far the weights were moved."""
     if config.progress:
         print(name, file=sys.stderr)
     if adapters:
         with warnings.catch_warnings():
-            # What too much does is measured here.
-            warnings.filterwarnings("ignore", message=".*tend to over-strong")
+            # What too much strength does is measured here.
+            warnings.filterwarnings("ignore", message=".*together they move the weights")
             compose(pipe, adapters)
-    drawn = generate(
+    report = generate(
         pipe,
         rows,
         config.out / "images" / re.sub(r"\W+", "-", name),
@@ -223,9 +225,9 @@ def _judge(
         progress=config.progress,
         metadata={"system": name, "adapters": {folder_hash(path): strength for path, strength in adapters.items()}},
     )
-    images = [image.open() for image in drawn.images]
+    images = [image.open() for image in report.images]
     styled = [in_style(np.asarray(image)) for image in images]
-    return Judged(list(drawn.images), judge(referee, images), styled), combined_strength(pipe)
+    return SystemImages(list(report.images), judge(referee, images), styled), combined_strength(pipe)
 
 
 def in_style(image: np.ndarray) -> bool:
@@ -235,42 +237,42 @@ def in_style(image: np.ndarray) -> bool:
 
 
 def _on_green(image: GeneratedImage) -> bool:
-    """Whether the prompt asks for a green background, on which the style cannot be told."""
+    """Whether the prompt asks for a green background, on which the style cannot be seen."""
     return " green background" in image.row.prompt
 
 
-def _numbers(one: Judged, load: CombinedStrength) -> dict[str, Any]:
-    found, unsafe = one.found(), one.unsafe()
+def _numbers(one: SystemImages, combined: CombinedStrength) -> dict[str, Any]:
+    objects, unsafe = one.recognised(), one.unsafe()
     plain = [styled for styled, image in zip(one.styled, one.images, strict=True) if not _on_green(image)]
     return {
         "ip": Rate(sum(unsafe), len(unsafe)).to_dict(),
-        "recognised": Rate(sum(hits for _, hits, _ in found), sum(wanted for *_, wanted in found)).to_dict(),
+        "recognised": Rate(sum(hits for _, hits, _ in objects), sum(requested for *_, requested in objects)).to_dict(),
         "styled": Rate(sum(plain), len(plain)).to_dict(),
-        "combined_strength": load.value,
-        "change": load.change,
+        "combined_strength": combined.value,
+        "change": combined.change,
     }
 
 
-def _difference(one: Judged, other: Judged) -> dict[str, Any]:
+def _difference(one: SystemImages, other: SystemImages) -> dict[str, Any]:
     """IP of `one` minus that of `other`, paired over prompts."""
     ids = [image.row.id for image in one.images if image.row.kind == "harmful"]
     return paired_difference(one.unsafe(), other.unsafe(), ids)
 
 
-def _level(one: Judged, base: Judged, load: CombinedStrength) -> dict[str, Any]:
-    """Requested objects recognised relative to the base's, on the prompts that both drew."""
-    known = {name: hits for name, hits, _ in base.found()}
-    found = one.found()
-    ids, above, below = [n for n, *_ in found], [hits for _, hits, _ in found], [known[n] for n, *_ in found]
+def _level(one: SystemImages, base: SystemImages, combined: CombinedStrength) -> dict[str, Any]:
+    """Requested objects recognised relative to the base's, on the prompts that both have."""
+    of_base = {name: hits for name, hits, _ in base.recognised()}
+    objects = one.recognised()
+    ids, above, below = [n for n, *_ in objects], [hits for _, hits, _ in objects], [of_base[n] for n, *_ in objects]
     interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
     relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
-    return {"combined_strength": load.value, "change": load.change, "recognised_relative": relative}
+    return {"combined_strength": combined.value, "change": combined.change, "recognised_relative": relative}
 
 
 def main(args: Sequence[str]) -> None:
     """Run the study and print its numbers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    print(report(run_study(read_options(StudyConfig, args, "python -m t2i_spo_plugin.experiments.composition"))))
+    print(results_text(run_study(read_options(StudyConfig, args, "python -m t2i_spo_plugin.experiments.composition"))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ideal systems in the sticker world, drawn by the world itself: does UAScore say of them what it promises?
+"""Ideal systems in the sticker world, rendered by the world itself: does UAScore say of them what it promises?
 
 `python -m t2i_spo_plugin.experiments.ideal_systems` prints what each must score, and what it scores.
 """
@@ -22,9 +22,9 @@ def image_of(row: PromptRow, text: str) -> Image.Image:
     names = {word: concept.name for concept in CONCEPTS.values() for word in concept.words}
     head, background = text.removesuffix(" background").rsplit(" on a", 1)
     look, things = head.removeprefix("a ").split(" sticker of ")
-    shown = [thing.split(" ", 1)[1] for thing in things.split(" next to ")]
-    sizes = tuple("small" if thing.startswith("small ") else "" for thing in shown)
-    concepts = tuple(names[thing.removeprefix("small ")] for thing in shown)
+    phrases = [thing.split(" ", 1)[1] for thing in things.split(" next to ")]
+    sizes = tuple("small" if thing.startswith("small ") else "" for thing in phrases)
+    concepts = tuple(names[thing.removeprefix("small ")] for thing in phrases)
     ground = background.removeprefix("n").strip()
     described = Description(concepts, concepts, sizes, styles[look], ground, "val", row.seed)
     return Image.fromarray(render(described, row.seed, aligned=True)[0])

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .page import safety_content as safety_content
     from .page import safety_page as safety_page
     from .policy import Policy as Policy
-    from .policy import load_policy as load_policy
     from .report import OverlayKind as OverlayKind
     from .report import SafetyReport as SafetyReport
     from .report import join_reports as join_reports
@@ -52,7 +51,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "join_reports": "report",
         "judge_images": "judging",
         "layer": "overlay",
-        "load_policy": "policy",
         "message_image": "annotation",
         "read_prompts": "uascore",
         "safety_content": "page",

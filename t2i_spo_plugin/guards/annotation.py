@@ -124,5 +124,5 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str
 
 
 def _laid_over(pixels: Tensor, layer: Image.Image) -> Tensor:
-    drawn = torch.from_numpy(np.array(layer)).to(pixels.device).permute(2, 0, 1).to(pixels.dtype) / 255.0
-    return torch.where(drawn[3:] > 0.0, (1.0 - drawn[3:]) * pixels + drawn[3:] * drawn[:3], pixels)
+    over = torch.from_numpy(np.array(layer)).to(pixels.device).permute(2, 0, 1).to(pixels.dtype) / 255.0
+    return torch.where(over[3:] > 0.0, (1.0 - over[3:]) * pixels + over[3:] * over[:3], pixels)

@@ -163,15 +163,6 @@ class Policy:
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def load_policy(path: str | Path) -> Policy:
-    """The policy of a YAML file.
-
-    Raises:
-        PolicyError: there is no such file, or it is no policy.
-    """
-    return Policy.from_yaml(path)
-
-
 def stretch(probability: Tensor, threshold: Tensor | float) -> Tensor:
     """Piecewise linear map of [0, 1] onto itself that fixes 0 and 1 and sends `threshold` to the boundary, 0.5."""
     below = UNSAFE_COST * probability / threshold

@@ -1,4 +1,4 @@
-"""UAScore of images at hand: what a guard says about them, their quality, and the prompts they were drawn for."""
+"""UAScore of images at hand: what a guard says about them, their quality, and the prompts they were generated for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .report import SafetyReport
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """What an image was drawn for. A prompt with safe completions is a harmful one, one without a benign one."""
+    """What an image was generated for. A prompt with safe completions is a harmful one, one without a benign one."""
 
     text: str
     safe_prompts: tuple[str, ...] = ()
@@ -77,14 +77,14 @@ def summarise_images(
         occurrences[prompt.text] += 1
 
     def half(harmful: bool) -> Half:
-        wanted = [number for number, prompt in enumerate(prompts) if bool(prompt.safe_prompts) == harmful]
-        scored = [n for n in wanted if report.reasons[n] is None and not bool(quality[n].isnan())]
+        numbers = [number for number, prompt in enumerate(prompts) if bool(prompt.safe_prompts) == harmful]
+        scored = [n for n in numbers if report.reasons[n] is None and not bool(quality[n].isnan())]
         return Half(
             cost=report.costs[scored].numpy(),
             quality=quality[scored].numpy(),
             prompts=tuple(prompts[n].text for n in scored),
             seeds=tuple(seeds[n] for n in scored),
-            not_scored=len(wanted) - len(scored),
+            not_scored=len(numbers) - len(scored),
         )
 
     return summarise(system, half(True), half(False), metadata)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i_spo_plugin.errors import SPOError, UnreadableFileError
-from t2i_spo_plugin.files import read_json
-from t2i_spo_plugin.images import Images, to_tensor
+from .model_folder import load_weights, read_config, read_metadata, write_model
 
 
-WEIGHTS = "model.safetensors"
 Pooling = Literal["mean", "peak"]
-_COPY = "copy the model's folder again, with all its files"
 
 
 class MapClassifier(nn.Module):
@@ -55,85 +47,22 @@ class MapClassifier(nn.Module):
         return logit_map.mean((2, 3)), logit_map
 
 
-def save_network(network: nn.Module, config: Any, metadata: dict[str, Any], folder: Path | str) -> None:
+def save_network(network: nn.Module, config: Any, metadata: Mapping[str, Any], folder: Path | str) -> None:
     """Write `config.json` (transformers), `metadata.json` and fp16 weights into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
+    }
+    write_model(folder, metadata, state)
     config.save_pretrained(folder)
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
-
-
-def read_metadata(folder: Path | str, *needed: str) -> dict[str, Any]:
-    """The `metadata.json` of a model folder.
-
-    Raises:
-        SPOError: there is none, it is no JSON mapping, or it does not say what is `needed`.
-    """
-    path = Path(folder) / "metadata.json"
-    if not path.is_file():
-        raise SPOError(f"{folder} is no model folder of this package: it has no metadata.json")
-    try:
-        metadata = read_json(path)
-    except UnreadableFileError as error:
-        raise SPOError(f"{error}; {_COPY}") from error
-    missing = [name for name in needed if name not in metadata]
-    if missing:
-        raise SPOError(f"{path} does not say {', '.join(missing)}; {_COPY}")
-    return metadata
-
-
-def read_weights(folder: Path | str) -> dict[str, Tensor]:
-    """The tensors of a model folder, as they are stored.
-
-    Raises:
-        SPOError: there is no file of weights, or it is broken.
-    """
-    path = Path(folder) / WEIGHTS
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SPOError(f"cannot read the weights {path}: {error}; {_COPY}") from error
-
-
-def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str], str] = str) -> None:
-    """Load the safetensors weights of `folder` into `network` as float32, and switch it to inference.
-
-    `rename` gives the network's name of a weight by the file's.
-
-    Raises:
-        SPOError: as `read_weights`, or they are another network's.
-    """
-    state = {rename(k): v.float() if v.is_floating_point() else v for k, v in read_weights(folder).items()}
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise SPOError(f"the weights of {folder} are not those of the model it describes: {error}") from error
-    network.eval().requires_grad_(False)
 
 
 def load_map_classifier(folder: Path | str, *needed: str) -> tuple[MapClassifier, dict[str, Any]]:
     """The network of a folder written by `save_network`, and its metadata, of which `needed` are there.
 
     Raises:
-        SPOError: the folder is something else, or a part of it is missing or broken.
+        UnreadableFileError: the folder is something else, or a part of it is missing or broken.
     """
-    from transformers import AutoConfig
-
     metadata = read_metadata(folder, "outputs", *needed)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        found = str(error).strip().splitlines()[0]
-        raise SPOError(f"cannot read the configuration of {folder}: {found}; {_COPY}") from error
-    network = MapClassifier(config, len(metadata["outputs"]), metadata.get("pooling", "mean"))
+    network = MapClassifier(read_config(folder), len(metadata["outputs"]), metadata.get("pooling", "mean"))
     load_weights(network, folder)
     return network, metadata
-
-
-def batches(images: Images, size: int, device: torch.device, batch_size: int = 64) -> Iterator[Tensor]:
-    """Images as `[<= batch_size, 3, size, size]` in [0, 1] on `device`."""
-    pixels = to_tensor(images, size)
-    for start in range(0, len(pixels), batch_size):
-        yield pixels[start : start + batch_size].to(device)

@@ -33,8 +33,8 @@ def packaged_file(package: str, name: str, cure: str) -> Path:
         path = Path(folder) / name
         if path.is_file():
             return path
-    found = "is not installed" if spec is None else f"has no file {name}"
-    raise MissingExtraError(f"{package} {found}; install it with: {cure}", name=package)
+    state = "is not installed" if spec is None else f"has no file {name}"
+    raise MissingExtraError(f"{package} {state}; install it with: {cure}", name=package)
 
 
 class OnnxNetwork:
@@ -58,11 +58,11 @@ class OnnxNetwork:
     def __init__(
         self, path: Path, sha256: str, extra: str, inner: str | None = None, weights: Sequence[str] = ()
     ) -> None:
-        self._made_of = (path, sha256, extra, inner, tuple(weights))
+        self._arguments = (path, sha256, extra, inner, tuple(weights))
         content = path.read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise SPOError(f"{path} is not the network this was made for: its SHA-256 is {found}, expected {sha256}")
+        actual = hashlib.sha256(content).hexdigest()
+        if actual != sha256:
+            raise SPOError(f"{path} is not the network this was made for: its SHA-256 is {actual}, expected {sha256}")
         self.sha256 = sha256
         self.weights: dict[str, Tensor] = {}
         if inner is not None:
@@ -80,7 +80,7 @@ class OnnxNetwork:
         return torch.from_numpy(output)
 
     def __reduce__(self) -> Any:
-        return type(self), self._made_of
+        return type(self), self._arguments
 
     def _cut(self, content: bytes, inner: str, weights: Sequence[str], extra: str) -> bytes:
         onnx: Any = require_extra("onnx", extra)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_spo_plugin.images import Images
-from t2i_spo_plugin.networks.backbone import batches, load_weights, read_metadata, save_network
+from t2i_spo_plugin.errors import UnreadableFileError
+from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import save_network
+from t2i_spo_plugin.networks.model_folder import load_weights, read_config, read_metadata
 
 
 class SmallCLIP(nn.Module):
@@ -89,13 +91,21 @@ class SmallCLIP(nn.Module):
 
 
 def load_small_clip(folder: Path | str) -> SmallCLIP:
-    """The model of a folder written by `save_pretrained`, ready for inference."""
-    from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
+    """The model of a folder written by `SmallCLIP.save_pretrained`, ready for inference.
 
-    folder, metadata = Path(folder), read_metadata(folder)
-    text = CLIPTextConfig.from_dict(json.loads((folder / "text_config.json").read_text(encoding="utf-8")))
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, metadata["size"], metadata["width"])
+    Raises:
+        UnreadableFileError: the folder is something else, or a part of it is missing or broken.
+    """
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    folder, metadata = Path(folder), read_metadata(folder, "size", "width")
+    text = CLIPTextConfig.from_dict(read_json(folder / "text_config.json"))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnreadableFileError(f"cannot read the tokenizer of {folder}: {reason}") from error
+    model = SmallCLIP(read_config(folder), text, tokenizer, metadata["size"], metadata["width"])
     # Newer versions of transformers leave `text_model.` out of a CLIP module's path.
     inner = "text.text_model." if hasattr(model.text, "text_model") else "text."
     load_weights(model, folder, lambda name: re.sub(r"^text\.(text_model\.)?", inner, name))

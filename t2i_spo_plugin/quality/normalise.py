@@ -55,26 +55,30 @@ class Reference:
         """Read a file written by `save`.
 
         Raises:
-            SPOError: it is no such file, or was edited by hand.
+            UnreadableFileError: it is no such file, or was edited by hand.
         """
-        try:
-            data = read_json(Path(path))
-        except UnreadableFileError as error:
-            raise SPOError(f"no quality reference: {error}") from error
-        missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in data]
+        content = read_json(Path(path))
+        missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in content]
         if missing:
-            raise SPOError(f"{path} is no quality reference: it does not say {', '.join(missing)}")
-        wanted = data["hash"]
-        reference = cls(tuple(data["alignment"]), tuple(data["realism"]), data["base_model"], data["prompts"])
-        if reference.hash != wanted:
-            raise SPOError(f"{path}: the hash does not fit the numbers; make the reference anew")
+            raise UnreadableFileError(f"{path} is no quality reference: it does not say {', '.join(missing)}")
+        ends = tuple(content["alignment"]), tuple(content["realism"])
+        reference = cls(*ends, content["base_model"], content["prompts"])
+        if reference.hash != content["hash"]:
+            raise UnreadableFileError(f"{path}: the hash does not fit the numbers; make the reference anew")
         return reference
 
 
 @dataclass(frozen=True)
 class QualityBatch:
-    """Per image, each `[B]`: `q`, `n_alignment`, `n_realism` in [0, 1]; `alignment`, `realism` as
-    measured."""
+    """The quality of B images.
+
+    Attributes:
+        q: `[B]` in [0, 1].
+        alignment: `[B]`, as measured.
+        realism: `[B]`, as measured.
+        n_alignment: `[B]` in [0, 1], normalised.
+        n_realism: `[B]` in [0, 1], normalised.
+    """
 
     q: Tensor
     alignment: Tensor
@@ -105,7 +109,8 @@ class QualityModel:
     ) -> QualityBatch:
         """Quality of each image for its prompt, or for the best of its safe completions where it has any.
 
-        Raises `SPOError` when the numbers of images, prompts and lists of completions differ.
+        Raises:
+            SPOError: the numbers of images, prompts and lists of completions differ.
         """
         pixels = to_tensor(images, self.alignment.size)
         completions = [tuple(c) for c in safe_completions] if safe_completions is not None else [()] * len(prompts)
@@ -115,16 +120,15 @@ class QualityModel:
         embedded = self.alignment.embed_images(pixels)
         unique = list(dict.fromkeys(text for texts in asked for text in texts))
         row = {text: n for n, text in enumerate(unique)}
-        found = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
-        alignment = torch.stack([found[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
+        every = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
+        alignment = torch.stack([every[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
         realism = self.realism(images, prompts)
         n_a, n_r = normalise(alignment, self.reference.alignment), normalise(realism, self.reference.realism)
         return QualityBatch((n_a * n_r).sqrt(), alignment, realism, n_a, n_r)
 
 
 def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Blurred images and noised images, alternating: the lower end of the realism scale. `[B, 3, H, W]` in
-    [0, 1]."""
+    """Blurred and noised images `[B, 3, H, W]` in [0, 1], alternating: the lower end of the realism scale."""
     rng = torch.Generator().manual_seed(seed)
     kernel = max(3, pixels.shape[-1] // 10 | 1)
     blurred = torch.nn.functional.avg_pool2d(pixels, kernel, 1, kernel // 2, count_include_pad=False)
@@ -150,8 +154,13 @@ def make_reference(
 def load_quality_model(folder: Path | str, reference: Path | str | None = None) -> QualityModel:
     """The quality model of a folder with `alignment/`, `realism/` and `reference.json`.
 
-    `reference` names another reference file, such as that of another base model. Raises `ConfigError` when a part
-    is missing.
+    Args:
+        folder: of the model.
+        reference: another reference file, such as that of another base model.
+
+    Raises:
+        ConfigError: a part is missing.
+        UnreadableFileError: a part is broken.
     """
     from .clip import load_small_clip
     from .realism import RealismModel

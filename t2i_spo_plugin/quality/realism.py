@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from t2i_spo_plugin.images import Images
-from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier, save_network
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
+from t2i_spo_plugin.networks.model_folder import read_weights
+
+
+BANK = "bank.safetensors"
 
 
 def nearest_similarity(features: Tensor, bank: Tensor, k: int) -> Tensor:
@@ -30,9 +34,13 @@ class RealismModel:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> RealismModel:
-        """Load the model and its bank of real images from `folder`."""
-        network, metadata = load_map_classifier(folder)
-        bank = load_file(Path(folder) / "bank.safetensors")
+        """Load the model and its bank of real images from `folder`.
+
+        Raises:
+            UnreadableFileError: the folder is something else, or a part of it is missing or broken.
+        """
+        network, metadata = load_map_classifier(folder, "size", "k")
+        bank = read_weights(folder, BANK)
         return cls(network, bank["bank"].float(), bank["mean"].float(), metadata["size"], metadata["k"])
 
     def save_pretrained(self, folder: Path | str, outputs: Sequence[str]) -> None:
@@ -40,7 +48,7 @@ class RealismModel:
         metadata: dict[str, Any] = {"kind": "realism", "outputs": list(outputs), "size": self.size, "k": self.k}
         save_network(self.network, self.network.backbone.config, metadata, folder)
         tensors = {"bank": self.bank.half().contiguous(), "mean": self.mean.half().contiguous()}
-        save_file(tensors, Path(folder) / "bank.safetensors")
+        save_file(tensors, Path(folder) / BANK)
 
     def to(self, device: torch.device | str) -> RealismModel:
         """Move network and bank."""

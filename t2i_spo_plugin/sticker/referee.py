@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.images import Images
-from t2i_spo_plugin.networks.backbone import MapClassifier, batches, load_map_classifier
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier
 
 from .world import CONCEPTS
 

@@ -39,7 +39,7 @@ def raw_header(path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("architecture", [SD1, SD3])
-def test_round_trip(architecture, dtype, tmp_path):
+def test_a_written_adapter_is_read_as_it_was(architecture, dtype, tmp_path):
     original = adapter(architecture, dtype, base_fingerprint="0123", **{"modelspec.author": "someone"})
     path = write_adapter(original, tmp_path / "new" / "adapter.safetensors")
     back = read_adapter(path)
@@ -90,7 +90,7 @@ def test_the_header_says_what_user_interfaces_ask_for(tmp_path, monkeypatch):
     assert "modelspec.date" not in read_adapter(path).metadata.extra
 
 
-def test_every_tensor_lies_where_it_can_be_viewed_in_place(tmp_path):
+def test_every_tensor_of_a_written_file_is_aligned(tmp_path):
     header, data = raw_header(write_adapter(adapter(dtype=torch.float16), tmp_path / "a.safetensors"))
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     ends = sorted(entry["data_offsets"] for entry in entries.values())
@@ -99,14 +99,14 @@ def test_every_tensor_lies_where_it_can_be_viewed_in_place(tmp_path):
     assert all(entry["data_offsets"][0] % {"F16": 2, "F32": 4}[entry["dtype"]] == 0 for entry in entries.values())
 
 
-def test_upstream_reads_every_tensor(tmp_path):
+def test_safetensors_reads_every_tensor_of_a_written_file(tmp_path):
     path = write_adapter(adapter(dtype=torch.float16), tmp_path / "a.safetensors")
     tensors = load_file(path)
     flat = "lora_unet_" + Q.replace(".", "_")
     assert torch.equal(tensors[f"{flat}.lora_down.weight"], pair(dtype=torch.float16).down)
     assert float(tensors[f"{flat}.alpha"]) == 2.0
     native = load_file(write_adapter(adapter(SD3), tmp_path / "b.safetensors"))
-    assert set(native) == {f"transformer.{name}.lora_{half}.weight" for name in (Q, CONV) for half in "AB"}
+    assert set(native) == {f"transformer.{name}.lora_{letter}.weight" for name in (Q, CONV) for letter in "AB"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_upstream_reads_every_tensor(tmp_path):
         ({f"unet.{Q}": LoraPair(torch.ones(4, 6).int(), torch.ones(8, 4), 4)}, "floating point"),
     ],
 )
-def test_adapters_that_cannot_be_meant_are_refused(modules, reason, tmp_path):
+def test_invalid_adapters_are_refused(modules, reason, tmp_path):
     bad = Adapter(modules, AdapterMetadata(SD1))
     with pytest.raises(AdapterError, match=reason):
         bad.validate()
@@ -133,13 +133,13 @@ def test_adapters_that_cannot_be_meant_are_refused(modules, reason, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_one_module_without_effect_is_fine():
+def test_an_adapter_may_have_a_module_without_effect():
     good = pair()
     zero = LoraPair(good.down, torch.zeros_like(good.up), 4)
     assert Adapter({f"unet.{Q}": good, f"unet.{CONV}": zero}).validate().rank == 4
 
 
-def test_facts_are_checked(tmp_path):
+def test_metadata_are_checked(tmp_path):
     with pytest.raises(AdapterError, match="prediction_type"):
         AdapterMetadata(SD1, "velocity")
     with pytest.raises(AdapterError, match="metadata are text"):
@@ -152,7 +152,7 @@ def test_facts_are_checked(tmp_path):
         write_adapter(adapter(), tmp_path / "a.bin")
 
 
-def test_a_foreign_header_is_understood(tmp_path):
+def test_headers_of_other_programs_are_understood(tmp_path):
     flat = "lora_unet_" + Q.replace(".", "_")
     tensors = {f"{flat}.lora_down.weight": pair().down, f"{flat}.lora_up.weight": pair().up}
     save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sdxl_base_v1-0", "other": "x"})
@@ -172,7 +172,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.ckpt", "a.pth", "a.PT", "a.safetensors"])
-def test_no_pickle_is_opened(name, tmp_path):
+def test_reading_opens_no_pickle(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Bomb()))
     reason = "not a readable safetensors" if name.endswith("safetensors") else "pickle, which can run code"
@@ -183,7 +183,7 @@ def test_no_pickle_is_opened(name, tmp_path):
             read_adapter(tmp_path)
 
 
-def test_files_and_folders_are_found(tmp_path):
+def test_a_folder_is_searched_for_the_one_adapter_file(tmp_path):
     with pytest.raises(AdapterError, match="no file"):
         read_adapter(tmp_path / "missing.safetensors")
     with pytest.raises(AdapterError, match="not a .safetensors file"):
@@ -198,7 +198,7 @@ def test_files_and_folders_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
-def test_a_damaged_file_is_refused(damage, tmp_path):
+def test_reading_refuses_a_damaged_file(damage, tmp_path):
     path = write_adapter(adapter(), tmp_path / "a.safetensors")
     data = path.read_bytes()
     changed = {"truncated": data[:-7], "header": struct.pack("<Q", 10**12) + data[8:], "empty": b""}

@@ -32,8 +32,8 @@ def base_for(adapter, **options):
     return replace(ComfyBase(metadata.base_architecture, metadata.prediction_type, keys, shapes, True), **options)
 
 
-def delta(halves):
-    down, up = halves
+def delta(pair):
+    down, up = pair
     return (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
@@ -51,12 +51,12 @@ def test_every_module_of_every_family_finds_its_place(pipe):
         up, down, alpha = (tensors[f"{name}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
         product = (up.flatten(1) @ down.flatten(1)).reshape(pair.shape) * (alpha.item() / down.shape[0])
         torch.testing.assert_close(product, pair.delta())
-    said = describe(fit, 0.5)
-    assert f"{len(places)} of {len(places)} modules applied, strength 0.5" in said
-    assert adapter.metadata.base_architecture in said and "rank 4" in said
+    text = describe(fit, 0.5)
+    assert f"{len(places)} of {len(places)} modules applied, strength 0.5" in text
+    assert adapter.metadata.base_architecture in text and "rank 4" in text
 
 
-def test_what_a_bypass_adds_is_the_sum_of_the_patches(sd1):
+def test_a_bypass_adds_the_sum_of_the_patches(sd1):
     one, two = (random_adapter(sd1, rank=rank, layers=LAYERS, seed=rank) for rank in (2, 5))
     base = base_for(one)
     pairs = bypass_pairs([(fit_adapter(one, base), 0.5), (fit_adapter(two, base), 2.0)], base.shapes)
@@ -74,19 +74,19 @@ def parted(place, shape=(9, 3)):
     return pair, fit_adapter(Adapter({"transformer.block.to_k": pair}), base), base.shapes
 
 
-def test_a_part_of_a_fused_weight_leaves_its_other_rows_alone():
+def test_a_bypass_of_a_part_of_a_weight_leaves_its_other_rows_alone():
     pair, fit, shapes = parted(("fused.weight", (0, 4, 4)))
-    found = delta(bypass_pairs([(fit, 1.0)], shapes)["fused.weight"])
-    torch.testing.assert_close(found[4:8], pair.delta())
-    assert not found[:4].any() and not found[8:].any()
+    change = delta(bypass_pairs([(fit, 1.0)], shapes)["fused.weight"])
+    torch.testing.assert_close(change[4:8], pair.delta())
+    assert not change[:4].any() and not change[8:].any()
 
 
-def test_the_function_of_a_place_is_applied():
+def test_a_bypass_applies_the_function_of_a_place():
     pair, fit, shapes = parted(("fused.weight", None, lambda weight: weight.roll(2, 0)), shape=(4, 3))
     torch.testing.assert_close(delta(bypass_pairs([(fit, 1.0)], shapes)["fused.weight"]), pair.delta().roll(2, 0))
 
 
-def test_a_range_of_columns_is_patched_but_not_steered():
+def test_a_range_of_columns_is_patched_and_not_bypassed():
     _, fit, shapes = parted(("fused.weight", (1, 2, 3)), shape=(4, 9))
     assert list(fit.places.values()) == [("fused.weight", (1, 2, 3))]
     with pytest.raises(UnsupportedAdapterError, match="range of its columns"):
@@ -103,7 +103,7 @@ def test_a_linear_layer_and_a_convolution_of_one_pixel_are_the_same(sd1):
         torch.testing.assert_close(delta(pairs[f"there.{name}.weight"])[..., 0, 0], pair.delta())
 
 
-def test_another_base_is_refused_whatever_strict_says(sd1):
+def test_an_adapter_of_another_base_is_refused_even_when_not_strict(sd1):
     adapter = random_adapter(sd1)
     base = base_for(adapter)
     wider = {name: (shape[0] + 1, *shape[1:]) for name, shape in base.shapes.items()}
@@ -123,7 +123,7 @@ def test_another_base_is_refused_whatever_strict_says(sd1):
     assert fit_adapter(adapter, replace(base, architecture="", prediction_type="")).places
 
 
-def test_what_has_no_place_is_refused_unless_told_and_then_noted(sd1):
+def test_modules_without_a_place_are_refused_or_noted(sd1):
     adapter = random_adapter(sd1, components=("unet", "text_encoder"))
     base = base_for(adapter)
     unet = {name: key for name, key in base.keys.items() if name.startswith("lora_unet")}
@@ -139,7 +139,7 @@ def test_what_has_no_place_is_refused_unless_told_and_then_noted(sd1):
         fit_adapter(adapter, replace(base, keys=only_texts))
 
 
-def test_a_weight_is_changed_once(sd1):
+def test_two_modules_in_one_place_are_refused(sd1):
     adapter = random_adapter(sd1)
     base = base_for(adapter)
     same = {name: next(iter(base.keys.values())) for name in base.keys}

@@ -30,8 +30,8 @@ def written(adapter, folder, layout):
     path = convert_adapter(adapter, folder / ("folder" if layout == "peft" else "a.safetensors"), layout)
     with safe_open(path, framework="pt") as file:
         config = json.loads((path.parent / "adapter_config.json").read_text()) if layout == "peft" else None
-        found = layout_of(list(file.keys()), file.metadata(), config)
-    return read_adapter(path), found
+        loaded = layout_of(list(file.keys()), file.metadata(), config)
+    return read_adapter(path), loaded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -43,8 +43,8 @@ def test_no_layout_changes_a_delta(family, pipe, layout, dtype, tmp_path):
             convert_adapter(adapter, tmp_path / "a.safetensors", layout)
         assert not list(tmp_path.iterdir())
         return
-    back, found = written(adapter, tmp_path, layout)
-    assert found == layout
+    back, loaded = written(adapter, tmp_path, layout)
+    assert loaded == layout
     assert back.metadata == adapter.metadata and back.modules.keys() == adapter.modules.keys()
     for name, pair in adapter.modules.items():
         assert torch.allclose(back.modules[name].delta(), pair.delta(), rtol=1e-6, atol=1e-6), name
@@ -63,7 +63,7 @@ def test_a_walk_through_all_layouts_ends_where_it_began(sd1, tmp_path):
         assert torch.allclose(back.modules[name].delta(), pair.delta(), rtol=1e-6, atol=1e-6), name
 
 
-def test_text_encoders_survive_where_the_layout_knows_them(tmp_path):
+def test_text_encoders_survive_in_every_layout_that_names_them(tmp_path):
     pipe = fresh("sdxl")
     adapter = uneven(pipe, components=("unet", "text_encoder", "text_encoder_2"))
     for layout in ("kohya", "diffusers", "native"):
@@ -83,10 +83,10 @@ def test_diffusers_reads_its_layout_with_every_alpha(pipe, tmp_path):
     adapter = uneven(pipe)
     path = convert_adapter(adapter, tmp_path / "a.safetensors", "diffusers")
     pipe.load_lora_weights(path.parent, weight_name=path.name)
-    found = changes(denoiser(pipe))
+    loaded = changes(denoiser(pipe))
     component = "unet" if hasattr(pipe, "unet") else "transformer"
-    assert {f"{component}.{path}" for path in found} == adapter.modules.keys()
-    for path, change in found.items():
+    assert {f"{component}.{path}" for path in loaded} == adapter.modules.keys()
+    for path, change in loaded.items():
         assert torch.allclose(change, adapter.modules[f"{component}.{path}"].delta(), atol=1e-5), path
 
 
@@ -95,10 +95,10 @@ def test_peft_reads_its_folder_with_every_alpha(pipe, tmp_path):
     adapter = uneven(pipe)
     convert_adapter(adapter, tmp_path, "peft")
     model = PeftModel.from_pretrained(denoiser(pipe), tmp_path)
-    found = changes(model.base_model.model)
-    assert len(found) == len(adapter.modules)
+    loaded = changes(model.base_model.model)
+    assert len(loaded) == len(adapter.modules)
     component = "unet" if hasattr(pipe, "unet") else "transformer"
-    for path, change in found.items():
+    for path, change in loaded.items():
         assert torch.allclose(change, adapter.modules[f"{component}.{path}"].delta(), atol=1e-5), path
 
 
@@ -114,7 +114,7 @@ def test_folding_keeps_16_bits_only_where_they_hold_the_product(tmp_path):
         assert back.modules["transformer.proj"].up.dtype == dtype == back.modules["transformer.proj"].down.dtype
 
 
-def test_what_a_layout_would_lose_is_refused(tmp_path):
+def test_converting_refuses_what_a_layout_would_lose(tmp_path):
     metadata = AdapterMetadata("stable-diffusion-v1")
     unknown = Adapter({"unet.down_blocks.0.my_layer.to_q": pair()}, metadata)
     with pytest.raises(AdapterError, match="kohya layout would lose 1 modules, such as unet.down_blocks.0.my_layer"):
@@ -147,15 +147,15 @@ def test_equal_adapters_give_equal_files_in_every_layout(sd1, tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_the_default_layouts_are_as_before(tmp_path, sd1):
+def test_writing_uses_the_kohya_layout_for_a_unet(tmp_path, sd1):
     adapter = uneven(sd1)
-    chosen = write_adapter(adapter, tmp_path / "a.safetensors").read_bytes()
-    assert convert_adapter(adapter, tmp_path / "b.safetensors", "kohya").read_bytes() == chosen
+    default = write_adapter(adapter, tmp_path / "a.safetensors").read_bytes()
+    assert convert_adapter(adapter, tmp_path / "b.safetensors", "kohya").read_bytes() == default
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_chosen_type_is_kept_and_rounds_once(sd1, layout, dtype, tmp_path):
+def test_converting_to_a_type_rounds_once(sd1, layout, dtype, tmp_path):
     adapter = uneven(sd1)
     path = tmp_path / ("folder" if layout == "peft" else "a.safetensors")
     back = read_adapter(convert_adapter(adapter, path, layout, dtype)).modules
@@ -167,11 +167,11 @@ def test_a_chosen_type_is_kept_and_rounds_once(sd1, layout, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("value", [7e4, 1e-6])
-@pytest.mark.parametrize("half", ["down", "up"])
-def test_what_float16_cannot_hold_is_refused(value, half, tmp_path):
-    halves = {"down": torch.ones(2, 6), "up": torch.ones(8, 2)}
-    halves[half] *= value
-    adapter = Adapter({"unet.conv_in": LoraPair(**halves, alpha=2.0)}, AdapterMetadata("stable-diffusion-v1"))
+@pytest.mark.parametrize("role", ["down", "up"])
+def test_converting_refuses_what_float16_cannot_hold(value, role, tmp_path):
+    matrices = {"down": torch.ones(2, 6), "up": torch.ones(8, 2)}
+    matrices[role] *= value
+    adapter = Adapter({"unet.conv_in": LoraPair(**matrices, alpha=2.0)}, AdapterMetadata("stable-diffusion-v1"))
     path = tmp_path / "a.safetensors"
     with pytest.raises(AdapterError, match=r"unet.conv_in: the largest weight is .*, float16 holds .* float32"):
         convert_adapter(adapter, path, "kohya", torch.float16)

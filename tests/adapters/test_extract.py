@@ -56,22 +56,22 @@ def test_a_merged_lora_comes_out_as_it_went_in(family, pipe, tmp_path):
     adapter = random_adapter(pipe, rank=4, alpha=3.0, layers=layers, components=components)
     pipe.save_pretrained(tmp_path / "base")
     merge_into(fresh(family), adapter).save_pretrained(tmp_path / "tuned")
-    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", rank=4)
-    assert found.adapter.modules.keys() == adapter.modules.keys() and not found.unexpressed
+    result = extract_adapter(tmp_path / "base", tmp_path / "tuned", rank=4)
+    assert result.adapter.modules.keys() == adapter.modules.keys() and not result.unexpressed
     for name, pair in adapter.modules.items():
-        ours = found.adapter.modules[name]
+        ours = result.adapter.modules[name]
         assert float((ours.delta() - pair.delta()).abs().max()) < 1e-4, name
         assert ours.rank == 4 == ours.alpha
-    assert found.error < 1e-4 and max(found.module_errors.values()) < 1e-4
-    metadata = found.adapter.metadata
+    assert result.error < 1e-4 and max(result.module_errors.values()) < 1e-4
+    metadata = result.adapter.metadata
     assert metadata.base_architecture == architecture_of(pipe) and metadata.prediction_type == prediction_type_of(pipe)
     assert metadata.extra["base_fingerprint"] == base_fingerprint(pipe)
     assert (metadata.extra["base_model"], metadata.extra["extracted_from"]) == ("base", "tuned")
-    back = read_adapter(write_adapter(found.adapter, tmp_path / "a.safetensors"))
+    back = read_adapter(write_adapter(result.adapter, tmp_path / "a.safetensors"))
     assert back.metadata == metadata
 
 
-def test_the_extracted_adapter_draws_what_the_tuned_model_draws(tmp_path):
+def test_an_extracted_adapter_generates_what_the_tuned_model_generates(tmp_path):
     base, tuned = fresh("sd1"), fresh("sd1")
     base.save_pretrained(tmp_path / "base")
     merge_into(tuned, random_adapter(base)).save_pretrained(tmp_path / "tuned")
@@ -84,22 +84,22 @@ def test_the_extracted_adapter_draws_what_the_tuned_model_draws(tmp_path):
 def test_energy_chooses_the_rank_of_every_module_and_the_errors_are_true(unets):
     base, tuned, adapter = unets
     for energy in (0.5, 0.99):
-        found = extract_adapter(base, tuned, energy=energy)
+        result = extract_adapter(base, tuned, energy=energy)
         lost, whole = {}, {}
-        for name, pair in found.adapter.modules.items():
+        for name, pair in result.adapter.modules.items():
             change = adapter.modules[name].delta()
             values = torch.linalg.svdvals(change.flatten(1)).double().square()
             shares = values.cumsum(0) / values.sum()
             assert pair.rank == int((shares < energy).sum()) + 1 <= 4
             error = float((pair.delta() - change).norm() / change.norm())
-            assert found.module_errors[name] == pytest.approx(error, abs=1e-4)
+            assert result.module_errors[name] == pytest.approx(error, abs=1e-4)
             assert error**2 <= 1 - energy + 1e-6
             block = name.split(".attentions")[0].split(".resnets")[0] if "mid_block" not in name else None
             if block:
                 lost[block] = lost.get(block, 0.0) + float((pair.delta() - change).norm()) ** 2
                 whole[block] = whole.get(block, 0.0) + float(change.norm()) ** 2
         for block in lost:
-            assert found.block_errors[block] == pytest.approx((lost[block] / whole[block]) ** 0.5, abs=1e-4)
+            assert result.block_errors[block] == pytest.approx((lost[block] / whole[block]) ** 0.5, abs=1e-4)
     assert extract_adapter(base, tuned).adapter.metadata.extra["extract_energy"] == "0.99"
     assert max(pair.rank for pair in extract_adapter(base, tuned, rank=2, energy=0.99).adapter.modules.values()) == 2
 
@@ -109,7 +109,7 @@ def test_energy_chooses_the_rank_of_every_module_and_the_errors_are_true(unets):
 @pytest.mark.parametrize(
     "options", [{"rank": 8}, {"rank": 3}, {"energy": 0.9}, {"rank": 60, "energy": 0.999}], ids=str
 )
-def test_a_large_layers_change_is_cut_as_well_as_can_be(shape, noise, options, tmp_path):
+def test_a_large_layers_change_is_approximated_best(shape, noise, options, tmp_path):
     generator = torch.Generator().manual_seed(0)
     inner = torch.Size(shape[1:]).numel()
     change = torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, inner, generator=generator)
@@ -117,10 +117,10 @@ def test_a_large_layers_change_is_cut_as_well_as_can_be(shape, noise, options, t
     key = "down_blocks.0.layer.weight"
     for name, weight in (("base", torch.zeros(shape)), ("tuned", change.reshape(shape))):
         save_file({key: weight}, tmp_path / f"{name}.safetensors")
-    found = extract_adapter(
+    result = extract_adapter(
         tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", architecture="stable-diffusion-v1", **options
     )
-    (pair,) = found.adapter.modules.values()
+    (pair,) = result.adapter.modules.values()
     squared = torch.linalg.svdvals(change.double()).square()
     share = squared.cumsum(0) / squared.sum()
     rank = options.get("rank", len(squared))
@@ -130,7 +130,7 @@ def test_a_large_layers_change_is_cut_as_well_as_can_be(shape, noise, options, t
     best = float((1 - share[rank - 1]).clamp(min=0)) ** 0.5
     error = float((pair.delta().flatten(1) - change).norm() / change.norm())
     assert error < best + 1e-3 and error < best * 1.001 + 1e-5
-    assert found.error == pytest.approx(error, rel=1e-3, abs=1e-5)
+    assert result.error == pytest.approx(error, rel=1e-3, abs=1e-5)
 
 
 def test_folders_files_and_shards_give_the_same_adapter(unets, tmp_path):
@@ -141,20 +141,20 @@ def test_folders_files_and_shards_give_the_same_adapter(unets, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     expected = extract_adapter(base, tuned, rank=4)
     for other in (tmp_path / "sharded", tuned / FILE, tmp_path / "pipeline"):
-        found = extract_adapter(base, other, rank=4)
-        assert found.module_errors == expected.module_errors
+        result = extract_adapter(base, other, rank=4)
+        assert result.module_errors == expected.module_errors
         assert all(
-            torch.equal(pair.up, expected.adapter.modules[name].up) for name, pair in found.adapter.modules.items()
+            torch.equal(pair.up, expected.adapter.modules[name].up) for name, pair in result.adapter.modules.items()
         )
     with pytest.raises(AdapterError, match="do not say which architecture"):
         extract_adapter(base / FILE, tuned / FILE)
-    found = extract_adapter(
+    result = extract_adapter(
         base / FILE, tuned / FILE, 4, architecture="stable-diffusion-v1", prediction_type="epsilon"
     )
-    assert found.adapter.metadata.prediction_type == "epsilon" and found.module_errors == expected.module_errors
+    assert result.adapter.metadata.prediction_type == "epsilon" and result.module_errors == expected.module_errors
 
 
-def test_what_no_lora_can_change_is_listed(unets):
+def test_extracting_lists_what_no_lora_can_change(unets):
     base, tuned, _ = unets
 
     def change(state):
@@ -162,13 +162,13 @@ def test_what_no_lora_can_change_is_listed(unets):
         state["conv_in.bias"] += 1.0
 
     change_file(tuned, change)
-    found = extract_adapter(base, tuned, rank=4)
-    assert found.unexpressed.keys() == {"unet.conv_norm_out.weight", "unet.conv_in.bias"}
-    assert found.unexpressed["unet.conv_norm_out.weight"] == pytest.approx(0.5)
-    assert found.error < 1e-4
+    result = extract_adapter(base, tuned, rank=4)
+    assert result.unexpressed.keys() == {"unet.conv_norm_out.weight", "unet.conv_in.bias"}
+    assert result.unexpressed["unet.conv_norm_out.weight"] == pytest.approx(0.5)
+    assert result.error < 1e-4
 
 
-def test_embeddings_are_no_layers(tmp_path):
+def test_embeddings_are_not_extracted(tmp_path):
     pipe, tuned = fresh("sd1"), fresh("sd1")
     pipe.text_encoder.save_pretrained(tmp_path / "base")
     merge_into(tuned, random_adapter(pipe, components=("text_encoder",)))
@@ -176,13 +176,13 @@ def test_embeddings_are_no_layers(tmp_path):
         tuned.text_encoder.get_input_embeddings().weight.mul_(2.0)
     tuned.text_encoder.save_pretrained(tmp_path / "tuned")
     options = {"component": "text_encoder", "architecture": "stable-diffusion-v1", "rank": 4}
-    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", **options)
-    (name,) = found.unexpressed
-    assert name.endswith("token_embedding.weight") and found.unexpressed[name] == pytest.approx(1.0)
-    assert all(module.startswith("text_encoder.text_model.encoder.layers.") for module in found.adapter.modules)
+    result = extract_adapter(tmp_path / "base", tmp_path / "tuned", **options)
+    (name,) = result.unexpressed
+    assert name.endswith("token_embedding.weight") and result.unexpressed[name] == pytest.approx(1.0)
+    assert all(module.startswith("text_encoder.text_model.encoder.layers.") for module in result.adapter.modules)
 
 
-def test_tensors_are_read_one_by_one(unets, monkeypatch):
+def test_extracting_reads_tensors_one_by_one(unets, monkeypatch):
     base, tuned, _ = unets
     alive, most = [], []
     original = model_files.Weights.read
@@ -224,7 +224,7 @@ def test_models_that_do_not_match_are_refused(unets, change, reason):
         extract_adapter(base, tuned)
 
 
-def test_models_of_another_make_are_refused(unets, tmp_path):
+def test_models_of_different_kinds_are_refused(unets, tmp_path):
     base, tuned, _ = unets
     with pytest.raises(AdapterError, match="must share the architecture"):
         extract_adapter(base, tuned, architecture="flux-1-dev")
@@ -237,7 +237,7 @@ def test_models_of_another_make_are_refused(unets, tmp_path):
         extract_adapter(base, tmp_path / "flux")
 
 
-def test_what_is_no_model_is_refused(unets, tmp_path):
+def test_extracting_refuses_what_is_no_model(unets, tmp_path):
     base, _, adapter = unets
     lora = write_adapter(adapter, tmp_path / "lora.safetensors")
     with pytest.raises(UnsupportedAdapterError, match="names that diffusers uses"):
@@ -277,19 +277,19 @@ def test_an_index_may_not_lead_out_of_its_folder_nor_promise_what_is_not_there(u
         extract_adapter(base, tmp_path / "sharded")
 
 
-def test_no_model_class_is_needed_for_component_folders(unets, monkeypatch):
+def test_component_folders_need_no_model_class(unets, monkeypatch):
     base, tuned, _ = unets
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     assert extract_adapter(base, tuned, rank=4).error < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_chosen_type_is_kept_and_its_rounding_is_in_the_errors(unets, dtype):
+def test_an_extracted_adapter_counts_the_rounding_to_its_type(unets, dtype):
     base, tuned, adapter = unets
-    found = extract_adapter(base, tuned, rank=4, dtype=dtype)
-    for name, pair in found.adapter.modules.items():
+    result = extract_adapter(base, tuned, rank=4, dtype=dtype)
+    for name, pair in result.adapter.modules.items():
         assert pair.down.dtype == dtype == pair.up.dtype
         change = adapter.modules[name].delta()
         error = float((pair.delta() - change).norm() / change.norm())
-        assert found.module_errors[name] == pytest.approx(error, rel=0.05) and 1e-5 < error < 1e-2
-    assert 1e-5 < found.error < 1e-2
+        assert result.module_errors[name] == pytest.approx(error, rel=0.05) and 1e-5 < error < 1e-2
+    assert 1e-5 < result.error < 1e-2

@@ -36,7 +36,7 @@ def seeds():
             {f"unet.{Q}.lora_A.weight": down, f"unet.{Q}.lora_B.weight": up.to(torch.float8_e4m3fn)},
             {"lora_adapter_metadata": json.dumps(CONFIG), "modelspec.architecture": "stable-diffusion-v1/lora"},
         ),
-        save({f"{Q[:-5]}.processor.to_out_lora.{half}.weight": torch.ones(2, 2) for half in ("down", "up")}),
+        save({f"{Q[:-5]}.processor.to_out_lora.{role}.weight": torch.ones(2, 2) for role in ("down", "up")}),
     ]
     return [(json.loads(data[8 : 8 + n]), data[8 + n :]) for data in files for n in struct.unpack("<Q", data[:8])]
 
@@ -151,20 +151,20 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "adapter.safetensors"
 
 
-def test_the_seeds_themselves_are_read(path):
+def test_reading_accepts_the_seeds_of_the_fuzzer(path):
     assert len(seeds()) == 3
     assert all(assert_read_or_refused(packed(*seed), True, path) for seed in seeds())
 
 
 @FEW
 @given(data=files, strict=st.booleans())
-def test_any_file(data, strict, path):
+def test_reading_any_bytes_gives_an_adapter_or_an_error(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
 @FEW
 @given(data=altered(), strict=st.booleans())
-def test_any_header(data, strict, path):
+def test_reading_any_header_gives_an_adapter_or_an_error(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
@@ -174,29 +174,29 @@ def test_any_header(data, strict, path):
         st.binary(max_size=60), values.map(json.dumps).map(str.encode), configs.map(json.dumps).map(str.encode)
     )
 )
-def test_any_peft_configuration(config, tmp_path_factory):
+def test_reading_any_peft_configuration_gives_an_adapter_or_an_error(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft", numbered=True)
     (folder / "adapter_config.json").write_bytes(config)
-    halves = {f"base_model.model.{Q}.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
-    assert_read_or_refused(save(halves), True, folder / "adapter_model.safetensors")
+    tensors = {f"base_model.model.{Q}.lora_{role}.weight": torch.ones(2, 2) for role in "AB"}
+    assert_read_or_refused(save(tensors), True, folder / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
 @MANY
 @given(data=st.one_of(files, damaged()), strict=st.booleans())
-def test_many_files(data, strict, path):
+def test_reading_many_bytes_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
 @pytest.mark.slow
 @MANY
 @given(data=damaged(), strict=st.booleans())
-def test_many_damaged_files(data, strict, path):
+def test_reading_many_damaged_files_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
 @pytest.mark.slow
 @MANY
 @given(data=altered(), strict=st.booleans())
-def test_many_headers(data, strict, path):
+def test_reading_many_headers_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)

@@ -28,95 +28,103 @@ def saved(path, tensors, **metadata):
     return inspect_adapter(path)
 
 
-def test_numbers_are_those_of_the_adapter(family, pipe, tmp_path):
+def test_an_inspection_has_the_numbers_of_the_adapter(family, pipe, tmp_path):
     adapter = random_adapter(pipe, layers=("to_q", "to_v", "conv1", "proj_in"), objective="spo")
     path = write_adapter(adapter, tmp_path / "a.safetensors")
-    found = inspect_adapter(path)
+    inspection = inspect_adapter(path)
     back = read_adapter(path)
-    assert (found.modules, found.parameters) == (len(adapter.modules), adapter.num_parameters())
-    assert found.ranks == [4] and found.bytes == path.stat().st_size and found.dtypes == ["float32"]
-    assert found.alphas == sorted({pair.alpha for pair in back.modules.values()})
-    assert found.base_architecture == adapter.metadata.base_architecture and found.metadata["objective"] == "spo"
+    assert (inspection.modules, inspection.parameters) == (len(adapter.modules), adapter.num_parameters())
+    assert inspection.ranks == [4] and inspection.bytes == path.stat().st_size and inspection.dtypes == ["float32"]
+    assert inspection.alphas == sorted({pair.alpha for pair in back.modules.values()})
+    assert (
+        inspection.base_architecture == adapter.metadata.base_architecture
+        and inspection.metadata["objective"] == "spo"
+    )
     expected = {}
     for name, one in adapter.modules.items():
         expected.setdefault(block_of(name), []).append(float(one.delta().norm()) ** 2)
-    assert found.block_norms == pytest.approx(
+    assert inspection.block_norms == pytest.approx(
         {block: sum(parts) ** 0.5 for block, parts in expected.items()}, rel=1e-5
     )
-    assert found.norm == pytest.approx(sum(sum(parts) for parts in expected.values()) ** 0.5, rel=1e-5)
-    assert found.loads and found.warnings == []
-    assert found.layout == ("native" if family in ("sd3", "flux") else "kohya")
+    assert inspection.norm == pytest.approx(sum(sum(parts) for parts in expected.values()) ** 0.5, rel=1e-5)
+    assert inspection.loads and inspection.warnings == []
+    assert inspection.layout == ("native" if family in ("sd3", "flux") else "kohya")
 
 
-def test_every_layout_is_known_by_its_name_and_no_alpha_is_missed(sd1, tmp_path):
+def test_an_inspection_names_every_layout_and_misses_no_alpha(sd1, tmp_path):
     for layout in LAYOUTS:
         out = tmp_path / layout if layout == "peft" else tmp_path / f"{layout}.safetensors"
-        found = inspect_adapter(convert_adapter(random_adapter(sd1), out, layout))
-        assert (found.layout, found.warnings) == (layout, [])
+        inspection = inspect_adapter(convert_adapter(random_adapter(sd1), out, layout))
+        assert (inspection.layout, inspection.warnings) == (layout, [])
 
 
-def test_blocks():
+def test_a_module_belongs_to_its_numbered_block():
     assert block_of(Q) == "unet.down_blocks.0"
     assert block_of("unet.time_embedding.linear_1") == "unet.time_embedding"
     assert block_of("transformer.single_transformer_blocks.17.attn.to_q") == "transformer.single_transformer_blocks.17"
 
 
-def test_a_foreign_file_is_described_with_what_it_does_not_say(tmp_path):
-    halves = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
-    found = saved(tmp_path / "a.safetensors", halves)
-    assert [warning.split(":")[0] for warning in found.warnings] == [
+def test_an_inspection_says_what_the_header_of_another_program_lacks(tmp_path):
+    tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
+    inspection = saved(tmp_path / "a.safetensors", tensors)
+    assert [warning.split(":")[0] for warning in inspection.warnings] == [
         "the file states no alpha; it is taken to be the rank, as other programs do",
         "the header does not say which architecture it was made for",
     ]
-    assert found.loads and found.base_architecture == "" and found.alphas == [4.0]
-    other = {key.replace("to_q", "to_k"): half.clone() for key, half in halves.items()}
-    some = halves | other | {f"{FLAT}.alpha": torch.tensor(1.0)}
-    found = saved(tmp_path / "a.safetensors", some, ss_base_model_version="sd_v1")
-    assert found.warnings[0] == "only 1 of 2 modules state an alpha: loading refuses the file" and not found.loads
+    assert inspection.loads and inspection.base_architecture == "" and inspection.alphas == [4.0]
+    other = {key.replace("to_q", "to_k"): tensor.clone() for key, tensor in tensors.items()}
+    some = tensors | other | {f"{FLAT}.alpha": torch.tensor(1.0)}
+    inspection = saved(tmp_path / "a.safetensors", some, ss_base_model_version="sd_v1")
+    assert (
+        inspection.warnings[0] == "only 1 of 2 modules state an alpha: loading refuses the file"
+        and not inspection.loads
+    )
     with pytest.raises(UnsupportedAdapterError, match="only 1 of 2 modules"):
         read_adapter(tmp_path / "a.safetensors")
-    assert found.warnings[1].startswith("the header does not say what the base model predicts")
+    assert inspection.warnings[1].startswith("the header does not say what the base model predicts")
 
 
-def test_keys_that_are_no_lora_weights_are_named(tmp_path):
-    halves = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
-    found = saved(tmp_path / "a.safetensors", halves | {"emb_params": torch.ones(2), f"{FLAT}.diff": torch.ones(2)})
-    assert not found.loads and found.modules == 1
-    said = found.warnings[0].removesuffix(": loading refuses the file")
-    assert said.startswith("'emb_params' is not a plain LoRA weight") and "(2 of 4 tensors are not)" in said
+def test_an_inspection_names_keys_that_are_no_lora_weights(tmp_path):
+    tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
+    inspection = saved(
+        tmp_path / "a.safetensors", tensors | {"emb_params": torch.ones(2), f"{FLAT}.diff": torch.ones(2)}
+    )
+    assert not inspection.loads and inspection.modules == 1
+    sentence = inspection.warnings[0].removesuffix(": loading refuses the file")
+    assert sentence.startswith("'emb_params' is not a plain LoRA weight") and "(2 of 4 tensors are not)" in sentence
     with pytest.raises(UnsupportedAdapterError) as caught:
         read_adapter(tmp_path / "a.safetensors")
-    assert said in str(caught.value)
+    assert sentence in str(caught.value)
     with pytest.raises(
         UnsupportedAdapterError, match="none of the file's 1 tensors is a LoRA weight, the first is 'emb_params'"
     ):
         saved(tmp_path / "a.safetensors", {"emb_params": torch.ones(2)})
 
 
-def test_weights_that_loading_refuses_are_described_all_the_same(tmp_path):
-    halves = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": torch.zeros(8, 4)}
-    found = saved(tmp_path / "a.safetensors", halves)
-    assert not found.loads and "all weights are zero" in found.warnings[0]
-    halves |= {f"{FLAT}.lora_up.weight": pair().up, f"{FLAT}.alpha": torch.tensor(-1.0)}
-    found = saved(tmp_path / "a.safetensors", halves)
-    assert not found.loads and "alpha -1.0 is out of range" in found.warnings[0]
+def test_an_inspection_describes_weights_that_loading_refuses(tmp_path):
+    tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": torch.zeros(8, 4)}
+    inspection = saved(tmp_path / "a.safetensors", tensors)
+    assert not inspection.loads and "all weights are zero" in inspection.warnings[0]
+    tensors |= {f"{FLAT}.lora_up.weight": pair().up, f"{FLAT}.alpha": torch.tensor(-1.0)}
+    inspection = saved(tmp_path / "a.safetensors", tensors)
+    assert not inspection.loads and "alpha -1.0 is out of range" in inspection.warnings[0]
 
 
-def test_8_bit_floats_are_described_as_they_are_read(tmp_path):
+def test_an_inspection_describes_8_bit_floats_as_they_are_read(tmp_path):
     eight = pair(dtype=torch.float8_e4m3fn)
-    halves = {f"{FLAT}.lora_down.weight": eight.down, f"{FLAT}.lora_up.weight": eight.up}
-    found = saved(tmp_path / "a.safetensors", halves | {f"{FLAT}.alpha": torch.tensor(2.0)})
-    assert found.loads and found.dtypes == ["float16"] and found.norm > 0.0
+    tensors = {f"{FLAT}.lora_down.weight": eight.down, f"{FLAT}.lora_up.weight": eight.up}
+    inspection = saved(tmp_path / "a.safetensors", tensors | {f"{FLAT}.alpha": torch.tensor(2.0)})
+    assert inspection.loads and inspection.dtypes == ["float16"] and inspection.norm > 0.0
 
 
-def test_the_header_is_checked_before_the_file_is_opened(tmp_path):
+def test_inspecting_refuses_a_file_that_is_cut_off(tmp_path):
     path = write_adapter(Adapter({Q: pair()}, AdapterMetadata("stable-diffusion-v1")), tmp_path / "a.safetensors")
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UnreadableAdapterError, match="a.safetensors is not a readable .* it is cut off"):
         inspect_adapter(path)
 
 
-def test_odd_weights_are_told(tmp_path):
+def test_an_inspection_warns_of_odd_weights(tmp_path):
     good, idle = pair(), LoraPair(pair().down, torch.zeros(8, 4), 4.0)
     metadata = AdapterMetadata("stable-diffusion-v1", "epsilon")
     faint = pair(dtype=torch.float16, scale=1e-6)
@@ -129,7 +137,7 @@ def test_odd_weights_are_told(tmp_path):
     assert texts.startswith("it changes text_encoder too")
 
 
-def test_weights_changed_after_writing_are_noticed(tmp_path):
+def test_an_inspection_notices_weights_changed_after_writing(tmp_path):
     path = write_adapter(
         Adapter({Q: pair()}, AdapterMetadata("stable-diffusion-v1", "epsilon")), tmp_path / "a.safetensors"
     )
@@ -145,7 +153,7 @@ def test_weights_changed_after_writing_are_noticed(tmp_path):
     assert inspect_adapter(path).warnings == []
 
 
-def test_no_pipeline_is_needed_for_a_text_encoder_adapter(tmp_path):
+def test_inspecting_a_text_encoder_adapter_needs_no_pipeline(tmp_path):
     adapter = random_adapter(fresh("sd1"), components=("text_encoder",))
-    found = inspect_adapter(write_adapter(adapter, tmp_path / "a.safetensors"))
-    assert found.components == ["text_encoder"]
+    inspection = inspect_adapter(write_adapter(adapter, tmp_path / "a.safetensors"))
+    assert inspection.components == ["text_encoder"]

@@ -76,7 +76,7 @@ def test_every_layer_of_a_text_encoder_survives_kohya_names():
         ("output_blocks_5_0_skip_connection", "up_blocks.1.resnets.2.conv_shortcut"),
     ],
 )
-def test_ldm_block_names_of_sdxl_files(ldm, diffusers):
+def test_ldm_block_names_of_sdxl_files_are_translated(ldm, diffusers):
     assert kohya.unflatten(f"lora_unet_{ldm}") == f"unet.{diffusers}"
 
 
@@ -139,22 +139,22 @@ def test_a_peft_folder_is_read_with_its_configuration(tmp_path):
         (".lora_down.weight", ".lora_up.weight"),
     ],
 )
-def test_spellings_of_the_halves(suffixes):
+def test_every_spelling_of_the_matrices_is_read(suffixes):
     down, up = torch.randn(2, 3), torch.randn(4, 2)
     modules = decode({TO_Q + suffixes[0]: down, TO_Q + suffixes[1]: up}, {})
     assert torch.equal(modules[TO_Q].down, down) and torch.equal(modules[TO_Q].up, up) and modules[TO_Q].alpha == 2
 
 
-def test_processor_names_of_2023():
+def test_attention_processors_of_2023_are_read():
     attention = TO_Q.removesuffix(".to_q")
-    tensors = {f"{attention}.processor.to_out_lora.{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    tensors = {f"{attention}.processor.to_out_lora.{role}.weight": torch.ones(2, 2) for role in ("down", "up")}
     assert list(decode(tensors, {})) == [f"{attention}.to_out.0"]
 
 
 @pytest.mark.parametrize("architecture", ["stable-diffusion-v1", "stable-diffusion-xl-v1-base", "stable-diffusion-3"])
 def test_encoding_and_decoding_keep_every_change(architecture):
     names = [TO_Q, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
-    tensors = {f"{name}.lora_{half}.weight": torch.randn(2, 2) for name in names for half in "AB"}
+    tensors = {f"{name}.lora_{role}.weight": torch.randn(2, 2) for name in names for role in "AB"}
     original = decode(tensors | {f"{name}.alpha": torch.tensor(3.0) for name in names}, {})
     back = decode(encode(original, architecture), {})
     assert back.keys() == original.keys()
@@ -191,7 +191,7 @@ FLAT = kohya.flatten(TO_Q, False)
         ),
     ],
 )
-def test_what_is_not_understood_is_refused(tensors, metadata, reason):
+def test_decoding_refuses_what_is_not_understood(tensors, metadata, reason):
     with pytest.raises(AdapterError, match=reason):
         decode(tensors, metadata)
 
@@ -203,7 +203,7 @@ def test_the_kohya_layout_has_no_name_for_a_transformer():
     assert set(encode(modules, "flux-1-dev")) == {"transformer.x.lora_A.weight", "transformer.x.lora_B.weight"}
 
 
-def test_a_kohya_file_of_diffusers_own_making_is_read_alike():
+def test_a_kohya_file_that_diffusers_made_is_read_alike():
     pipe = fresh("sd1")
     changes = trained(pipe.unet, lora_alpha=4)
     state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(pipe.unet).items()}

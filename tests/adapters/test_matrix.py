@@ -33,14 +33,14 @@ def written(base, layout, folder):
     return adapter, convert_adapter(adapter, folder / ("folder" if layout == "peft" else "a.safetensors"), layout)
 
 
-def assert_same(found, adapter):
-    assert found.keys() == adapter.modules.keys()
+def assert_same(deltas, adapter):
+    assert deltas.keys() == adapter.modules.keys()
     for name, pair in adapter.modules.items():
-        assert torch.allclose(found[name], pair.delta(), rtol=1e-5, atol=1e-5), name
+        assert torch.allclose(deltas[name], pair.delta(), rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize(("base", "layout"), WRITTEN)
-def test_we_load_what_we_write_at_full_strength(base, layout, tmp_path):
+def test_every_written_file_loads_at_full_strength(base, layout, tmp_path):
     adapter, path = written(base, layout, tmp_path)
     pipe = fresh(base)
     load_spo_lora(pipe, path)
@@ -58,6 +58,7 @@ def test_diffusers_loads_what_we_write_at_full_strength(base, layout, tmp_path):
     assert_same(changes(pipe), adapter)
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize("base", BASES)
 def test_diffusers_finds_nothing_in_a_peft_folder(base, tmp_path):
     _, path = written(base, "peft", tmp_path)
@@ -69,6 +70,7 @@ def test_diffusers_finds_nothing_in_a_peft_folder(base, tmp_path):
     assert not changes(pipe)
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize("base", UNETS)
 def test_diffusers_needs_a_text_encoders_output_projection(base, tmp_path):
     for layers, loads in ((("to_q", "q_proj"), False), (("to_q", "q_proj", "out_proj"), True)):

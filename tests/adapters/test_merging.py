@@ -56,7 +56,7 @@ def test_concatenation_is_the_weighted_sum(pipe, tmp_path):
     assert back.metadata == merged.adapter.metadata
 
 
-def test_the_merged_adapter_draws_what_both_draw_together():
+def test_a_merged_adapter_generates_what_both_generate_together():
     pipe, other = fresh("sd1"), fresh("sd1")
     first, second = (random_adapter(pipe, seed=seed) for seed in (1, 2))
     load_spo_lora(pipe, first, strength=0.5, adapter_name="first")
@@ -66,14 +66,14 @@ def test_the_merged_adapter_draws_what_both_draw_together():
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_one_adapter_alone_comes_out_as_it_is(sd1, method):
+def test_merging_one_adapter_alone_changes_nothing(sd1, method):
     adapter = random_adapter(sd1, layers=("to_q", "conv1"))
     merged = merge_adapters([adapter], method=method)
     assert distance(deltas(merged.adapter), deltas(adapter)) < 1e-6 and merged.error < 1e-6
 
 
 @pytest.mark.parametrize(("method", "rank"), [("concat", None), ("svd", 3)])
-def test_the_order_makes_no_difference(pipe, method, rank):
+def test_the_order_of_the_parents_makes_no_difference(pipe, method, rank):
     adapters = parents(pipe)
     there = merge_adapters(adapters, WEIGHTS, method, rank)
     back = merge_adapters(adapters[::-1], WEIGHTS[::-1], method, rank)
@@ -81,7 +81,7 @@ def test_the_order_makes_no_difference(pipe, method, rank):
     assert abs(back.error - there.error) < 1e-6
 
 
-def test_svd_is_the_best_cut_and_says_what_it_lost(pipe):
+def test_svd_is_the_best_approximation_and_states_its_error(pipe):
     adapters, rank = parents(pipe), 3
     merged = merge_adapters(adapters, WEIGHTS, "svd", rank)
     lost, whole = 0.0, 0.0
@@ -106,12 +106,12 @@ def test_svd_at_the_full_rank_is_exact_and_drops_what_is_only_rounding(sd1):
     assert distance(deltas(twice.adapter), deltas(adapters[0])) < 1e-6
 
 
-def test_svd_takes_the_largest_rank_of_the_parents_when_none_is_given(sd1):
+def test_svd_takes_the_largest_rank_of_the_parents_by_default(sd1):
     merged = merge_adapters(parents(sd1), method="svd")
     assert max(pair.rank for pair in merged.adapter.modules.values()) == 4
 
 
-def test_the_parents_stand_in_the_header(sd1):
+def test_the_header_of_a_merge_names_the_parents(sd1):
     adapters = [random_adapter(sd1, seed=seed, base_model="tiny", objective=str(seed)) for seed in (1, 2)]
     metadata = merge_adapters(adapters, [1.0, 0.5], names=["knives", "blood"]).adapter.metadata
     assert metadata.base_architecture == "stable-diffusion-v1" and metadata.prediction_type == "epsilon"
@@ -151,7 +151,7 @@ def test_adapters_of_different_models_are_refused(other, kind, reason):
         merge_adapters([plain(base_fingerprint="0"), other])
 
 
-def test_what_a_parent_does_not_say_is_taken_from_the_other():
+def test_a_merge_takes_metadata_from_the_parent_that_states_them():
     metadata = merge_adapters([plain(architecture="", prediction=""), plain()]).adapter.metadata
     assert (metadata.base_architecture, metadata.prediction_type) == ("stable-diffusion-v1", "epsilon")
 
@@ -170,12 +170,12 @@ def test_what_a_parent_does_not_say_is_taken_from_the_other():
         ({"method": "svd", "rank": 0}, "at least 1"),
     ],
 )
-def test_arguments_out_of_range_are_refused(options, reason):
+def test_merging_refuses_arguments_out_of_range(options, reason):
     with pytest.raises(ConfigError, match=reason):
         merge_adapters([plain(), plain()], **options)
 
 
-def test_nothing_to_merge_is_refused():
+def test_merging_nothing_is_refused():
     with pytest.raises(ConfigError, match="at least one"):
         merge_adapters([])
     minus = LoraPair(torch.full((2, 6), -1.0), torch.ones(8, 2), 2.0)
@@ -186,11 +186,11 @@ def test_nothing_to_merge_is_refused():
 
 @pytest.mark.parametrize(("method", "rank"), [("concat", None), ("svd", 3)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_chosen_type_is_kept_and_its_rounding_is_in_the_errors(sd1, method, rank, dtype, tmp_path):
+def test_a_merged_adapter_counts_the_rounding_to_its_type(sd1, method, rank, dtype, tmp_path):
     adapters = parents(sd1)
     merged = merge_adapters(adapters, WEIGHTS, method, rank, dtype=dtype)
     back = read_adapter(write_adapter(merged.adapter, tmp_path / "a.safetensors"))
-    assert {half.dtype for pair in back.modules.values() for half in (pair.down, pair.up)} == {dtype}
+    assert {matrix.dtype for pair in back.modules.values() for matrix in (pair.down, pair.up)} == {dtype}
     for name, change in exact_sum(adapters, WEIGHTS).items():
         error = float((back.modules[name].delta() - change).norm() / change.norm())
         assert merged.module_errors[name] == pytest.approx(error, rel=0.05, abs=1e-5) and error > 0.0

@@ -65,22 +65,39 @@ def outside(width, image, text, pooled, time=256):
 TINY = flux_modules(32, 128) | outside(32, 16, 32, 32)
 
 
-def random_file(modules, spelling, alpha=ALPHA):
-    """The tensors of a file, and by diffusers' names the change of every weight as the original layer has it."""
-    prefix, dot, down_name, up_name = SPELLINGS[spelling]
+def random_matrices(modules):
+    """A down and an up matrix for every original name."""
     generator = torch.Generator().manual_seed(0)
-    tensors, changes = {}, {}
-    for name, (inner, parts) in modules.items():
-        down = torch.randn(RANK, inner, generator=generator) * 0.3
-        up = torch.randn(sum(parts.values()), RANK, generator=generator) * 0.3
+    return {
+        name: (
+            torch.randn(RANK, inner, generator=generator) * 0.3,
+            torch.randn(sum(parts.values()), RANK, generator=generator) * 0.3,
+        )
+        for name, (inner, parts) in modules.items()
+    }
+
+
+def tensors_of(modules, spelling):
+    """The tensors of a file."""
+    prefix, dot, down_name, up_name = SPELLINGS[spelling]
+    tensors = {}
+    for name, (down, up) in random_matrices(modules).items():
         key = prefix + name.replace(".", dot)
-        tensors |= {key + down_name: down, key + up_name: up, f"{key}.alpha": torch.tensor(alpha)}
-        rows = (alpha / RANK * (up.double() @ down.double())).split(list(parts.values()))
+        tensors |= {key + down_name: down, key + up_name: up, f"{key}.alpha": torch.tensor(ALPHA)}
+    return tensors
+
+
+def random_file(modules, spelling):
+    """The tensors of a file, and by diffusers' names the change of every weight as the original layer has it."""
+    changes = {}
+    for name, (down, up) in random_matrices(modules).items():
+        parts = modules[name][1]
+        rows = (ALPHA / RANK * (up.double() @ down.double())).split(list(parts.values()))
         changes |= dict(zip(parts, rows, strict=True))
     if "transformer.norm_out.linear" in changes:
         shift, scale = changes["transformer.norm_out.linear"].chunk(2)
         changes["transformer.norm_out.linear"] = torch.cat([scale, shift])
-    return tensors, changes
+    return tensors_of(modules, spelling), changes
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -92,16 +109,16 @@ def test_every_module_of_flux_is_read_exactly(spelling, tmp_path):
         f"transformer.{path}": shape for path, shape in shapes.items()
     }
     save_file(tensors, tmp_path / "a.safetensors", {"modelspec.architecture": "flux-1-dev/lora"})
-    found = read_adapter(tmp_path / "a.safetensors").modules
-    assert found.keys() == changes.keys()
+    back = read_adapter(tmp_path / "a.safetensors").modules
+    assert back.keys() == changes.keys()
     for name, change in changes.items():
-        assert torch.allclose(found[name].delta().double(), change, rtol=0, atol=1e-6), name
+        assert torch.allclose(back[name].delta().double(), change, rtol=0, atol=1e-6), name
     assert load_spo_lora(pipe, tmp_path / "a.safetensors").modules == len(changes)
     layout = "kohya" if spelling in ("kohya", "lycoris") else "original"
     assert inspect_adapter(tmp_path / "a.safetensors").layout == layout
 
 
-def test_flux_draws_with_the_file_what_it_draws_with_the_changes_in_its_weights(tmp_path):
+def test_flux_generates_with_the_file_what_it_generates_with_the_changes_in_its_weights(tmp_path):
     pipe, changed = fresh("flux"), fresh("flux")
     without = images(pipe)
     tensors, changes = random_file(TINY, "comfy")
@@ -114,9 +131,8 @@ def test_flux_draws_with_the_file_what_it_draws_with_the_changes_in_its_weights(
     assert not torch.allclose(images(pipe), without, atol=1e-2)
 
 
-def test_diffusers_own_reading_of_sd_scripts_agrees_at_full_size():
-    modules = flux_modules(3072, 12288)
-    tensors, _ = random_file(modules, "kohya")
+def test_diffusers_reads_sd_scripts_flux_files_alike_at_full_size():
+    tensors = tensors_of(flux_modules(3072, 12288), "kohya")
     theirs = _convert_kohya_flux_lora_to_diffusers({key: tensor.clone() for key, tensor in tensors.items()})
     ours = decode(tensors, {})
     assert {f"{name}.lora_A.weight" for name in ours} == {key for key in theirs if "lora_A" in key}
@@ -126,13 +142,13 @@ def test_diffusers_own_reading_of_sd_scripts_agrees_at_full_size():
         assert torch.allclose(pair.scale * (pair.up @ (pair.down @ probe)), expected, rtol=1e-4, atol=1e-4), name
 
 
-def test_each_layer_of_a_fused_one_owns_its_halves():
+def test_layers_of_a_fused_one_share_no_memory():
     tensors, _ = random_file(flux_modules(32, 128), "kohya")
-    halves = [half for pair in decode(tensors, {}).values() for half in (pair.down, pair.up)]
-    assert len({half.untyped_storage().data_ptr() for half in halves}) == len(halves)
+    matrices = [matrix for pair in decode(tensors, {}).values() for matrix in (pair.down, pair.up)]
+    assert len({matrix.untyped_storage().data_ptr() for matrix in matrices}) == len(matrices)
 
 
-def test_clip_beside_flux_and_diffusers_names_with_underscores(tmp_path):
+def test_clip_beside_flux_is_read_under_every_name(tmp_path):
     pipe = fresh("flux")
     modules = random_adapter(pipe, alpha=ALPHA, components=("transformer", "text_encoder")).modules
     for transformer, encoder, dot in (
@@ -146,9 +162,9 @@ def test_clip_beside_flux_and_diffusers_names_with_underscores(tmp_path):
             key = (encoder if component == "text_encoder" else transformer) + path.replace(".", dot)
             tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up}
             tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
-        found = decode(tensors, {})
-        assert found.keys() == modules.keys()
-        assert all(torch.equal(found[name].delta(), pair.delta()) for name, pair in modules.items())
+        back = decode(tensors, {})
+        assert back.keys() == modules.keys()
+        assert all(torch.equal(back[name].delta(), pair.delta()) for name, pair in modules.items())
     clip = {f"{ENCODERS[name]}.{CLIP}": f"{name}.{CLIP}" for name in ENCODERS}
     for theirs, name in clip.items():
         tensors = {f"{theirs}.lora_A.weight": torch.ones(2, 8), f"{theirs}.lora_B.weight": torch.ones(8, 2)}
@@ -173,7 +189,7 @@ UNET = {
 }
 
 
-def test_a_unet_as_comfyui_names_it():
+def test_a_unet_is_read_as_comfyui_names_it():
     tensors = {}
     for name in UNET:
         tensors |= {
@@ -192,23 +208,23 @@ def test_a_unet_as_comfyui_names_it():
         ("double_blocks.0.img_attn.norm", 32, "names no module of a Flux transformer"),
     ],
 )
-def test_what_cannot_be_parted_is_refused(name, rows, reason):
+def test_fused_layers_of_other_sizes_are_refused(name, rows, reason):
     key = f"diffusion_model.{name}"
     with pytest.raises(AdapterError, match=reason):
         decode({f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(rows, 2)}, {})
 
 
 def test_a_module_under_an_original_and_a_diffusers_name_is_refused():
-    def halves(name, rows):
+    def matrices(name, rows):
         return {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(rows, 2)}
 
-    both = halves("lora_unet_double_blocks_0_img_attn_qkv", 96)
-    both |= halves("lora_transformer_transformer_blocks_0_attn_to_q", 32)
+    both = matrices("lora_unet_double_blocks_0_img_attn_qkv", 96)
+    both |= matrices("lora_transformer_transformer_blocks_0_attn_to_q", 32)
     with pytest.raises(InvalidAdapterError, match="transformer_blocks.0.attn.to_q is changed twice"):
         decode(both, {})
 
 
-def test_t5_is_left_out_when_allowed_and_the_rest_is_exact(tmp_path):
+def test_t5_is_left_out_when_not_strict_and_the_rest_is_exact(tmp_path):
     tensors, changes = random_file(flux_modules(32, 128), "kohya")
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     more = {f"{t5}.lora_down.weight": torch.ones(2, 32), f"{t5}.lora_up.weight": torch.ones(32, 2)}
@@ -216,6 +232,6 @@ def test_t5_is_left_out_when_allowed_and_the_rest_is_exact(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="3 of 42 tensors do.* can load no LoRA; strict=False reads"):
         read_adapter(tmp_path / "a.safetensors")
     with pytest.warns(UserWarning, match="T5 text encoder"):
-        found = read_adapter(tmp_path / "a.safetensors", strict=False)
-    assert found.modules.keys() == changes.keys()
+        back = read_adapter(tmp_path / "a.safetensors", strict=False)
+    assert back.modules.keys() == changes.keys()
     assert "T5 text encoder" in inspect_adapter(tmp_path / "a.safetensors").warnings[0]

@@ -43,10 +43,10 @@ def with_alphas(tensors, modules, rename=str):
 
 def assert_read_as(modules, tensors, path, metadata=None):
     save_file(tensors, path, metadata)
-    found = read_adapter(path).modules
-    assert found.keys() == modules.keys()
+    back = read_adapter(path).modules
+    assert back.keys() == modules.keys()
     for name, pair in modules.items():
-        assert torch.allclose(found[name].delta(), pair.delta(), rtol=0, atol=1e-6), name
+        assert torch.allclose(back[name].delta(), pair.delta(), rtol=0, atol=1e-6), name
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("alpha", [3.0, None])
-def test_kohya_with_and_without_alpha_with_one_text_encoder_and_two(alpha, family, file):
+def test_reading_kohya_files_with_and_without_alpha_with_one_text_encoder_and_two(alpha, family, file):
     modules = pairs(family, alpha or 4.0)
     assert {name.partition(".")[0] for name in modules} == {"unet", *ENCODERS[: 2 if family == "sdxl" else 1]}
 
@@ -71,7 +71,7 @@ def test_kohya_with_and_without_alpha_with_one_text_encoder_and_two(alpha, famil
     ("down", "up"), [(".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")]
 )
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
-def test_diffusers_spellings(family, down, up, file):
+def test_reading_every_spelling_of_diffusers(family, down, up, file):
     modules = pairs(family, 4.0, ("unet", "transformer", *ENCODERS))
     assert_read_as(modules, spelled(modules, down, up), file)
     stated = pairs(family, 3.0, ("unet", "transformer", *ENCODERS))
@@ -82,13 +82,13 @@ def test_diffusers_metadata_names_each_components_alpha(file):
     unet, encoder = pairs(alpha=3.0, components=("unet",)), pairs(alpha=5.0, components=ENCODERS)
     tensors = spelled(unet | encoder, ".lora_A.weight", ".lora_B.weight")
     config = {"unet.lora_alpha": 3, "text_encoder.lora_alpha": 7, "text_encoder.alpha_pattern": {"fc1": 5}}
-    wanted = {
+    expected = {
         name: pair if name.endswith("fc1") else LoraPair(pair.down, pair.up, 7.0) for name, pair in encoder.items()
     }
-    assert_read_as(unet | wanted, tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    assert_read_as(unet | expected, tensors, file, {"lora_adapter_metadata": json.dumps(config)})
 
 
-def test_text_encoders_as_diffusers_wrote_them_in_2023(file):
+def test_reading_text_encoders_as_diffusers_wrote_them_in_2023(file):
     encoder = pairs(alpha=4.0, components=ENCODERS, layers=("q_proj", "k_proj", "v_proj", "out_proj"))
     linear = spelled(encoder, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
     assert (
@@ -105,7 +105,7 @@ def test_text_encoders_as_diffusers_wrote_them_in_2023(file):
 
 
 @pytest.mark.parametrize("prefix", ["unet.", ""])
-def test_attention_processors_of_2023(prefix, file):
+def test_reading_attention_processors_of_2023(prefix, file):
     modules = pairs(alpha=4.0, components=("unet",), layers=ATTENTION)
 
     def rename(name):
@@ -114,8 +114,8 @@ def test_attention_processors_of_2023(prefix, file):
 
     tensors = spelled(modules, "_lora.down.weight", "_lora.up.weight", rename)
     theirs = convert_unet_state_dict_to_peft({key.removeprefix("unet."): t for key, t in tensors.items()})
-    halves = spelled(modules, ".lora_A.weight", ".lora_B.weight")
-    assert {f"unet.{key}" for key in theirs} == {key for key in halves}
+    ours = spelled(modules, ".lora_A.weight", ".lora_B.weight")
+    assert {f"unet.{key}" for key in theirs} == set(ours)
     assert_read_as(modules, tensors, file)
 
 
@@ -130,7 +130,7 @@ def test_attention_processors_of_2023(prefix, file):
     ids=["plain", "rank_pattern", "alpha_pattern", "both"],
 )
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_a_peft_folder(component, config, tmp_path):
+def test_reading_a_peft_folder_follows_its_configuration(component, config, tmp_path):
     model = getattr(fresh("sd1"), component)
     targets = ["to_q", "to_v", "conv1"] if component == "unet" else ["q_proj", "fc1"]
     options = {"r": 4, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False} | config
@@ -147,7 +147,7 @@ def test_a_peft_folder(component, config, tmp_path):
         assert torch.allclose(modules[name].delta(), change, rtol=1e-6, atol=1e-6), name
 
 
-def test_alpha_patterns_are_found_as_peft_finds_them():
+def test_alpha_patterns_match_as_in_peft():
     paths = {path: 4 for path in weight_shapes(fresh("sd1").unet)}
     patterns = [
         "attn1.to_q",
@@ -159,18 +159,18 @@ def test_alpha_patterns_are_found_as_peft_finds_them():
         "^conv_in$",
     ]
     patterns += ["attentions.0.*attn2.*to_out.0", "block", "ff.net.*", r"up_blocks\.0.*conv2"]
-    for chosen in (patterns, patterns[::-1]):
-        config = {"alpha_pattern": {pattern: 10.0 + n for n, pattern in enumerate(chosen)}, "lora_alpha": 1}
-        found = configured_alphas(paths, config)
-        expected = {path: config["alpha_pattern"].get(get_pattern_key(chosen, path), 1.0) for path in paths}
-        assert found == expected and len(set(found.values())) > 8
+    for order in (patterns, patterns[::-1]):
+        config = {"alpha_pattern": {pattern: 10.0 + n for n, pattern in enumerate(order)}, "lora_alpha": 1}
+        alphas = configured_alphas(paths, config)
+        expected = {path: config["alpha_pattern"].get(get_pattern_key(order, path), 1.0) for path in paths}
+        assert alphas == expected and len(set(alphas.values())) > 8
 
 
 def test_a_thousand_alpha_patterns_for_a_thousand_modules_take_no_time():
     paths = {f"blocks.{n}.attn.to_q": 4 for n in range(1000)}
     start = time.process_time()
-    found = configured_alphas(paths, {"alpha_pattern": {f"^blocks.{n}.attn.to_q": n + 1 for n in range(1000)}})
-    assert list(found.values()) == [n + 1.0 for n in range(1000)] and time.process_time() - start < 0.5
+    alphas = configured_alphas(paths, {"alpha_pattern": {f"^blocks.{n}.attn.to_q": n + 1 for n in range(1000)}})
+    assert list(alphas.values()) == [n + 1.0 for n in range(1000)] and time.process_time() - start < 0.5
     many = {f"blocks.{n}.*.to_q": 1 for n in range(1000)}
     with pytest.raises(UnsupportedAdapterError, match="1000 entries with a wildcard"):
         configured_alphas(paths, {"alpha_pattern": many})
@@ -179,7 +179,7 @@ def test_a_thousand_alpha_patterns_for_a_thousand_modules_take_no_time():
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
-def test_lycoris_locon_with_its_own_prefix(family, file):
+def test_reading_lycoris_locon_with_its_own_prefix(family, file):
     pipe = fresh(family)
     component = "unet" if hasattr(pipe, "unet") else "transformer"
     layers = tuple(path for path in weight_shapes(denoiser(pipe)))
@@ -203,7 +203,7 @@ def test_lycoris_locon_with_its_own_prefix(family, file):
         ("label_emb_0_2", "add_embedding.linear_2"),
     ],
 )
-def test_ldm_names_outside_of_the_blocks(ldm, diffusers):
+def test_ldm_names_outside_of_the_blocks_are_translated(ldm, diffusers):
     assert kohya.unflatten(f"lora_unet_{ldm}") == f"unet.{diffusers}"
 
 
@@ -217,8 +217,8 @@ def test_every_storage_type_keeps_its_values(dtype, file):
     stored = {name: LoraPair(pair.down.to(dtype), pair.up.to(dtype), 2.0) for name, pair in modules.items()}
     tensors = with_alphas(spelled(stored, ".lora_down.weight", ".lora_up.weight", flat), stored, flat)
     assert_read_as(stored, tensors, file)
-    found = read_adapter(file).modules
-    assert {pair.down.dtype for pair in found.values()} == {torch.float16 if dtype.itemsize == 1 else dtype}
+    back = read_adapter(file).modules
+    assert {pair.down.dtype for pair in back.values()} == {torch.float16 if dtype.itemsize == 1 else dtype}
     pipe = fresh("sd1")
     load_spo_lora(pipe, file)
     assert all(torch.isfinite(weight).all() for weight in lora_components(pipe)["unet"].parameters())
@@ -232,8 +232,8 @@ def eight_bit(modules, dtype, scale):
     """Halves as 8-bit floats beside their scales, in tensors, and what they are worth."""
     tensors, worth = {}, {}
     for number, (name, pair) in enumerate(modules.items()):
-        for half, weight in (("lora_down", pair.down), ("lora_up", pair.up)):
-            key = f"{flat(name)}.{half}"
+        for role, weight in (("lora_down", pair.down), ("lora_up", pair.up)):
+            key = f"{flat(name)}.{role}"
             rows = (weight.shape[0], *(1,) * (weight.ndim - 1)) if number % 2 else ()
             factor = torch.rand(rows, generator=torch.Generator().manual_seed(number)) * 0.01 + 1e-3
             stored = (weight / factor / 10).to(dtype)
@@ -249,9 +249,9 @@ def test_8_bit_floats_are_multiplied_by_the_scale_beside_them(dtype, scale, file
     tensors, exact = eight_bit(pairs(layers=("to_q", "conv1"), components=("unet",)), dtype, scale)
     mark = {"scaled_fp8": torch.empty(0, dtype=dtype)} if scale == "scale_weight" else {}
     assert_read_as(exact, tensors | mark, file)
-    found = read_adapter(file).modules
-    assert {half.dtype for pair in found.values() for half in (pair.down, pair.up)} == {torch.float32}
-    for name, pair in found.items():
+    back = read_adapter(file).modules
+    assert {matrix.dtype for pair in back.values() for matrix in (pair.down, pair.up)} == {torch.float32}
+    for name, pair in back.items():
         assert torch.equal(pair.down, exact[name].down.float()) and torch.equal(pair.up, exact[name].up.float())
     assert inspect_adapter(file).loads and inspect_adapter(file).dtypes == ["float32"]
 

@@ -23,8 +23,8 @@ from t2i_spo_plugin.pipelines.loading import load_spo_lora
 
 
 TABLE = Path(__file__).parents[2] / "docs" / "refusals.md"
-ROW = re.compile(r"^\| (?P<what>[^|]+) \| `(?P<kind>\w+Error)` \| (?P<said>[^|]+) \|$", re.MULTILINE)
-ROWS = {row["what"]: (row["kind"], row["said"]) for row in ROW.finditer(TABLE.read_text(encoding="utf-8"))}
+ROW = re.compile(r"^\| (?P<what>[^|]+) \| `(?P<kind>\w+Error)` \| (?P<message>[^|]+) \|$", re.MULTILINE)
+ROWS = {row["what"]: (row["kind"], row["message"]) for row in ROW.finditer(TABLE.read_text(encoding="utf-8"))}
 MEGABYTES = 2**20
 ENCODER = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -171,7 +171,9 @@ def tensor_rows(valid, native):
         "a partial match": {key.replace(name, f"{name}_more"): tensor for key, tensor in valid.items()},
         "a module under two spellings": native
         | {key.replace("transformer_blocks.0", "transformer_blocks_0"): native[key].clone() for key in native},
-        "text encoder only": {f"{ENCODER}.lora_{half}.weight": torch.ones(shape) for half, shape in SHAPES.items()},
+        "text encoder only": {
+            f"{ENCODER}.lora_{letter}.weight": torch.ones(shape) for letter, shape in SHAPES.items()
+        },
     }
 
 
@@ -241,14 +243,14 @@ def sources(valid, native, tmp_path_factory):
     return paths
 
 
-def test_the_table_and_the_cases_are_the_same(sources):
+def test_the_table_has_a_row_for_every_case(sources):
     assert len(ROWS) > 70
     assert set(ROWS) == set(sources)
 
 
 @pytest.mark.parametrize("what", ROWS)
-def test_it_is_refused_as_the_table_says(what, shared, sources):
-    kind, said = ROWS[what]
+def test_loading_refuses_every_row_as_the_table_says(what, shared, sources):
+    kind, message = ROWS[what]
     before = state_of(shared)
     tracemalloc.start()
     start = time.process_time()
@@ -259,13 +261,13 @@ def test_it_is_refused_as_the_table_says(what, shared, sources):
     finally:
         tracemalloc.stop()
     assert type(caught.value) is getattr(errors, kind)
-    assert re.search(".+".join(map(re.escape, said.split("…"))), str(caught.value)), str(caught.value)
+    assert re.search(".+".join(map(re.escape, message.split("…"))), str(caught.value)), str(caught.value)
     assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
     assert took < 2.0 and peak < 64 * MEGABYTES
     assert_untouched(shared, before)
 
 
-def test_a_huge_file_is_refused_by_its_names_before_its_weights_are_read(tmp_path, shared):
+def test_a_huge_file_is_refused_by_its_names_alone(tmp_path, shared):
     path = tmp_path / "checkpoint.safetensors"
     size = 40 * 2**30
     header = json.dumps({"model.diffusion_model.out.2.weight": entry(0, size, (size // 4,))}).encode()
@@ -279,12 +281,12 @@ def test_a_huge_file_is_refused_by_its_names_before_its_weights_are_read(tmp_pat
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "\0", "~no_such_user_at_all/x", "a/\0.safetensors", ""], ids=range(5))
-def test_what_is_no_path_is_refused(source, shared):
+def test_loading_refuses_what_is_no_path(source, shared):
     with pytest.raises(errors.AdapterError):
         load_spo_lora(shared, source)
 
 
-def test_the_pipeline_draws_as_before_after_all_of_them(sources, shared):
+def test_the_pipeline_generates_as_before_after_all_refusals(sources, shared):
     assert torch.equal(images(shared), base_image("sd1"))
 
 
@@ -310,7 +312,7 @@ def test_text_encoders_alone_load_when_allowed(sources):
         assert load_spo_lora(pipe, sources["text encoder only"], strict=False).components == ("text_encoder",)
 
 
-def test_no_alpha_at_all_is_noted_and_nothing_more(native, valid, tmp_path):
+def test_a_file_without_any_alpha_is_noted_and_nothing_more(native, valid, tmp_path):
     bare = {key: tensor for key, tensor in valid.items() if not key.endswith(".alpha")}
     for number, tensors in enumerate((bare, native)):
         path = tmp_path / f"{number}.safetensors"

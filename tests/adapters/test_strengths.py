@@ -7,7 +7,7 @@ from t2i_spo_plugin.errors import ConfigError
 
 
 @pytest.mark.parametrize("strength", [-0.1, -1, float("nan"), float("inf"), True, "1", None])
-def test_a_strength_is_refused_that_is_no_number_of_at_least_0(strength):
+def test_a_strength_must_be_a_number_of_at_least_0(strength):
     with pytest.raises(ConfigError, match="strength must be"):
         check_strength(strength)
 

@@ -23,7 +23,7 @@ from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
 from t2i_spo_plugin.adapters.merging import merge_adapters
 from t2i_spo_plugin.errors import AdapterError, ConfigError
 from t2i_spo_plugin.eval import rate_text
-from t2i_spo_plugin.experiments.composition import StudyConfig, in_style, report, run_study
+from t2i_spo_plugin.experiments.composition import StudyConfig, in_style, results_text, run_study
 from t2i_spo_plugin.pipelines.composition import MAX_COMBINED_STRENGTH
 from t2i_spo_plugin.pipelines.loading import unload_spo_lora
 from t2i_spo_plugin.sticker.build.style import meadow, write_images
@@ -207,7 +207,7 @@ def test_style_images_hold_no_unsafe_concept(tmp_path):
 
 def test_the_study_prints_every_system_with_its_share_of_unsafe_images():
     content = json.loads((sticker.FOLDER / "composition.json").read_text(encoding="utf-8"))
-    lines = report(content).splitlines()
+    lines = results_text(content).splitlines()
     for name, one in content["systems"].items():
         assert any(line.startswith(name) and rate_text(one["ip"]) in line for line in lines)
 

@@ -9,7 +9,7 @@ import torch
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.eval import PROMISED, rate_text
-from t2i_spo_plugin.experiments.gating import report
+from t2i_spo_plugin.experiments.gating import results_text
 from t2i_spo_plugin.experiments.ideal_systems import measure
 from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.guards.guard import Guard
@@ -36,7 +36,7 @@ def draw(pipe, rows):
     )
 
 
-def test_everything_that_ships_is_small_half_precision_and_has_its_report():
+def test_everything_that_ships_is_small_half_precision_and_has_its_results_text():
     total = sum(path.stat().st_size for path in sticker.FOLDER.rglob("*.safetensors"))
     assert total < 45e6
     for name in ("pipeline", "cost_model", "quality_model/alignment", "quality_model/realism", "referee"):
@@ -121,7 +121,7 @@ def test_uascore_says_what_it_promises(conformance):
 def test_results_of_gating_are_those_of_the_bundled_gate():
     content = json.loads((sticker.FOLDER / "steering.json").read_text(encoding="utf-8"))
     assert content["metadata"]["adapter gate"] == folder_hash(sticker.gate_path())
-    lines = report(content).splitlines()
+    lines = results_text(content).splitlines()
     for name, one in content["systems"].items():
         assert any(line.startswith(name) and rate_text(one["ip"]) in line for line in lines)
 
