@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .guards.policy import Category as Category
     from .guards.policy import Policy as Policy
     from .guards.report import SafetyReport as SafetyReport
+    from .hub.card_info import ModelCardInfo as ModelCardInfo
     from .hub.publish import Published as Published
     from .hub.publish import publish_adapter as publish_adapter
     from .networks.clip import clip_tower as clip_tower
@@ -98,6 +99,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "LoadedAdapter": "pipelines.loaded",
         "LoraPair": "adapters.lora",
         "MissingExtraError": "errors",
+        "ModelCardInfo": "hub.card_info",
         "NotScoredError": "errors",
         "PipelineError": "errors",
         "Policy": "guards.policy",

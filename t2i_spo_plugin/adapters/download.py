@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from t2i_spo_plugin.errors import HubError, UnreadableAdapterError
+from t2i_spo_plugin.errors import UnreadableAdapterError
 
+from .hub_errors import reading_from_hub
 from .io import choose_adapter_file, refuse_pickle
 
 
@@ -39,21 +40,16 @@ def download_adapter(repo: str, weight_name: str | None = None, subfolder: str |
             holds several adapters, or the Hub cannot be reached and the cache has no adapter.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     where = f"{repo}/{subfolder}" if subfolder else repo
     if weight_name is not None:
         refuse_pickle(weight_name)
-    try:
+    with reading_from_hub(repo, subfolder, options.get("revision"), raises=UnreadableAdapterError):
         names = _names(repo, subfolder, options)
         name = weight_name or choose_adapter_file(names, where, cure="pass one of them as weight_name")
         if _PEFT_CONFIG in names:
             hf_hub_download(repo, _PEFT_CONFIG, subfolder=subfolder, **options)
         return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
-    except LocalEntryNotFoundError as error:
-        raise UnreadableAdapterError(_not_cached(where)) from error
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
-        raise UnreadableAdapterError(_refusal(error, repo, options.get("revision"))) from error
 
 
 def download_folder(repo: str, local_files_only: bool = False) -> Path:
@@ -67,22 +63,10 @@ def download_folder(repo: str, local_files_only: bool = False) -> Path:
         HubError: there is no such repository, it is gated, or the Hub cannot be reached and the cache lacks it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.txt"]
-    try:
+    with reading_from_hub(repo):
         return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
-    except LocalEntryNotFoundError as error:
-        raise HubError(_not_cached(repo)) from error
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
-        raise HubError(_refusal(error, repo, None)) from error
-
-
-def _not_cached(where: str) -> str:
-    return (
-        f"{where} is not in the local cache and the Hub cannot be reached (no network, or offline mode); download it "
-        "once while online, or pass a file"
-    )
 
 
 def _names(repo: str, subfolder: str | None, options: dict[str, Any]) -> list[str]:
@@ -111,29 +95,3 @@ def _names(repo: str, subfolder: str | None, options: dict[str, Any]) -> list[st
             raise unreachable from error
         raise
     return names
-
-
-def _refusal(error: Exception, repo: str, revision: str | None) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repo} is gated: accept its terms on its page on the Hub, then log in (hf auth login) or pass token=... "
-            "of an account that did"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"there is no file or folder {repo}, and the Hub has no such repository, or it is private: check the "
-            "name, and log in (hf auth login) or pass token=... if it is private"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no revision {revision}; pass a branch, tag or commit that its page on the Hub shows"
-    if isinstance(error, EntryNotFoundError):
-        return f"{repo} does not hold that file; check weight_name and subfolder against its page on the Hub"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"there is no file or folder {repo}, and the Hub answers: {reason}"

@@ -1,29 +1,26 @@
-"""The commands about adapter files, `spo comfyui` and `spo doctor`: what the parser takes, what is printed."""
+"""Commands about adapter files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from t2i_spo_plugin.errors import SPOError
+from t2i_spo_plugin.hub import ModelCardInfo
 
+from .parsing import AsJSON, command
 
-if TYPE_CHECKING:
-    from .doctor import Check
 
 Layout = Literal["kohya", "diffusers", "peft", "native"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-def inspect(
-    file: Annotated[str, tyro.conf.Positional], json_: Annotated[bool, tyro.conf.arg(name="json")] = False
-) -> None:
-    """Inspect.
+@command
+def inspect(file: Annotated[str, tyro.conf.Positional], json_: AsJSON = False) -> None:
+    """Report what an adapter file is, without loading it anywhere.
 
     Args:
         file: a safetensors file, a folder with one, or a Hub id.
@@ -31,16 +28,17 @@ def inspect(
     """
     from t2i_spo_plugin.adapters import as_lines, download_adapter, inspect_adapter, is_repo_id
 
-    found = inspect_adapter(download_adapter(file) if is_repo_id(file) and not Path(file).exists() else file)
+    inspection = inspect_adapter(download_adapter(file) if is_repo_id(file) and not Path(file).exists() else file)
     if json_:
-        print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))
+        print(json.dumps(dataclasses.asdict(inspection), ensure_ascii=False, indent=2))
         return
-    for name, value in as_lines(found).items():
+    for name, value in as_lines(inspection).items():
         print(f"{name:<32}{value}")
-    for warning in found.warnings:
+    for warning in inspection.warnings:
         print(f"warning: {warning}")
 
 
+@command
 def convert(
     file: Annotated[Path, tyro.conf.Positional],
     layout: Layout,
@@ -48,7 +46,7 @@ def convert(
     architecture: str = "",
     dtype: Dtype | None = None,
 ) -> None:
-    """Convert.
+    """Write an adapter in another file layout, without changing what it does.
 
     Args:
         file: an adapter in any layout that is read.
@@ -64,14 +62,15 @@ def convert(
     from t2i_spo_plugin.errors import IncompatibleAdapterError
 
     adapter = read_adapter(file)
-    said, given = adapter.metadata.base_architecture, normalise_architecture(architecture)
-    if said and given and said != given:
-        raise IncompatibleAdapterError(f"{file.name} says that it was made for {said}, not for {given}")
-    metadata = dataclasses.replace(adapter.metadata, base_architecture=said or given)
-    kind = getattr(torch, dtype) if dtype else None
-    print(convert_adapter(Adapter(adapter.modules, metadata), out, layout, kind))
+    stated, given = adapter.metadata.base_architecture, normalise_architecture(architecture)
+    if stated and given and stated != given:
+        raise IncompatibleAdapterError(f"{file.name} says that it was made for {stated}, not for {given}")
+    metadata = dataclasses.replace(adapter.metadata, base_architecture=stated or given)
+    rounded = getattr(torch, dtype) if dtype else None
+    print(convert_adapter(Adapter(adapter.modules, metadata), out, layout, rounded))
 
 
+@command
 def merge(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
@@ -80,15 +79,15 @@ def merge(
     rank: int | None = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Merge.
+    """Merge several adapters into one, exactly or at a chosen rank.
 
     Args:
         files: adapters for the same architecture.
         out: the .safetensors file to write.
         weights: one an adapter, at least 0; 1 each when left out.
         method: concat is the exact weighted sum, its rank the sum of the ranks; svd cuts it to --rank.
-        rank: for svd, by default the largest rank of the parents.
-        dtype: of the merged adapter; float16 and bfloat16 halve the file, and their rounding is in the errors.
+        rank: of the merged adapter under svd; by default the largest of the parents.
+        dtype: type of the merged weights; float16 and bfloat16 halve the file, and their rounding is in the errors.
     """
     import torch
 
@@ -100,6 +99,7 @@ def merge(
     _print_errors(merged.error, merged.module_errors)
 
 
+@command
 def extract(
     base: Annotated[str, tyro.conf.Positional],
     tuned: Annotated[str, tyro.conf.Positional],
@@ -112,164 +112,72 @@ def extract(
     device: str = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Extract.
+    """Extract an adapter from what a tuned model changes.
 
     Args:
         base: a diffusers folder (of a pipeline or of one component), or a safetensors file with diffusers' names.
         tuned: the same model after tuning, in either form.
         out: the .safetensors file to write.
-        rank: of every module at most.
+        rank: largest rank of a module.
         energy: share of each weight's squared change to keep, 0.99 when neither is given; with both the smaller rank.
-        component: what a file is, such as unet; of a pipeline, the only component to compare.
-        architecture: such as stable-diffusion-v1, where the files do not say.
-        prediction_type: epsilon, v_prediction, flow or sample, where the files do not say.
+        component: the component that a file holds, such as unet; of a pipeline, the only one to compare.
+        architecture: of the base model, such as stable-diffusion-v1, where the files do not say.
+        prediction_type: what the model predicts, where the files do not say: epsilon, v_prediction, flow or sample.
         device: where the decomposition runs, such as cuda.
-        dtype: of the adapter; float16 and bfloat16 halve the file, and their rounding is in the errors.
+        dtype: type of the adapter's weights; float16 and bfloat16 halve the file, and their rounding is in the errors.
     """
     import torch
 
     from t2i_spo_plugin.adapters import extract_adapter, write_adapter
 
-    kind = getattr(torch, dtype)
-    found = extract_adapter(
-        base, tuned, rank, energy, component, architecture, prediction_type, device, progress=True, dtype=kind
+    rounded = getattr(torch, dtype)
+    extraction = extract_adapter(
+        base, tuned, rank, energy, component, architecture, prediction_type, device, progress=True, dtype=rounded
     )
-    print(f"{write_adapter(found.adapter, out)}: {len(found.module_errors)} modules, rank {found.adapter.rank}")
-    _print_errors(found.error, found.block_errors)
-    if found.unexpressed:
-        print(f"{len(found.unexpressed)} weights changed that no LoRA can change (relative change):")
-    for name, change in sorted(found.unexpressed.items(), key=lambda item: -item[1])[:20]:
-        print(f"  {name:<64}{change:.2e}")
+    path = write_adapter(extraction.adapter, out)
+    print(f"{path}: {len(extraction.module_errors)} modules, rank {extraction.adapter.rank}")
+    _print_errors(extraction.error, extraction.block_errors)
+    if extraction.unexpressed:
+        print(f"{len(extraction.unexpressed)} weights changed that no LoRA can change (relative change):")
+        for name, change in sorted(extraction.unexpressed.items(), key=lambda item: -item[1])[:20]:
+            print(f"  {name:<64}{change:.2e}")
 
 
+@command
 def publish(
     file: Annotated[Path, tyro.conf.Positional],
     repo: Annotated[str, tyro.conf.Positional],
-    base_model: str = "",
-    license: str = "",
-    license_file: Path | None = None,
-    license_name: str = "",
-    title: str = "",
-    summary: str = "",
-    images: tuple[tuple[str, Path], ...] = (),
-    results: Path | None = None,
-    system: str = "",
-    dataset: str = "",
+    card: Annotated[ModelCardInfo, tyro.conf.arg(name="")],
     private: bool = False,
     revision: str = "main",
     message: str = "",
     dry_run: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Publish.
+    """Send an adapter to the Hub with a model card, in one commit, and check what arrived.
 
     Args:
         file: the adapter, a safetensors file or a folder with one.
-        repo: user/repo on the Hub; it is made when it does not exist.
-        base_model: Hub id of the model it was trained on.
-        license: as the Hub names licences, such as apache-2.0, or other; by default what the file says.
-        license_file: a text that is sent as LICENSE; needed when the licence is other.
-        license_name: needed when the licence is other.
-        title: by default what the file says.
-        summary: what it is for, a few sentences.
-        images: prompt and image file, several times; sent without metadata and at most 1024 pixels wide and high.
-        results: the summary.json of an evaluation of this very file.
-        system: its name in that evaluation, where it was measured at several strengths.
-        dataset: Hub id of the prompts it was measured on; with it the results are sent as .eval_results too.
+        repo: user/repo on the Hub; it is created when it does not exist.
+        card: what the model card says.
         private: make a new repository private.
-        revision: the branch; made when it does not exist.
-        message: of the commit.
+        revision: branch of the repository; created when it does not exist.
+        message: text of the commit; by default Publish and the file's name.
         dry_run: write the folder, print files and card, and send nothing; needs neither network nor token.
         out: folder to write, by default a temporary one.
     """
     from t2i_spo_plugin.hub import publish_adapter
 
     published = publish_adapter(
-        file,
-        repo,
-        license=license,
-        license_file=license_file,
-        license_name=license_name,
-        base_model=base_model,
-        title=title,
-        summary=summary,
-        images=images,
-        results=results,
-        system=system,
-        dataset=dataset,
-        private=private,
-        revision=revision,
-        message=message,
-        dry_run=dry_run,
-        out=out,
+        file, repo, card, private=private, revision=revision, message=message, dry_run=dry_run, out=out
     )
     print(published)
     if dry_run:
         print(f"\n{published.card}", end="")
 
 
-def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """Examine.
-
-    Args:
-        json_: print a JSON list instead of lines.
-    """
-    from .doctor import examine
-
-    _print_checks(examine(), json_)
-
-
-def comfyui_install(path: Path, copy: bool = False) -> None:
-    """Put the node pack into ComfyUI's custom_nodes.
-
-    Args:
-        path: ComfyUI's folder, or the base directory that it is started with.
-        copy: copy the pack instead of linking it; a copy has to be made again after an upgrade.
-    """
-    from .comfyui import install_pack
-
-    print(f"{install_pack(path, copy)}: restart ComfyUI")
-
-
-def comfyui_uninstall(path: Path) -> None:
-    """Take the node pack away again.
-
-    Args:
-        path: ComfyUI's folder, or the base directory that it is started with.
-    """
-    from .comfyui import uninstall_pack
-
-    print(f"{uninstall_pack(path)}: removed")
-
-
-def comfyui_check(path: Path, python: str = "", json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """Say whether the pack is there, current, and imports.
-
-    Args:
-        path: ComfyUI's folder, or the base directory that it is started with.
-        python: the interpreter that runs ComfyUI, where it is not in its folder and not the one of this command.
-        json_: print a JSON list instead of lines.
-    """
-    from .comfyui import check_pack
-
-    _print_checks(check_pack(path, python), json_)
-
-
-def _print_checks(checks: Sequence[Check], as_json: bool) -> None:
-    from .doctor import broken
-
-    if as_json:
-        print(json.dumps([dataclasses.asdict(check) for check in checks], ensure_ascii=False, indent=2))
-    else:
-        for check in checks:
-            print(f"{check.status:<8}{check.name:<18}{check.detail}")
-    failed = broken(checks)
-    if failed:
-        raise SPOError(f"broken: {', '.join(check.name for check in failed)}")
-
-
-def _print_errors(error: float, parts: dict[str, float], shown: int = 10) -> None:
+def _print_errors(error: float, parts: dict[str, float], count: int = 10) -> None:
     print(f"relative error {error:.2e}")
-    for name, value in sorted(parts.items(), key=lambda item: -item[1])[:shown]:
+    for name, value in sorted(parts.items(), key=lambda item: -item[1])[:count]:
         if value > 0.0:
             print(f"  {name:<64}{value:.2e}")

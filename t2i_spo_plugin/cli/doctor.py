@@ -6,10 +6,11 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from packaging.requirements import Requirement
 
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.errors import SPOError
@@ -18,9 +19,6 @@ from t2i_spo_plugin.errors import SPOError
 Status = Literal["ok", "note", "broken"]
 
 _DISTRIBUTION = "t2i-spo-plugin"
-_REQUIREMENT = re.compile(
-    r"^(?P<name>[\w.-]+)[^>=<;]*(?:>=(?P<least>[\d.]+))?[^;]*(?:;.*extra == ['\"](?P<extra>\w+)['\"])?"
-)
 _IMPORTED = ("torch", "transformers", "peft", "diffusers", "accelerate", "safetensors", "huggingface_hub")
 _NEEDED_FOR = {"dev": "; for developing this package", "train": "; for the log that TensorBoard shows"}
 _UNWANTED = {
@@ -75,20 +73,17 @@ def broken(checks: Sequence[Check]) -> list[Check]:
 
 def _dependencies(import_module: Callable[[str], object]) -> list[Check]:
     try:
-        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+        requirements = _requirements()
     except importlib.metadata.PackageNotFoundError:
         return [Check("dependencies", "note", f"{_DISTRIBUTION} is not installed as a package: versions not checked")]
     checks = []
-    for text in requirements:
-        match = _REQUIREMENT.match(text)
-        if match is None or match["extra"]:
-            continue
-        name, least = match["name"], match["least"] or "0"
-        version = _version(name)
+    for requirement in requirements:
+        name, version = requirement.name, _version(requirement.name)
+        needed = f"needed is {_bounds(requirement)}"
         if version is None:
-            checks.append(Check(name, "broken", f"not installed; needed is {least} or newer"))
-        elif _numbers(version) < _numbers(least):
-            checks.append(Check(name, "broken", f"{version} is too old; needed is {least} or newer"))
+            checks.append(Check(name, "broken", f"not installed; {needed}"))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            checks.append(Check(name, "broken", f"{version} is too old; {needed}"))
         else:
             flaw = _import_flaw(name, import_module) if name in _IMPORTED else ""
             checks.append(
@@ -112,21 +107,18 @@ def _unwanted(import_module: Callable[[str], object]) -> list[Check]:
 
 def _extras() -> list[Check]:
     try:
-        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+        extras = importlib.metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    missing: dict[str, list[str]] = {}
-    for text in requirements:
-        match = _REQUIREMENT.match(text)
-        if match is not None and match["extra"]:
-            missing.setdefault(match["extra"], [])
-            if _version(match["name"]) is None:
-                missing[match["extra"]].append(match["name"])
     checks = []
-    for extra, names in sorted(missing.items()):
+    for extra in sorted(extras):
+        requirements = _requirements(extra)
+        if not requirements:
+            continue
+        missing = [requirement.name for requirement in requirements if _version(requirement.name) is None]
         purpose = _NEEDED_FOR.get(extra, "")
-        if names:
-            detail = f"{', '.join(names)} not installed{purpose}: pip install 't2i_spo_plugin[{extra}]'"
+        if missing:
+            detail = f"{', '.join(missing)} not installed{purpose}: pip install 't2i_spo_plugin[{extra}]'"
             checks.append(Check(f"[{extra}]", "note", detail))
         else:
             checks.append(Check(f"[{extra}]", "ok", f"installed{purpose}"))
@@ -191,7 +183,28 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` as `(2, 13, 0)`; letters of a pre-release are passed over."""
-    found = re.match(r"[\d.]*", version)
-    return tuple(int(part) for part in found[0].split(".") if part) if found else ()
+def _requirements(extra: str = "") -> list[Requirement]:
+    """What this package needs here: always, or for one of its extras beside that.
+
+    Raises:
+        PackageNotFoundError: it is not installed as a package.
+    """
+    lines = importlib.metadata.requires(_DISTRIBUTION) or []
+    return [requirement for requirement in map(Requirement, lines) if _applies(requirement, extra)]
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    """Whether Python, platform and `extra` ask for it, and `extra` where one is given."""
+    marker = requirement.marker
+    if marker is None:
+        return not extra
+    always = marker.evaluate({"extra": ""})
+    return marker.evaluate({"extra": extra}) and not always if extra else always
+
+
+def _bounds(requirement: Requirement) -> str:
+    """Such as `2.4 or newer`."""
+    specifiers = list(requirement.specifier)
+    if len(specifiers) == 1 and specifiers[0].operator == ">=":
+        return f"{specifiers[0].version} or newer"
+    return str(requirement.specifier) or "any version"

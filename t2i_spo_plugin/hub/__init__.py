@@ -8,11 +8,15 @@ from t2i_spo_plugin._lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from .card_info import ModelCardInfo as ModelCardInfo
+    from .publish import Published as Published
     from .publish import publish_adapter as publish_adapter
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "ModelCardInfo": "card_info",
+        "Published": "publish",
         "publish_adapter": "publish",
     },
 )

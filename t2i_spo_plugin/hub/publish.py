@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,26 +14,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i_spo_plugin.adapters import Adapter, find_adapter_file, read_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
-from t2i_spo_plugin.adapters.download import is_repo_id
 from t2i_spo_plugin.adapters.layouts import default_layout
 from t2i_spo_plugin.adapters.safetensors_file import read_header
 from t2i_spo_plugin.errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.files import folder_hash, sha256_of, write_bytes
 
-from .card import CardFacts, model_card
+from .card import CardFiles, model_card
+from .card_info import ModelCardInfo, check_repo_id
 from .privacy import encodable, own_name, private_part, without_folders
-from .results import eval_result_yaml, read_results
+from .results import Results, eval_result_yaml, read_results
 from .upload import send_files
 
 
 __all__ = ["Published", "PublishedFile", "publish_adapter"]
 
-MAX_IMAGES = 12
 LONGEST_SIDE = 1024
 """Pixels of a published image."""
 
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _CARD = "README.md"
 _LICENSE_FILE = "LICENSE"
 _EVAL_RESULTS = ".eval_results/t2i_spo_plugin.yaml"
@@ -82,17 +78,8 @@ class Published:
 def publish_adapter(
     adapter: Adapter | str | Path,
     repo_id: str,
+    card: ModelCardInfo,
     *,
-    license: str = "",
-    license_file: str | Path | None = None,
-    license_name: str = "",
-    base_model: str = "",
-    title: str = "",
-    summary: str = "",
-    images: Sequence[tuple[str, str | Path]] = (),
-    results: str | Path | None = None,
-    system: str = "",
-    dataset: str = "",
     private: bool = False,
     revision: str = "main",
     message: str = "",
@@ -109,21 +96,10 @@ def publish_adapter(
 
     Args:
         adapter: a file, a folder with one, or an adapter in memory.
-        repo_id: `user/repo`; it is made when it does not exist.
-        license: of the adapter, as the Hub names licences (`apache-2.0`, `openrail++`, ... or `other`); by default
-            what the adapter's header says.
-        license_file: a text that is sent as LICENSE; needed when the licence is `other`.
-        license_name: needed when the licence is `other`.
-        base_model: Hub id of the model it was trained on.
-        title: by default the header's.
-        summary: what it is for, a few sentences.
-        images: prompt and image file each; they are sent without metadata, at most 1024 pixels wide and high.
-        results: the `summary.json` of an evaluation of this very file.
-        system: its name in that evaluation, where it was measured at several strengths.
-        dataset: Hub id of the prompts it was measured on; with it the results are also sent as `.eval_results`, which
-            name a dataset by its id.
+        repo_id: `user/repo`; it is created when it does not exist.
+        card: the base model, the licence, and what else the model card says.
         private: make a new repository private; one that exists stays as it is.
-        revision: the branch; made when it does not exist.
+        revision: the branch; created when it does not exist.
         message: of the commit.
         token: by default the one that `hf auth login` stored.
         dry_run: write the folder and send nothing; needs neither network nor token.
@@ -132,67 +108,29 @@ def publish_adapter(
 
     Raises:
         AdapterError: the adapter cannot be read, or `load_spo_lora` would refuse it.
-        ConfigError: an option is missing or makes no sense, or private text would be sent.
+        ConfigError: an option is missing or out of range, or private text would be sent.
         ImageError: an image cannot be read.
         HubError: the Hub cannot be reached or refuses, or what it holds afterwards is not what was sent. Run again
             then: what was already sent is not sent twice.
     """
-    _check_ids(repo_id, base_model, dataset, license_name)
-    found = adapter.validate() if isinstance(adapter, Adapter) else read_adapter(adapter)
-    license = license or found.metadata.extra.get("modelspec.license", "")
-    _check_license(license, license_name, license_file)
-    found = _publishable(found, title, license_name if license == "other" else license)
-    if len(images) > MAX_IMAGES:
-        raise ConfigError(f"a card shows at most {MAX_IMAGES} images, got {len(images)}")
-    measured = None
-    if results is None and (system or dataset):
-        raise ConfigError("system and dataset say what results are of; name the results too")
-    if results is not None:
-        if isinstance(adapter, Adapter):
-            raise ConfigError("results belong to a file: publish the adapter file that was measured")
-        # A folder may have been measured by its own name or by its file's.
-        measured = read_results(results, {folder_hash(adapter), folder_hash(find_adapter_file(adapter))}, system)
-    texts = {"title": found.metadata.title, "summary": summary, **found.metadata.extra}
-    texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(images)}
-    texts |= {number.key: measured.text_of(number) for number in measured.measured} if measured is not None else {}
+    check_repo_id("repo_id", repo_id)
+    original = adapter.validate() if isinstance(adapter, Adapter) else read_adapter(adapter)
+    card = card.with_license(original.metadata.extra.get("modelspec.license", ""))
+    published = _publishable(original, card)
+    results = _results(adapter, card)
     secrets = _secrets(token)
-    _check_texts(texts, secrets, public=(repo_id, base_model, dataset))
-    name = f"{repo_id.partition('/')[2]}.safetensors"
-    image_files = [f"images/{number}.jpg" for number in range(len(images))]
-    names = [name, _CARD, *image_files]
-    names += [_LICENSE_FILE] if license_file is not None else []
-    names += [_EVAL_RESULTS] if measured is not None and dataset else []
+    _check_texts(published, card, results, secrets, public=(repo_id, card.base_model, card.dataset))
     with ExitStack() as stack:
-        kept = Path(out) if out is not None else None
-        folder = kept if kept is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = _file_names(repo_id, card)
         _check_alone(folder, names)
-        for image, (_, path) in zip(image_files, images, strict=True):
-            write_bytes(folder / image, _image(Path(path)))
-        written = convert_adapter(found, folder / name, default_layout(found.metadata.base_architecture))
-        metadata = CardFacts(
-            repo_id=repo_id,
-            base_model=base_model,
-            license=license,
-            license_name=license_name,
-            summary=summary,
-            file=name,
-            size=written.stat().st_size,
-            sha256=sha256_of(written),
-            images=[(prompt, image) for image, (prompt, _) in zip(image_files, images, strict=True)],
-            dataset=dataset,
-        )
-        card = model_card(found, metadata, measured)
-        write_bytes(folder / _CARD, card.encode("utf-8"))
-        if license_file is not None:
-            write_bytes(folder / _LICENSE_FILE, Path(license_file).read_bytes())
-        if measured is not None and dataset:
-            write_bytes(folder / _EVAL_RESULTS, eval_result_yaml(measured, dataset).encode("utf-8"))
+        text = _write_files(folder, names, published, repo_id, card, results)
         _check_files(folder, names, secrets)
-        _check_file(written, found, pipe)
+        _check_file(folder / names[0], published, pipe)
         files = [
             PublishedFile(path, (folder / path).stat().st_size, sha256_of(folder / path)) for path in sorted(names)
         ]
-        draft = Published(repo_id, tuple(files), card, folder=kept)
+        draft = Published(repo_id, tuple(files), text, folder=None if out is None else folder)
         if dry_run:
             return draft
         commit, url = send_files(
@@ -201,43 +139,54 @@ def publish_adapter(
             {file.path: file.sha256 for file in files},
             private=private,
             revision=revision,
-            message=message or f"Publish {name}",
+            message=message or f"Publish {names[0]}",
             token=token,
-            check=lambda fetched: _check_file(fetched, found, pipe),
+            check=lambda fetched: _check_file(fetched, published, pipe),
         )
         return replace(draft, commit=commit, url=url)
 
 
-def _check_ids(repo_id: str, base_model: str, dataset: str, license_name: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if not base_model:
-        raise ConfigError(
-            "name the model that the adapter was trained on by its Hub id (base_model, such as user/repo)"
-        )
-    for what, value in (("repo_id", repo_id), ("base_model", base_model), ("dataset", dataset)):
-        if not is_repo_id(value) and (value or what != "dataset"):
-            raise ConfigError(f"{what} must be a Hub id such as user/repo, got {value!r}")
-        try:
-            validate_repo_id(value or "user/repo")
-        except HFValidationError as error:
-            raise ConfigError(f"{what} is no Hub id: {error}") from error
-    if license_name and not _LICENSE_NAME.fullmatch(license_name):
-        raise ConfigError(f"license_name must be one word of letters, digits, dots and dashes, got {license_name!r}")
+def _results(adapter: Adapter | str | Path, card: ModelCardInfo) -> Results | None:
+    """What the author's `summary.json` says of this adapter; None without one."""
+    if card.results is None:
+        return None
+    if isinstance(adapter, Adapter):
+        raise ConfigError("results belong to a file: publish the adapter file that was measured")
+    # A folder may have been measured by its own name or by its file's.
+    hashes = {folder_hash(adapter), folder_hash(find_adapter_file(adapter))}
+    return read_results(card.results, hashes, card.system)
 
 
-def _check_license(license: str, license_name: str, license_file: str | Path | None) -> None:
-    if not license:
-        raise ConfigError("say under which licence the adapter is published (license, such as apache-2.0)")
-    if not _LICENSE.fullmatch(license.replace("+", "")):
-        raise ConfigError(f"license must be a name the Hub knows, such as apache-2.0, got {license!r}")
-    if license == "other" and not (license_name and license_file):
-        raise ConfigError("a licence of one's own (other) needs license_name and license_file")
-    if license_file is not None and not Path(license_file).is_file():
-        raise ConfigError(f"there is no licence file {license_file}")
+def _file_names(repo_id: str, card: ModelCardInfo) -> list[str]:
+    """The files of the repository, the adapter's first."""
+    names = [f"{repo_id.partition('/')[2]}.safetensors", _CARD, *_image_names(card)]
+    names += [_LICENSE_FILE] if card.license_file is not None else []
+    return names + ([_EVAL_RESULTS] if card.dataset else [])
 
 
-def _publishable(adapter: Adapter, title: str, license: str) -> Adapter:
+def _image_names(card: ModelCardInfo) -> list[str]:
+    return [f"images/{number}.jpg" for number in range(len(card.images))]
+
+
+def _write_files(
+    folder: Path, names: Sequence[str], adapter: Adapter, repo_id: str, card: ModelCardInfo, results: Results | None
+) -> str:
+    """Write all of the repository's files, and return the model card's text."""
+    images = _image_names(card)
+    for name, (_, path) in zip(images, card.images, strict=True):
+        write_bytes(folder / name, _image(Path(path)))
+    written = convert_adapter(adapter, folder / names[0], default_layout(adapter.metadata.base_architecture))
+    files = CardFiles(repo_id, names[0], written.stat().st_size, sha256_of(written), images)
+    text = model_card(adapter, card, files, results)
+    write_bytes(folder / _CARD, text.encode("utf-8"))
+    if card.license_file is not None:
+        write_bytes(folder / _LICENSE_FILE, Path(card.license_file).read_bytes())
+    if results is not None and card.dataset:
+        write_bytes(folder / _EVAL_RESULTS, eval_result_yaml(results, card.dataset).encode("utf-8"))
+    return text
+
+
+def _publishable(adapter: Adapter, card: ModelCardInfo) -> Adapter:
     """The adapter without absolute paths in its metadata; refused when loading it would be."""
     if not adapter.metadata.base_architecture:
         raise InvalidAdapterError(
@@ -247,11 +196,9 @@ def _publishable(adapter: Adapter, title: str, license: str) -> Adapter:
     if all(name.startswith("text_encoder") for name in adapter.modules):
         raise InvalidAdapterError("it changes text encoders only, and nothing that draws: load_spo_lora refuses it")
     extra = {key: without_folders(encodable(value)) for key, value in adapter.metadata.extra.items()}
-    extra["modelspec.license"] = license
-    metadata = replace(
-        adapter.metadata, title=without_folders(encodable(title or adapter.metadata.title)), extra=extra
-    )
-    return replace(adapter, metadata=metadata)
+    extra["modelspec.license"] = card.license_in_words
+    title = without_folders(encodable(card.title or adapter.metadata.title))
+    return replace(adapter, metadata=replace(adapter.metadata, title=title, extra=extra))
 
 
 def _image(path: Path) -> bytes:
@@ -274,8 +221,13 @@ def _secrets(token: str | None) -> list[str]:
     return [secret for secret in (token, get_token()) if secret]
 
 
-def _check_texts(texts: Mapping[str, str], secrets: Sequence[str], public: Sequence[str]) -> None:
+def _check_texts(
+    adapter: Adapter, card: ModelCardInfo, results: Results | None, secrets: Sequence[str], public: Sequence[str]
+) -> None:
     """Look into every text of the author, the header and the results, before it is escaped."""
+    texts = {"title": adapter.metadata.title, "summary": card.summary, **adapter.metadata.extra}
+    texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(card.images)}
+    texts |= {number.key: results.text_of(number) for number in results.measured} if results is not None else {}
     for where, text in texts.items():
         _refuse(where, private_part(f"{where} {text}", secrets) or own_name(f"{where} {text}", public))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from t2i_spo_plugin.errors import HubError, SPOError
+from t2i_spo_plugin.adapters.hub_errors import sending_to_hub
+from t2i_spo_plugin.errors import HubError
 from t2i_spo_plugin.files import sha256_of
 
 
@@ -44,7 +44,7 @@ def send_files(
     from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 
     api = HfApi(token=token)
-    with _explained(repo_id, "no commit was confirmed"):
+    with sending_to_hub(repo_id, "no commit was confirmed"):
         api.whoami()
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision != "main":
@@ -61,8 +61,8 @@ def send_files(
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=revision, parent_commit=head.sha
         ).oid
-    made = f"the commit {commit} was made, but could not be checked"
-    with _explained(repo_id, made), tempfile.TemporaryDirectory() as cache:
+    unchecked = f"the commit {commit} was made, but could not be checked"
+    with sending_to_hub(repo_id, unchecked), tempfile.TemporaryDirectory() as cache:
         for name, digest in hashes.items():
             fetched = Path(hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=token))
             if sha256_of(fetched) != digest:
@@ -70,55 +70,3 @@ def send_files(
             if name.endswith(".safetensors"):
                 check(fetched)
     return commit, f"{api.endpoint}/{repo_id}/commit/{commit}"
-
-
-@contextmanager
-def _explained(repo: str, state: str) -> Iterator[None]:
-    """Turn what the client library raises into one sentence; `state` says how far things got."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except SPOError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise HubError(f"{_reason(error, repo)} ({state})") from error
-
-
-def _reason(error: BaseException, repo: str) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    # The upload wraps what went wrong.
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for part in chain:
-        if isinstance(part, LocalTokenNotFoundError):
-            return "no token: log in (hf auth login) or pass token=..., with the right to write"
-        if isinstance(part, OfflineModeIsEnabled):
-            return "offline mode is on (HF_HUB_OFFLINE); switch it off to publish, or use a dry run"
-        if isinstance(part, GatedRepoError):
-            return f"{repo} is gated and this account has no access; accept its terms on its page first"
-        if isinstance(part, EntryNotFoundError) and not isinstance(part, LocalEntryNotFoundError):
-            return f"a file that was sent is not in {repo}; does its .gitignore leave it out?"
-    responses = [getattr(part, "response", None) for part in chain]
-    status = next((response.status_code for response in responses if response is not None), None)
-    match status:
-        case 401:
-            return "the Hub does not know this token: log in again (hf auth login) or pass another one"
-        case 403:
-            return f"this token may not write to {repo}: pass one with the right to write, of an account that may"
-        case 404:
-            return f"{repo} or the revision does not exist, or this token cannot see it"
-        case 409 | 412:
-            return f"{repo} was changed by someone else in the meantime; look at it, then run again"
-    first = next((line for line in str(chain[0]).splitlines() if line.strip()), type(chain[0]).__name__)
-    if status is None and not isinstance(error, ValueError):
-        return f"the connection to the Hub broke off: {first}; run again, what was sent already is not sent twice"
-    return f"the Hub refuses {repo}: {first}"

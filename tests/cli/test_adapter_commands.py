@@ -150,6 +150,31 @@ def test_the_doctor_names_what_is_missing_too_old_or_does_not_import(versions):
     assert {check.name for check in doctor.broken(checks)} == {"tyro", "peft", "transformers"}
 
 
+def test_the_doctor_passes_over_requirements_whose_marker_does_not_apply(monkeypatch):
+    never, always = "python_version < '3.0'", "python_version >= '3.0'"
+    lines = [
+        f"no-such-package-1>=1.0; {never}",
+        f"no-such-package-2>=1.0; {always}",
+        f"no-such-package-3>=1.0; {never} and extra == 'owen'",
+        f"numpy>=1.24; {always} and extra == 'owen'",
+        "no-such-package-4<9,>=2; extra == 'ray'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    checks = doctor.examine()
+    details = {check.name: check.detail for check in checks}
+    assert "no-such-package-1" not in details
+    assert details["no-such-package-2"] == "not installed; needed is 1.0 or newer"
+    assert details["[owen]"] == "installed"
+    assert details["[ray]"].startswith("no-such-package-4 not installed")
+    assert [check.name for check in doctor.broken(checks)] == ["no-such-package-2"]
+
+
+def test_the_doctor_takes_builds_and_pre_releases_for_what_they_are(versions):
+    versions |= {"torch": "2.4.0+cpu", "peft": "0.15.0.dev0", "diffusers": "0.34.0.dev0"}
+    statuses = {check.name: check.status for check in doctor.examine()}
+    assert (statuses["torch"], statuses["peft"], statuses["diffusers"]) == ("ok", "broken", "ok")
+
+
 @pytest.mark.parametrize("name", ["torchvision", "xformers"])
 def test_the_doctor_knows_what_takes_the_libraries_down_with_it(name, versions):
     versions[name] = "0.1"

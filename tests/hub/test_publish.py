@@ -27,8 +27,8 @@ from t2i_spo_plugin.errors import (
     UnreadableAdapterError,
 )
 from t2i_spo_plugin.files import folder_hash
+from t2i_spo_plugin.hub import ModelCardInfo, publish_adapter
 from t2i_spo_plugin.hub.privacy import own_name, plain, private_part, without_folders
-from t2i_spo_plugin.hub.publish import publish_adapter
 from t2i_spo_plugin.pipelines.loading import load_spo_lora, unload_spo_lora
 
 
@@ -71,8 +71,9 @@ def image(tmp_path):
     return path
 
 
-def dry(adapter, out, **options):
-    return publish_adapter(adapter, REPO, **({"base_model": BASE, "license": "mit"} | options), dry_run=True, out=out)
+def dry(adapter, out, token=None, pipe=None, **card):
+    info = ModelCardInfo(**({"base_model": BASE, "license": "mit"} | card))
+    return publish_adapter(adapter, REPO, info, token=token, pipe=pipe, dry_run=True, out=out)
 
 
 # The folder
@@ -332,7 +333,7 @@ DRIVER = """
 import contextlib, io, json, sys, time
 from support.pipelines import draw, fresh
 from t2i_spo_plugin import cli
-from t2i_spo_plugin.hub import publish_adapter
+from t2i_spo_plugin.hub import ModelCardInfo, publish_adapter
 from t2i_spo_plugin.pipelines.loading import load_spo_lora, unload_spo_lora
 
 time.sleep = lambda seconds: None  # the client waits before it tries again
@@ -347,7 +348,7 @@ def image():
 def run(kind, options):
     if kind == "publish":
         with_pipe = {"pipe": pipe} if options.pop("with_pipe", False) else {}
-        published = publish_adapter(**options, **with_pipe)
+        published = publish_adapter(card=ModelCardInfo(**options.pop("card")), **options, **with_pipe)
         return {"commit": published.commit, "url": published.url, "text": str(published)}
     if kind == "command":
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -380,8 +381,10 @@ def hf(environment, *words):
 
 def test_published_loaded_refused_and_taken_up_again(file, summary, image, tmp_path):
     home, out = tmp_path / "home", tmp_path / "found.json"
-    common = {"adapter": str(file), "base_model": BASE, "license": "mit", "token": TOKEN}
-    full = common | {"results": str(summary), "dataset": DATASET, "images": [["a street", str(image)]]}
+    card = {"base_model": BASE, "license": "mit"}
+    common = {"adapter": str(file), "card": card, "token": TOKEN}
+    full_card = card | {"results": str(summary), "dataset": DATASET, "images": [["a street", str(image)]]}
+    full = common | {"card": full_card}
 
     def publish(name, **options):
         return name, "publish", common | options
@@ -402,7 +405,7 @@ def test_published_loaded_refused_and_taken_up_again(file, summary, image, tmp_p
         steps = [
             ("first", "publish", full | {"repo_id": REPO, "with_pipe": True}),
             ("again", "publish", full | {"repo_id": REPO}),
-            publish("branch", repo_id=REPO, revision="next/one", title="Another"),
+            publish("branch", repo_id=REPO, revision="next/one", card=card | {"title": "Another"}),
             publish("secret", repo_id="anna/secret", private=True),
             publish("stale", repo_id="anna/race"),
             publish("broken off", repo_id="anna/flaky"),
@@ -455,7 +458,7 @@ def test_published_loaded_refused_and_taken_up_again(file, summary, image, tmp_p
     with pytest.raises(UnreadableAdapterError, match="not in the local cache and the Hub cannot be reached"):
         load_spo_lora(pipe, "ben/gated", cache_dir=cache, adapter_name="g")
     with pytest.raises(HubError, match="offline mode is on"):
-        publish_adapter(file, REPO, base_model=BASE, license="mit", token=TOKEN)
+        publish_adapter(file, REPO, ModelCardInfo(BASE, license="mit"), token=TOKEN)
 
 
 def check_what_was_published(hub, found, planned):
