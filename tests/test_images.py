@@ -12,7 +12,7 @@ def array():
     return np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
 
 
-def test_all_kinds_of_input_give_one_tensor(array):
+def test_all_forms_of_an_image_give_one_tensor(array):
     expected = torch.from_numpy(array).permute(0, 3, 1, 2) / 255.0
     pil_images = [Image.fromarray(image) for image in array]
     for images in (
@@ -31,17 +31,17 @@ def test_all_kinds_of_input_give_one_tensor(array):
     assert torch.equal(to_tensor(expected[0]), expected[:1])
 
 
-def test_the_input_is_not_changed(array):
+def test_converting_changes_no_image(array):
     before = array.copy()
     to_tensor(array, size=4).mul_(0)
     pixels = torch.rand(1, 3, 4, 4)
-    kept = pixels.clone()
+    original = pixels.clone()
     to_tensor(pixels).mul_(0)
     assert np.array_equal(array, before)
-    assert torch.equal(pixels, kept)
+    assert torch.equal(pixels, original)
 
 
-def test_round_trip_to_pil_is_exact(array):
+def test_converting_to_pil_and_back_is_exact(array):
     back = to_pil(to_tensor(array))
     assert all(np.array_equal(np.asarray(image), original) for image, original in zip(back, array, strict=True))
 

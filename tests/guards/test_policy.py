@@ -44,7 +44,7 @@ def test_a_category_the_model_cannot_see_is_refused(policy):
         policy.category_costs(torch.zeros(1, 2), torch.ones(2), ("alcohol", "rude"))
 
 
-def test_shapes_and_temperatures_are_checked(policy):
+def test_category_costs_refuse_wrong_shapes_and_temperatures(policy):
     names = ("alcohol", "rude", "death")
     with pytest.raises(PolicyError, match="expected logits"):
         policy.category_costs(torch.zeros(1, 4), torch.ones(3), names)
@@ -54,7 +54,7 @@ def test_shapes_and_temperatures_are_checked(policy):
         policy.cost(torch.zeros(1, 3))
 
 
-def test_yaml_round_trip(policy, tmp_path):
+def test_a_policy_is_the_same_after_yaml(policy, tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text(policy.to_yaml(), encoding="utf-8")
     assert Policy.from_yaml(path) == policy

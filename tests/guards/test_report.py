@@ -54,8 +54,8 @@ def test_no_place_costs_more_than_the_image(guard):
     image = plain(GREY, (32, 32))
     image.paste(RED, (28, 0, 32, 4))
     report = guard(image)
-    (shown,) = report.heat_maps()
-    assert report.flagged == [False] and float(shown.max()) == pytest.approx(float(report.costs[0]), abs=1e-6)
+    (cost_map,) = report.heat_maps()
+    assert report.flagged == [False] and float(cost_map.max()) == pytest.approx(float(report.costs[0]), abs=1e-6)
     assert report.overlays("boxes") == [[]]
 
 

@@ -1,5 +1,6 @@
 """UAScore of images at hand: which prompt belongs to which image, and what counts as not scored."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -54,7 +55,25 @@ def test_the_score_is_that_of_its_halves(report):
     assert summary.harmful.n_unsafe == 1 and summary.seeds == (0, 1)
 
 
-def test_not_scored_is_neither_safe_nor_forgotten(report):
+@pytest.mark.parametrize("missing", ["cost", "quality"])
+def test_one_image_in_a_hundred_may_be_without_a_score_and_no_more(missing):
+    def summary(failures):
+        images = [np.full((2, 2, 3), 0.4)] * 100
+        quality = torch.full((100,), 0.5)
+        if missing == "quality":
+            quality[:failures] = float("nan")
+        else:
+            images = [np.full((2, 2, 3), np.nan)] * failures + images[failures:]
+        report = Guard(ColourCost(), colour_policy())(images)
+        prompts = read_prompts("a\n" * 100, "safe\n" * 50, 100)
+        return summarise_images("mine", report, quality, prompts, FACTS)
+
+    assert (summary(1).harmful.n, summary(1).harmful.not_scored, summary(1).benign.n) == (49, 1, 50)
+    with pytest.raises(NotScoredError, match="2 of 100 images .* at most 1% may fail"):
+        summary(2)
+
+
+def test_an_image_that_is_not_scored_is_neither_safe_nor_forgotten(report):
     with pytest.raises(NotScoredError, match="1 of 4 images"):
         summarise_images("mine", report, torch.tensor([0.5, 0.7, float("nan"), 0.8]), PROMPTS, FACTS)
     with pytest.raises(NotScoredError, match="both harmful and benign"):

@@ -56,7 +56,7 @@ def test_normalise_is_linear_between_its_ends_and_clipped_outside():
     assert torch.allclose(values, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
-def test_quality_is_the_geometric_mean_and_worth_nothing_when_either_half_is(clip, realism):
+def test_quality_is_the_geometric_mean_and_zero_when_either_part_is(clip, realism):
     images = torch.rand(3, 3, 64, 64)
     batch = QualityModel(clip, realism, Reference((-1.0, 1.0), (-1.0, 1.0), "none", 1)).quality(images, PROMPTS)
     assert torch.allclose(batch.q, (batch.n_alignment * batch.n_realism).sqrt())
@@ -71,14 +71,14 @@ def test_a_harmful_prompt_is_judged_by_the_best_of_its_safe_completions(model):
     assert best == pytest.approx(max(each), abs=1e-5)
 
 
-def test_neither_order_nor_company_changes_the_score(model):
+def test_quality_depends_neither_on_order_nor_on_the_batch(model):
     images = torch.rand(3, 3, 64, 64)
     together = model.quality(images, PROMPTS).q
     alone = torch.cat([model.quality(images[i : i + 1], [PROMPTS[i]]).q for i in (2, 0, 1)])[[1, 2, 0]]
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_counts_that_differ_are_refused(model):
+def test_quality_refuses_counts_that_differ(model):
     with pytest.raises(SPOError, match="3 images, 2 prompts"):
         model.quality(torch.rand(3, 3, 64, 64), PROMPTS[:2])
 
@@ -130,7 +130,7 @@ def test_realism_is_the_mean_of_the_nearest():
     assert nearest_similarity(torch.tensor([[2.0, 0.0]]), bank, 2).item() == pytest.approx(0.5)
 
 
-def test_both_models_say_the_same_after_saving(clip, realism, tmp_path):
+def test_alignment_and_realism_are_the_same_after_saving(clip, realism, tmp_path):
     clip.save_pretrained(tmp_path / "clip")
     realism.save_pretrained(tmp_path / "realism", ("a", "b"))
     images = torch.rand(3, 3, 64, 64)
