@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from t2i_spo_plugin.errors import ImageError
-from t2i_spo_plugin.images import channels_first, count, split, to_pil, to_tensor
+from t2i_spo_plugin.images import batches, channels_first, count, image_size, pixelate, split, to_pil, to_tensor
 
 
 @pytest.fixture
@@ -112,3 +112,29 @@ def test_channels_last_images_become_what_a_viewer_shows():
     for wrong in (torch.rand(5, 7, 3), torch.rand(1, 5, 7, 2)):
         with pytest.raises(ImageError, match="expected images"):
             channels_first(wrong)
+
+
+def test_the_size_of_an_image_is_height_and_width_in_every_form(array):
+    image = array[0]
+    for form in (image, Image.fromarray(image), torch.from_numpy(image).permute(2, 0, 1)):
+        assert image_size(form) == (12, 10)
+
+
+def test_pixelating_leaves_the_mean_colour_of_each_cell():
+    pixels = torch.rand(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    cells = pixels.unflatten(1, (3, 4)).unflatten(3, (2, 4)).mean((2, 4))
+    assert torch.allclose(pixelate(pixels, (3, 2)), cells.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-6)
+
+
+def test_smooth_pixelating_has_no_edges_and_no_more_detail():
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    smooth, hard = pixelate(pixels, (4, 4), smooth=True), pixelate(pixels, (4, 4))
+    steepest = [float(image.diff(dim=-1).abs().max()) for image in (smooth, hard, pixels)]
+    assert steepest[0] < steepest[1] / 8 < steepest[2] / 8
+    assert torch.allclose(smooth.mean((1, 2)), pixels.mean((1, 2)), atol=0.02)
+
+
+def test_batches_hold_every_image_once_and_in_order(array):
+    parts = list(batches(array, 8, torch.device("cpu"), batch_size=1))
+    assert [tuple(part.shape) for part in parts] == [(1, 3, 8, 8)] * 2
+    assert torch.equal(torch.cat(parts), to_tensor(array, 8))
