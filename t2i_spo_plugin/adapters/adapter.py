@@ -45,7 +45,7 @@ class Adapter:
         for name, pair in self.modules.items():
             if name.partition(".")[0] not in COMPONENTS or "." not in name:
                 raise InvalidAdapterError(f"{name}: a module name starts with one of {', '.join(COMPONENTS)}")
-            if not (math.isfinite(pair.alpha) and 0.0 < pair.alpha <= MAX_SCALE * pair.rank):
+            if not 0.0 < pair.alpha <= MAX_SCALE * pair.rank:
                 raise InvalidAdapterError(
                     f"{name}: alpha {pair.alpha} is out of range for rank {pair.rank}; it must be positive and at "
                     f"most {MAX_SCALE:.0f} times the rank"

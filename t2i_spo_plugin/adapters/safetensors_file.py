@@ -59,6 +59,8 @@ _TYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int16: "I16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",

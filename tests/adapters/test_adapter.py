@@ -117,9 +117,15 @@ def test_safetensors_reads_every_tensor_of_a_written_file(tmp_path):
         ({f"unet.{Q}": pair(alpha=0.0)}, "alpha 0.0"),
         ({f"unet.{Q}": pair(alpha=-1.0)}, "alpha -1.0"),
         ({f"unet.{Q}": pair(alpha=float("nan"))}, "alpha nan"),
-        ({f"unet.{Q}": pair(alpha=1e6)}, "alpha 1000000.0"),
+        ({f"unet.{Q}": pair(alpha=float("inf"))}, "alpha inf"),
+        ({f"unet.{Q}": pair(alpha=4000.1)}, "alpha 4000.1 is out of range for rank 4; .* at most 1000 times the rank"),
         ({f"unet.{Q}": LoraPair(torch.full((4, 6), float("nan")), torch.ones(8, 4), 4)}, "NaN or Inf"),
         ({f"unet.{Q}": LoraPair(torch.ones(4, 6), torch.ones(8, 4).half() * 65504 * 2, 4)}, "NaN or Inf"),
+        ({f"unet.{Q}": LoraPair(torch.zeros(4, 6), torch.full((8, 4), float("nan")), 4)}, "NaN or Inf"),
+        (
+            {f"unet.{Q}": pair(), f"unet.{CONV}": LoraPair(torch.ones(4, 6) * float("nan"), torch.zeros(8, 4), 4)},
+            "NaN",
+        ),
         ({f"unet.{Q}": LoraPair(torch.ones(4, 6), torch.zeros(8, 4), 4)}, "all weights are zero"),
         ({f"unet.{Q}": LoraPair(torch.ones(4, 6).int(), torch.ones(8, 4), 4)}, "floating point"),
     ],
@@ -131,6 +137,11 @@ def test_invalid_adapters_are_refused(modules, reason, tmp_path):
     with pytest.raises(AdapterError, match=reason):
         write_adapter(bad, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 4000.0])
+def test_an_alpha_at_the_end_of_its_range_is_accepted(alpha):
+    assert Adapter({f"unet.{Q}": pair(alpha=alpha)}).validate().rank == 4
 
 
 def test_an_adapter_may_have_a_module_without_effect():
