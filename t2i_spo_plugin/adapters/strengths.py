@@ -7,7 +7,7 @@ A block is a component or a module path inside one, from the left: `unet`, `unet
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from t2i_spo_plugin.errors import ConfigError
 
@@ -45,13 +45,12 @@ def check_strengths(strength: Strength) -> tuple[float, dict[str, float]]:
     return 1.0, {block: check_strength(value) for block, value in strength.items()}
 
 
-def check_blocks(blocks: Iterable[str], paths: Iterable[str]) -> None:
+def check_blocks(blocks: Iterable[str], paths: Collection[str]) -> None:
     """Refuse names in `blocks` that hold none of the module `paths` (with component) which an adapter changes.
 
     Raises:
         ConfigError: with the blocks that there are.
     """
-    paths = list(paths)
     unknown = [block for block in blocks if not any(inside(path, block) for path in paths)]
     if unknown:
         raise ConfigError(

@@ -95,7 +95,7 @@ def load_spo_lora(
     matched, notes = _match(adapter, pipe, components, strict)
     if isinstance(steering, AdapterGate):
         _check_loop(matched)
-    check_blocks(blocks, (f"{component}.{path}" for component, pairs in matched.items() for path in pairs))
+    check_blocks(blocks, [f"{component}.{path}" for component, pairs in matched.items() for path in pairs])
     record = LoadedAdapter(
         name=adapter_name,
         strength=overall,

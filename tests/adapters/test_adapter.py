@@ -114,6 +114,7 @@ def test_safetensors_reads_every_tensor_of_a_written_file(tmp_path):
     [
         ({}, "no module"),
         ({Q: pair()}, "starts with one of"),
+        ({"unet": pair()}, "starts with one of"),
         ({f"unet.{Q}": pair(alpha=0.0)}, "alpha 0.0"),
         ({f"unet.{Q}": pair(alpha=-1.0)}, "alpha -1.0"),
         ({f"unet.{Q}": pair(alpha=float("nan"))}, "alpha nan"),
@@ -137,6 +138,12 @@ def test_invalid_adapters_are_refused(modules, reason, tmp_path):
     with pytest.raises(AdapterError, match=reason):
         write_adapter(bad, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rank_of_an_adapter_is_that_of_most_modules():
+    ranks = {f"unet.mid_block.{n}": rank for n, rank in enumerate((8, 4, 4, 2))}
+    modules = {name: LoraPair(torch.ones(rank, 6), torch.ones(8, rank), 1.0) for name, rank in ranks.items()}
+    assert Adapter(modules).rank == 4
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 4000.0])
