@@ -124,7 +124,7 @@ def test_an_adapter_of_another_base_is_refused_even_when_not_strict(sd1):
 
 
 def test_modules_without_a_place_are_refused_or_noted(sd1):
-    adapter = random_adapter(sd1, components=("unet", "text_encoder"))
+    adapter = replace(random_adapter(sd1, components=("unet", "text_encoder")), notes=("of reading",))
     base = base_for(adapter)
     unet = {name: key for name, key in base.keys.items() if name.startswith("lora_unet")}
     texts = len(base.keys) - len(unet)
@@ -133,6 +133,7 @@ def test_modules_without_a_place_are_refused_or_noted(sd1):
             fit_adapter(adapter, replace(base, keys=unet, has_clip=has_clip))
         fit = fit_adapter(adapter, replace(base, keys=unet, has_clip=has_clip), strict=False)
         assert len(fit.missing) == texts and len(fit.places) == len(unet)
+        assert "note: of reading\nnote: " in describe(fit, 1.0)
         assert f"{texts} of its {len(base.keys)} modules" in describe(fit, 1.0)
     only_texts = {name: key for name, key in base.keys.items() if name not in unet}
     with pytest.raises(IncompatibleAdapterError, match="text encoders only, not the denoiser"):
