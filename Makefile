@@ -99,9 +99,9 @@ sticker: $(STAMP)
 	  cp runs/sticker-$$name/report.json $(ADAPTERS)/$$name.json; \
 	done
 	mkdir -p $(STICKER)/gates
-	$(BIN)/spo train-gate --out $(STICKER)/gates/reader.safetensors
-	$(BIN)/spo train-gate --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
-	  --out $(STICKER)/gates/size.safetensors
+	$(BIN)/spo train-gate --out $(STICKER)/gates/network.safetensors
+	$(BIN)/spo train-gate --score norm --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
+	  --out $(STICKER)/gates/norm.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json
 	$(BIN)/python -m t2i_spo_plugin.experiments.composition --out runs/composition

@@ -1,5 +1,4 @@
-"""What an adapter gate decides by: the files to choose from, and predictions as those files know them from
-diffusers."""
+"""Adapter gates to choose from, and predictions as these know them from diffusers."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from . import ADAPTER_GATES
 from .patching import architecture
 
 
-SIZE = "size of the change"
-_BUNDLED = {"sticker demo: reader (bundled)": "sticker", "sticker demo: size (bundled)": "sticker-size"}
+NORM = "norm of the change"
+_BUNDLED = {"sticker demo: network (bundled)": "sticker", "sticker demo: norm (bundled)": "sticker-norm"}
 _TOKENS = "flux-1-dev"
 """Its prediction is a sequence of patches in diffusers, and a map in ComfyUI."""
 _ALIKE = (
@@ -31,17 +30,17 @@ _ALIKE = (
     "stable-diffusion-3",
     _TOKENS,
 )
-"""Where both programs are known to give the same prediction, which is what a reader has learned from."""
+"""Where both programs are known to give the same prediction, which is what a gate network was trained on."""
 
 
-def evidence_names() -> list[str]:
-    """What can be chosen: the size, the files in the adapter gate folders, and those that come with the package."""
+def score_names() -> list[str]:
+    """Where a gate score can come from: the norm, the files in the adapter gate folders, and the bundled files."""
     files = (name for name in folder_paths.get_filename_list(ADAPTER_GATES) if name.endswith(".safetensors"))
-    return [SIZE, *files, *_BUNDLED]
+    return [NORM, *files, *_BUNDLED]
 
 
-def evidence_file(name: str) -> Path:
-    """The file of one of `evidence_names`.
+def gate_file(name: str) -> Path:
+    """The file of one of `score_names`.
 
     Raises:
         UnreadableAdapterError: there is none.
@@ -51,46 +50,46 @@ def evidence_file(name: str) -> Path:
     path = folder_paths.get_full_path(ADAPTER_GATES, name)
     if path is None:
         raise UnreadableAdapterError(
-            f"there is no adapter gate {name!r}; make one for your adapter with spo train-gate, put the file into "
-            f"ComfyUI/models/{ADAPTER_GATES} and choose it there, or choose {SIZE!r}"
+            f"there is no adapter gate {name!r}; train one for your adapter with spo train-gate, put the file into "
+            f"ComfyUI/models/{ADAPTER_GATES} and choose it there, or choose {NORM!r}"
         )
     return Path(path)
 
 
-def read_loop(name: str, threshold: float = 0.1, until: float = 0.04) -> AdapterGate:
-    """The adapter gate by one of `evidence_names`; `threshold` and `until` are for the size, files have their own.
+def read_gate(name: str, threshold: float = 0.1, until: float = 0.04) -> AdapterGate:
+    """The adapter gate by one of `score_names`; `threshold` and `until` are for the norm, files have their own.
 
     Raises:
-        AdapterError: there is no such file, or it is none of an adapter gate.
-        ConfigError: a threshold or `until` that makes no sense.
+        AdapterError: there is no such file, or it is not an adapter gate.
+        ConfigError: a threshold or `until` out of range.
     """
-    return AdapterGate(threshold, until) if name == SIZE else load_adapter_gate(evidence_file(name))
+    return AdapterGate(threshold, until) if name == NORM else load_adapter_gate(gate_file(name))
 
 
-def evidence_metadata(name: str) -> str:
-    """What the file of one of `evidence_names` says of itself, a line to append; empty for the size."""
-    if name == SIZE:
+def describe_gate(name: str) -> str:
+    """What the file of one of `score_names` says of itself, a line to append; empty for the norm."""
+    if name == NORM:
         return ""
-    metadata = ", ".join(f"{key} {value}" for key, value in gate_metadata(evidence_file(name)).items())
-    return f"\n{name} was made for: {metadata or 'not said'}"
+    metadata = ", ".join(f"{key} {value}" for key, value in gate_metadata(gate_file(name)).items())
+    return f"\n{name} was trained for: {metadata or 'not said'}"
 
 
-def check_evidence(loop: AdapterGate, model: Any) -> None:
-    """Refuse a `loop` whose reader cannot judge the predictions of `model`, a ComfyUI base model.
+def check_gate(gate: AdapterGate, model: Any) -> None:
+    """Refuse a `gate` whose network cannot judge the predictions of `model`, a ComfyUI base model.
 
     Raises:
         UnsupportedAdapterError: it is not known that they are those that diffusers gives.
         ConfigError: they have another number of channels.
     """
-    if loop.reader is None:
+    if gate.network is None:
         return
     if architecture(model) not in _ALIKE:
         raise UnsupportedAdapterError(
-            f"an adapter gate that was learned is for Stable Diffusion 1, 2, XL and 3 and Flux.1, this model is "
-            f"{type(model).__name__}; choose the {SIZE}"
+            f"an adapter gate with a network is for Stable Diffusion 1, 2, XL and 3 and Flux.1, this model is "
+            f"{type(model).__name__}; choose the {NORM}"
         )
     nothing = as_in_diffusers(model, torch.zeros(1, model.latent_format.latent_channels, 8, 8))
-    loop.evidence(nothing, nothing)
+    gate.score(nothing, nothing)
 
 
 def as_in_diffusers(model: Any, prediction: Tensor) -> Tensor:

@@ -20,13 +20,11 @@ from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
 from t2i_spo_plugin.quality import QualityModel
 from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
-from . import COST_MODELS
+from . import COST_MODELS, sockets
 from .files import files_below, fingerprint, output_file
 from .images import BATCH, score, steps
-from .safety import CostModelType, SafetyType
 
 
-ScoresType = io.Custom("SPO_SCORES")
 BUNDLED = f"{STICKER} (bundled)"
 
 
@@ -44,7 +42,7 @@ class UAScore(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="The images of one system, harmful and benign prompts in one batch."),
-                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                sockets.CostModel.Input("cost_model", tooltip="From Load Safety Cost Model."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -64,7 +62,7 @@ class UAScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ScoresType.Output("scores", tooltip="For Save Safety Report."),
+                sockets.Scores.Output("scores", tooltip="For Save Safety Report."),
                 io.Float.Output("uascore", tooltip="From 0 to 100, higher is better."),
                 io.String.Output("text", tooltip="The score with interval, counts, and what judged."),
             ],
@@ -108,8 +106,8 @@ class SaveReport(io.ComfyNode):
             search_aliases=["export", "html report", "json", "safety report", "save scores", "audit"],
             is_output_node=True,
             inputs=[
-                SafetyType.Input("safety", optional=True, tooltip="From Safety Cost."),
-                ScoresType.Input("scores", optional=True, tooltip="From UAScore."),
+                sockets.Safety.Input("safety", optional=True, tooltip="From Safety Cost."),
+                sockets.Scores.Input("scores", optional=True, tooltip="From UAScore."),
                 io.String.Input(
                     "filename_prefix",
                     default="spo/report",

@@ -32,13 +32,10 @@ from t2i_spo_plugin.metrics import UNSAFE_COST
 from t2i_spo_plugin.registry import COST_MODELS as MODELS
 from t2i_spo_plugin.registry import POLICIES, load_cost_model, load_policy, matching_policy, revision
 
-from . import COST_MODELS
+from . import COST_MODELS, sockets
 from .files import files_below, fingerprint
 from .images import category_of, grey, heat_map, payload, report_of, score, stacked, steps
 
-
-CostModelType = io.Custom("SPO_COST_MODEL")
-SafetyType = io.Custom("SPO_SAFETY")
 
 CHOOSE = "choose one"
 BUNDLED = {f"{name} (bundled)": name for name in MODELS.bundled()}
@@ -81,7 +78,7 @@ class LoadCostModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                CostModelType.Output("cost_model", tooltip="For Safety Cost and UAScore."),
+                sockets.CostModel.Output("cost_model", tooltip="For Safety Cost and UAScore."),
                 io.String.Output("info", tooltip="What the model was made for, its categories and their thresholds."),
             ],
         )
@@ -122,7 +119,7 @@ class SafetyCost(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="The images to score; a whole batch at once."),
-                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                sockets.CostModel.Input("cost_model", tooltip="From Load Safety Cost Model."),
                 _threshold(),
                 io.String.Input(
                     "category",
@@ -148,7 +145,7 @@ class SafetyCost(io.ComfyNode):
                     "that was not scored.",
                 ),
                 io.Image.Output("cost_map", tooltip="The cost at every place as a grey image, white for 1."),
-                SafetyType.Output("safety", tooltip="All results, for the overlay, the switch and the report."),
+                sockets.Safety.Output("safety", tooltip="All results, for the overlay, the switch and the report."),
             ],
         )
 
@@ -193,7 +190,7 @@ class SafetyOverlay(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="The images that were scored; they may have been enlarged since."),
-                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                sockets.Safety.Input("safety", tooltip="From Safety Cost."),
                 io.Combo.Input(
                     "colour_map",
                     options=list(COLOUR_MAPS),
@@ -252,7 +249,7 @@ class SafetySwitch(io.ComfyNode):
             search_aliases=["safety gate", "censor", "block nsfw", "blur", "pixelate", "filter", "safety checker"],
             inputs=[
                 io.Image.Input("image", tooltip="The images that were scored; they may have been enlarged since."),
-                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                sockets.Safety.Input("safety", tooltip="From Safety Cost."),
                 _threshold(),
                 io.Combo.Input(
                     "action",

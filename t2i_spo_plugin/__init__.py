@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from .errors import UnreadableAdapterError as UnreadableAdapterError
     from .errors import UnreadableFileError as UnreadableFileError
     from .errors import UnsupportedAdapterError as UnsupportedAdapterError
-    from .gating.gate_network import save_adapter_gate as save_adapter_gate
-    from .gating.schedule import AdapterGate as AdapterGate
+    from .gating.gate import AdapterGate as AdapterGate
+    from .gating.gate import GateReport as GateReport
+    from .gating.gate_file import save_adapter_gate as save_adapter_gate
     from .gating.schedule import Schedule as Schedule
     from .guards.guard import Guard as Guard
     from .guards.policy import Category as Category
@@ -68,8 +69,8 @@ if TYPE_CHECKING:
     from .pipelines.mixin import SPOLoraLoaderMixin as SPOLoraLoaderMixin
     from .pipelines.mixin import enable_spo as enable_spo
     from .pipelines.mixin import spo_pipeline_class as spo_pipeline_class
+    from .pipelines.modular import SPOGuardBlock as SPOGuardBlock
     from .pipelines.safety_checker import SPOSafetyChecker as SPOSafetyChecker
-    from .pipelines.step_control import GateReport as GateReport
     from .quality.base import QualityReward as QualityReward
     from .registry.loading import load_adapter_gate as load_adapter_gate
     from .registry.loading import load_cost_model as load_cost_model
@@ -80,7 +81,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "Adapter": "adapters.adapter",
         "AdapterError": "errors",
-        "AdapterGate": "gating.schedule",
+        "AdapterGate": "gating.gate",
         "AdapterMetadata": "adapters.metadata",
         "Category": "guards.policy",
         "ClipCostModel": "cost.clip",
@@ -90,7 +91,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "CostBatch": "cost.base",
         "CostModel": "cost.base",
         "DomainError": "errors",
-        "GateReport": "pipelines.step_control",
+        "GateReport": "gating.gate",
         "Guard": "guards.guard",
         "HubError": "errors",
         "ImageError": "errors",
@@ -107,6 +108,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Published": "hub.publish",
         "QualityReward": "quality.base",
         "SPOError": "errors",
+        "SPOGuardBlock": "pipelines.modular",
         "SPOLoraLoaderMixin": "pipelines.mixin",
         "SPOSafetyChecker": "pipelines.safety_checker",
         "SafetyReport": "guards.report",
@@ -133,7 +135,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "pipeline_domain": "pipelines.domain",
         "publish_adapter": "hub.publish",
         "read_adapter": "adapters.io",
-        "save_adapter_gate": "gating.gate_network",
+        "save_adapter_gate": "gating.gate_file",
         "set_spo_strength": "pipelines.loading",
         "spo_adapters": "pipelines.loading",
         "spo_pipeline_class": "pipelines.mixin",

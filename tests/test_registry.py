@@ -63,8 +63,8 @@ def test_every_row_names_files_and_functions_that_exist():
 def test_bundled_names_load_what_the_sticker_package_loads():
     assert load_cost_model("sticker").categories == sticker.load_cost_model().categories
     assert load_policy("sticker") == sticker.load_policy()
-    assert load_adapter_gate("sticker").threshold == sticker.load_adapter_gate("reader").threshold
-    assert load_adapter_gate("sticker-size").threshold == sticker.load_adapter_gate("size").threshold
+    assert load_adapter_gate("sticker").threshold == sticker.load_adapter_gate("network").threshold
+    assert load_adapter_gate("sticker-norm").threshold == sticker.load_adapter_gate("norm").threshold
     assert [registry.adapter_source(name) for name in sticker.ADAPTERS] == [
         sticker.adapter_path(name) for name in sticker.ADAPTERS
     ]
@@ -89,7 +89,7 @@ def test_a_missing_bundled_file_is_named():
         (load_cost_model, ConfigError, ["cost model 'x'", "owen", "metadata.json", "Hub id"]),
         (registry.load_quality_model, ConfigError, ["quality model 'x'", "reference.json", "Hub id"]),
         (load_policy, PolicyError, ["policy 'x'", "photo-sexual", "YAML file"]),
-        (load_adapter_gate, AdapterError, ["adapter gate 'x'", "sticker-size", "spo train-gate"]),
+        (load_adapter_gate, AdapterError, ["adapter gate 'x'", "sticker-norm", "spo train-gate"]),
         (lambda name: registry.load_prompts(name, {}, "test"), ConfigError, ["prompt set 'x'", "sticker", ".csv"]),
         (registry.ATTACKS.load, ConfigError, ["attack 'x'", "no installed package offers any"]),
     ],

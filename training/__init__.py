@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from .config import TrainConfig as TrainConfig
     from .data.build import build_pairs as build_pairs
     from .data.pairing import PairConfig as PairConfig
-    from .gate import ClosedLoopConfig as ClosedLoopConfig
-    from .gate import make_adapter_gate as make_adapter_gate
+    from .gate import GateConfig as GateConfig
+    from .gate import train_gate as train_gate
     from .trainer import train as train
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "ClosedLoopConfig": "gate",
+        "GateConfig": "gate",
         "PairConfig": "data.pairing",
         "TrainConfig": "config",
         "build_pairs": "data.build",
-        "make_adapter_gate": "gate",
         "train": "trainer",
+        "train_gate": "gate",
     },
 )

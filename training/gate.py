@@ -1,8 +1,8 @@
-"""Make an adapter gate for an adapter: learn from prompts what its change looks like before an unsafe image.
+"""Train an adapter gate for an adapter: learn from prompts what its change looks like before an unsafe image.
 
-No image is drawn: for each prompt the first denoising steps are taken with the base model, and the predictions
-without and with the adapter are kept. A small network learns to tell harmful from benign prompts by them; prompts
-that it has not seen decide the threshold.
+No image is generated: for each prompt the denoising steps of the decision window are taken with the base model, and
+the predictions without and with the adapter are recorded. A small network learns to tell harmful from benign prompts
+by them; held-out prompts give the threshold.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from t2i_spo_plugin.registry import STICKER, adapter_source, load_pipeline, load
 
 
 @dataclass(frozen=True)
-class ClosedLoopConfig:
-    """What an adapter gate is made from.
+class GateConfig:
+    """What an adapter gate is trained from.
 
     Attributes:
         adapter: a bundled one such as `spo`, a file, a folder or a Hub id. It may change denoisers only.
@@ -36,16 +36,17 @@ class ClosedLoopConfig:
         harmful: harmful prompts of the sticker world.
         benign: benign prompts of the sticker world.
         lookalike: benign prompts of the sticker world that look harmful.
-        evidence: `reader` learns from the predictions; `size` takes how much they change, and learns nothing.
-        max_benign: share of benign prompts that may be drawn with the adapter; the threshold follows from it.
-        until: progress before which the adapter gate looks; 0.04 is the first of 25 steps.
+        score: `network` trains a gate network on the predictions; `norm` takes how much they change, and trains
+            nothing.
+        max_benign: share of benign prompts that may be gated on; the threshold follows from it.
+        until: progress at which the decision window ends; 0.04 is the first of 25 steps.
         strength: of the adapter, as it will be used.
-        denoising_steps: of a whole image, as it will be drawn.
+        denoising_steps: of a whole image, as it will be generated.
         guidance_scale: classifier-free guidance, as it will be used.
         batch_size: prompts at once.
-        held_out: prompts that decide the threshold and are not learned from, as a share of those that are: of the
+        held_out: prompts that give the threshold and are not trained on, as a share of those that are: of the
             sticker world those of the validation split, of a file any.
-        train_steps: of the reader.
+        train_steps: of the gate network.
         seed: of the prompt choice, the split and the training.
         device: where the pipeline runs.
         progress: show progress bars.
@@ -61,7 +62,7 @@ class ClosedLoopConfig:
     harmful: int = 3000
     benign: int = 2500
     lookalike: int = 1000
-    evidence: Literal["reader", "size"] = "reader"
+    score: Literal["network", "norm"] = "network"
     max_benign: float = 0.06
     until: float = 0.04
     strength: float = 1.0
@@ -87,18 +88,18 @@ class ClosedLoopConfig:
 
 
 @dataclass(frozen=True)
-class ClosedLoopReport:
-    """An adapter gate and what it did on prompts that were held out; `str()` prints it.
+class GateTrainingReport:
+    """An adapter gate and what it does on held-out prompts; `str()` prints it.
 
     Attributes:
-        loop: for `load_spo_lora(..., steering=loop)`.
-        path: where it was written.
-        harmful: share of harmful prompts that are drawn with the adapter, with its 95 % interval.
-        benign: share of benign prompts that are drawn with the adapter, with its 95 % interval.
+        gate: for `load_spo_lora(..., steering=gate)`.
+        path: the file that it was written to.
+        harmful: share of harmful prompts that are gated on, with its 95 % interval.
+        benign: share of benign prompts that are gated on, with its 95 % interval.
         counts: held-out harmful and benign prompts.
     """
 
-    loop: AdapterGate
+    gate: AdapterGate
     path: Path
     harmful: tuple[float, Interval]
     benign: tuple[float, Interval]
@@ -106,7 +107,7 @@ class ClosedLoopReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: threshold {self.loop.threshold:.3f}; on held-out prompts the adapter is used for "
+            f"{self.path}: threshold {self.gate.threshold:.3f}; on held-out prompts the adapter is used for "
             f"{percent(*self.harmful)} of {self.counts[0]} harmful and {percent(*self.benign)} of {self.counts[1]} "
             "benign ones"
         )
@@ -114,24 +115,22 @@ class ClosedLoopReport:
 
 @dataclass
 class _Recorder:
-    """Stands where a reader stands, keeps what it is shown, and finds nothing."""
+    """Stands where a gate network stands, and records the predictions; its own score is 0."""
 
     features: list[Tensor] = field(default_factory=list)
-    sizes: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
 
-    def evidence(self, without: Tensor, with_adapter: Tensor) -> Tensor:
+    def score(self, without: Tensor, with_adapter: Tensor) -> Tensor:
         self.features.append(change_features(without, with_adapter).cpu())
-        self.sizes.append(norm_score(without, with_adapter).cpu())
+        self.norms.append(norm_score(without, with_adapter).cpu())
         return torch.zeros(len(without))
 
 
-def make_adapter_gate(
-    config: ClosedLoopConfig, pipe: Any = None, rows: Sequence[PromptRow] | None = None
-) -> ClosedLoopReport:
-    """Record, learn, choose the threshold, and write `config.out`.
+def train_gate(config: GateConfig, pipe: Any = None, rows: Sequence[PromptRow] | None = None) -> GateTrainingReport:
+    """Record predictions, train the gate network, choose the threshold, and write `config.out`.
 
     Args:
-        config: see `ClosedLoopConfig`.
+        config: see `GateConfig`.
         pipe: a loaded pipeline instead of the one that `config` names.
         rows: likewise, the prompts.
 
@@ -139,35 +138,35 @@ def make_adapter_gate(
         ConfigError: harmful or benign prompts are missing.
         AdapterError: the adapter does not fit, or changes a text encoder.
     """
-    learned, held = _parted(config, rows)
-    for part, name in ((held, "held-out"), (learned, "remaining")):
+    training, held_out = _split(config, rows)
+    for part, name in ((held_out, "held-out"), (training, "remaining")):
         if len({row.kind == "harmful" for row in part}) < 2:
             raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
     if pipe is None:
         pipe = load_pipeline(config.pipeline).to(config.device)
-    features, sizes = _record(config, enable_spo(pipe), [*learned, *held])
-    unsafe = torch.tensor([row.kind == "harmful" for row in (*learned, *held)])
-    n_learned = len(learned)
-    reader = None
-    if config.evidence == "reader":
-        reader = train_reader(
-            features[:n_learned], unsafe[:n_learned], config.train_steps, config.seed, config.progress
+    features, norms = _record(config, enable_spo(pipe), [*training, *held_out])
+    unsafe = torch.tensor([row.kind == "harmful" for row in (*training, *held_out)])
+    n_training = len(training)
+    network = None
+    if config.score == "network":
+        network = train_gate_network(
+            features[:n_training], unsafe[:n_training], config.train_steps, config.seed, config.progress
         )
         # As it will be read from its file.
-        reader.load_state_dict({name: tensor.half().float() for name, tensor in reader.state_dict().items()})
-    found = sizes[n_learned:].amax(1) if reader is None else _most(reader, features[n_learned:])
-    unsafe = unsafe[n_learned:]
-    threshold = float(found[~unsafe].quantile(1.0 - config.max_benign))
-    loop = AdapterGate(threshold, config.until, reader)
-    metadata = {"adapter": Path(config.adapter).name, "evidence": config.evidence, "strength": f"{config.strength:g}"}
-    used = loop.needed(found)
+        network.load_state_dict({name: tensor.half().float() for name, tensor in network.state_dict().items()})
+    scores = norms[n_training:].amax(1) if network is None else _highest(network, features[n_training:])
+    unsafe = unsafe[n_training:]
+    threshold = float(scores[~unsafe].quantile(1.0 - config.max_benign))
+    gate = AdapterGate(threshold, config.until, network)
+    metadata = {"adapter": Path(config.adapter).name, "score": config.score, "strength": f"{config.strength:g}"}
+    gated_on = gate.is_on(scores)
     n_harmful = int(unsafe.sum())
-    path = save_adapter_gate(loop, config.out, metadata)
+    path = save_adapter_gate(gate, config.out, metadata)
     counts = n_harmful, len(unsafe) - n_harmful
-    return ClosedLoopReport(loop, path, _rate(used[unsafe]), _rate(used[~unsafe]), counts)
+    return GateTrainingReport(gate, path, _rate(gated_on[unsafe]), _rate(gated_on[~unsafe]), counts)
 
 
-def train_reader(
+def train_gate_network(
     features: Tensor, unsafe: Tensor, steps: int = 1500, seed: int = 0, progress: bool = False
 ) -> GateNetwork:
     """Fit a `GateNetwork` by cross-entropy.
@@ -181,25 +180,23 @@ def train_reader(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         flat, target = features.flatten(0, 1), unsafe.float().repeat_interleave(features.shape[1])
-        reader = GateNetwork(flat.shape[1] // 2)
-        reader.mean.copy_(flat.mean((0, 2, 3)))
-        reader.std.copy_(flat.std((0, 2, 3)).clamp(min=1e-4))
-        optimizer = torch.optim.AdamW(reader.parameters(), lr=6e-3, weight_decay=0.05)
+        network = GateNetwork(flat.shape[1] // 2)
+        network.mean.copy_(flat.mean((0, 2, 3)))
+        network.std.copy_(flat.std((0, 2, 3)).clamp(min=1e-4))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=6e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
-        for _ in tqdm(range(steps), desc="reader", unit="step", disable=not progress):
+        for _ in tqdm(range(steps), desc="gate network", unit="step", disable=not progress):
             batch = torch.randint(len(flat), (min(256, len(flat)),))
-            loss = nn.functional.binary_cross_entropy_with_logits(reader(flat[batch]), target[batch])
+            loss = nn.functional.binary_cross_entropy_with_logits(network(flat[batch]), target[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return reader.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
-def _parted(
-    config: ClosedLoopConfig, rows: Sequence[PromptRow] | None
-) -> tuple[Sequence[PromptRow], Sequence[PromptRow]]:
-    """The prompts to learn from, and those that decide the threshold."""
+def _split(config: GateConfig, rows: Sequence[PromptRow] | None) -> tuple[Sequence[PromptRow], Sequence[PromptRow]]:
+    """The prompts to train on, and those that give the threshold."""
     if rows is None and config.prompts == STICKER:
         counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
         held = {kind: round(config.held_out * count) for kind, count in counts.items()}
@@ -211,19 +208,19 @@ def _parted(
     return [rows[number] for number in order[n_held:]], [rows[number] for number in order[:n_held]]
 
 
-def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
-    """Features `[N, K, 2 C, H, W]` and sizes of the change `[N, K]` at the K steps in which the loop looks."""
+def _record(config: GateConfig, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
+    """Features `[N, K, 2 C, H, W]` and norms of the change `[N, K]` at the K steps of the decision window."""
     recorder = _Recorder()
-    looking = AdapterGate(1.0, config.until, recorder)  # type: ignore[arg-type]
-    features, sizes = [], []
-    load_spo_lora(pipe, adapter_source(config.adapter), config.strength, adapter_name="recorded", steering=looking)
+    gate = AdapterGate(1.0, config.until, recorder)  # type: ignore[arg-type]
+    features, norms = [], []
+    load_spo_lora(pipe, adapter_source(config.adapter), config.strength, adapter_name="recorded", steering=gate)
     try:
         for first in tqdm(
             range(0, len(rows), config.batch_size), desc="recording", unit="batch", disable=not config.progress
         ):
             batch = rows[first : first + config.batch_size]
             recorder.features.clear()
-            recorder.sizes.clear()
+            recorder.norms.clear()
             call_pipeline(
                 pipe,
                 batch,
@@ -233,16 +230,16 @@ def _record(config: ClosedLoopConfig, pipe: Any, rows: Sequence[PromptRow]) -> t
                 callback_on_step_end=_stop_after(config.until),
             )
             if not recorder.features:
-                raise SPOError("the denoiser was never asked with the adapter; raise `until`")
+                raise SPOError("no step fell into the decision window; raise `until`")
             features.append(torch.stack(recorder.features, 1))
-            sizes.append(torch.stack(recorder.sizes, 1))
+            norms.append(torch.stack(recorder.norms, 1))
     finally:
         unload_spo_lora(pipe, "recorded")
-    return torch.cat(features), torch.cat(sizes)
+    return torch.cat(features), torch.cat(norms)
 
 
 def _stop_after(until: float) -> Callable[..., dict[str, Any]]:
-    """Most pipelines skip what is left once they are interrupted; others draw to the end, which costs time only."""
+    """Most pipelines skip what is left once they are interrupted; others go on to the end, which costs time only."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) / len(pipe.scheduler.timesteps) >= until:
@@ -253,11 +250,11 @@ def _stop_after(until: float) -> Callable[..., dict[str, Any]]:
 
 
 @torch.no_grad()
-def _most(reader: GateNetwork, features: Tensor) -> Tensor:
-    """`[N]` the largest logit over the K steps of `features [N, K, ...]`."""
-    return reader(features.flatten(0, 1)).view(features.shape[:2]).amax(1)
+def _highest(network: GateNetwork, features: Tensor) -> Tensor:
+    """`[N]` the highest score over the K steps of `features [N, K, ...]`."""
+    return network(features.flatten(0, 1)).view(features.shape[:2]).amax(1)
 
 
-def _rate(used: Tensor) -> tuple[float, Interval]:
-    hits, total = int(used.sum()), len(used)
+def _rate(gated_on: Tensor) -> tuple[float, Interval]:
+    hits, total = int(gated_on.sum()), len(gated_on)
     return hits / total, wilson(hits, total)

@@ -22,10 +22,10 @@ def train(args: Sequence[str]) -> None:
 
 
 def train_gate(args: Sequence[str]) -> None:
-    """Train the gate of an adapter, which switches it on for the images that need it and for no others."""
-    from t2i_spo_plugin.training import ClosedLoopConfig, make_adapter_gate
+    """Train an adapter gate, which gives an adapter to the images that are going to be unsafe and to no others."""
+    from t2i_spo_plugin import training
 
-    print(make_adapter_gate(read_options(ClosedLoopConfig, args, "spo train-gate")))
+    print(training.train_gate(read_options(training.GateConfig, args, "spo train-gate")))
 
 
 def evaluate(args: Sequence[str]) -> None:

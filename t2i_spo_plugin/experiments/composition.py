@@ -44,7 +44,7 @@ class StudyConfig:
         n_harmful: harmful prompts of the test split; unsafe images are counted on them.
         n_benign: benign prompts of the test split; requested objects and the style are counted on them.
         n_strength: of those, prompts that are generated at every one of `strengths`.
-        strengths: of both adapters together, to find where images are over-strong.
+        strengths: of both adapters together, to find from which on they are too strong.
         fine_tune_steps: of the aligned model's fine-tune; None is as long as the style adapter's.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.

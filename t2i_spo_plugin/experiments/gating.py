@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -46,7 +46,7 @@ from t2i_spo_plugin.options import read_options
 from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, load_prompts, name_with_revision
 
 
-CONSTANT, READER, SIZE = "strength 1", "adapter gate", "adapter gate, by size"
+CONSTANT, GATE, NORM_GATE = "strength 1", "adapter gate", "adapter gate, by norm"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run_gating(config: GatingConfig) -> dict[str, Any]:
     same = {name: _same_images(config.out, part, scores["base"]) for name, part in scores.items()}
     content: dict[str, Any] = {
         "systems": {name: _numbers(one, same[name]) for name, one in summary.systems.items()},
-        "differences": {name: _difference(scores[name], scores[CONSTANT]) for name in (READER, SIZE)},
+        "differences": {name: _difference(scores[name], scores[CONSTANT]) for name in (GATE, NORM_GATE)},
         "metadata": {
             "options": {
                 key: value for key, value in asdict(config).items() if key not in ("out", "stored", "progress")
@@ -110,8 +110,8 @@ def gated_systems() -> list[System]:
         base_system(),
         adapter_system(CONSTANT, sticker.adapter_path("spo")),
         *(adapter_system(f"strength {s:g}", sticker.adapter_path("spo"), s) for s in (0.75, 0.5)),
-        _gated(READER, steering=sticker.load_adapter_gate()),
-        _gated(SIZE, steering=sticker.load_adapter_gate("size")),
+        _gated(GATE, steering=sticker.load_adapter_gate()),
+        _gated(NORM_GATE, steering=sticker.load_adapter_gate("norm")),
         _gated("window 0 to 0.5", window=(0.0, 0.5)),
         _gated("window 0.2 to 1", window=(0.2, 1.0)),
     ]
@@ -192,8 +192,9 @@ def _gated(name: str, window: tuple[float, float] = FULL_WINDOW, steering: Adapt
 
     metadata: dict[str, Any] = {"window": list(window)}
     if steering is not None:
-        metadata |= {"threshold": steering.threshold, "until": steering.until, "reader": steering.reader is not None}
-        metadata["gate_hash"] = folder_hash(sticker.gate_path("reader" if steering.reader else "size"))
+        score: Literal["network", "norm"] = "norm" if steering.network is None else "network"
+        metadata |= {"threshold": steering.threshold, "until": steering.until, "score": score}
+        metadata["gate_hash"] = folder_hash(sticker.gate_path(score))
     return System(name, prepare, metadata | {"adapter_hash": folder_hash(sticker.adapter_path("spo"))})
 
 

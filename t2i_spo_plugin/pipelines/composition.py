@@ -1,4 +1,4 @@
-"""Several adapters on one base, side by side: safety and style, trained apart and summed when images are drawn.
+"""Several adapters on one base, side by side: safety and style, trained apart and summed when images are generated.
 
 "Modular LoRA" (arXiv 2412.00357): fine-tuning an aligned model, even on benign data, can bring back what was
 suppressed; so each adapter is trained on the base alone, and the weights are W0 + sum_k strength_k * delta_k.
@@ -25,8 +25,8 @@ from t2i_spo_plugin.adapters.merging import stack
 from t2i_spo_plugin.errors import ConfigError
 
 from .architecture import lora_components
-from .loaded import strengths_of
-from .loading import LoadedAdapter, adapter_of, load_spo_lora, unload_spo_lora
+from .loaded import LoadedAdapter, strengths_of
+from .loading import adapter_of, load_spo_lora, unload_spo_lora
 from .lora_layers import reorder, tuner_layers
 
 
@@ -57,7 +57,7 @@ class CombinedStrength:
 
     @property
     def is_over_strong(self) -> bool:
-        """Whether `value` is above `MAX_COMBINED_STRENGTH`."""
+        """Whether `value` is above `MAX_COMBINED_STRENGTH`: images tend to lose what was asked for."""
         return self.value > MAX_COMBINED_STRENGTH
 
 
@@ -67,11 +67,11 @@ class Composition:
 
     Attributes:
         adapters: by the name that the pipeline knows each under, in the order in which they are summed.
-        load: of everything that is active now, adapters from before included.
+        combined: the combined strength of everything that is active now, adapters from before included.
     """
 
     adapters: Mapping[str, LoadedAdapter]
-    load: CombinedStrength
+    combined: CombinedStrength
 
 
 def compose(
@@ -94,36 +94,37 @@ def compose(
         ConfigError: none is named, one is named twice, or a strength is outside its range.
 
     Warns:
-        UserWarning: the sum is likely to over-strong (`CombinedStrength.is_over_strong`).
+        UserWarning: the sum is likely to give images with artefacts (`CombinedStrength.is_over_strong`).
     """
     given = list(adapters.items() if isinstance(adapters, Mapping) else map(_with_strength, adapters))
     if not given:
         raise ConfigError("name at least one adapter to compose")
     models = list(lora_components(pipe).values())
     taken = {name for model in models for name in getattr(model, "peft_config", {})}
-    made: dict[str, LoadedAdapter] = {}
+    loaded: dict[str, LoadedAdapter] = {}
     digests: dict[str, str] = {}
     try:
         for source, strength in given:
-            name = _free_name(source, taken | made.keys())
-            made[name] = load_spo_lora(pipe, source, strength, adapter_name=name, strict=strict)
+            name = _free_name(source, taken | loaded.keys())
+            loaded[name] = load_spo_lora(pipe, source, strength, adapter_name=name, strict=strict)
             digests[name] = _digest(adapter_of(pipe, name))
-        _check_different(made, digests)
-        made = {name: made[name] for name in sorted(made, key=lambda name: digests[name])}
-        reorder(models, list(made))
-        load = combined_strength(pipe)
+        _check_different(loaded, digests)
+        loaded = {name: loaded[name] for name in sorted(loaded, key=lambda name: digests[name])}
+        reorder(models, list(loaded))
+        combined = combined_strength(pipe)
     except BaseException:
-        for name in made:
+        for name in loaded:
             unload_spo_lora(pipe, name)
         raise
-    if load.is_over_strong:
-        listed = ", ".join(f"{name} at {strength:g}" for name, strength in load.strengths.items())
+    if combined.is_over_strong:
+        listed = ", ".join(f"{name} at {strength:g}" for name, strength in combined.strengths.items())
         warnings.warn(
-            f"{listed}: together they move the weights {load.value:.2f} times as far as one adapter was trained to; "
-            f"above {MAX_COMBINED_STRENGTH:g} images tend to over-strong, so lower the strengths",
+            f"{listed}: together they move the weights {combined.value:.2f} times as far as one adapter was trained "
+            f"to; above a combined strength of {MAX_COMBINED_STRENGTH:g} images tend to get artefacts, so lower the "
+            "strengths",
             stacklevel=2,
         )
-    return Composition(made, load)
+    return Composition(loaded, combined)
 
 
 def combined_strength(pipe: Any) -> CombinedStrength:
@@ -135,7 +136,8 @@ def combined_strength(pipe: Any) -> CombinedStrength:
     components = lora_components(pipe)
     names = dict.fromkeys(name for model in components.values() for name in getattr(model, "peft_config", {}))
     by_module = {name: {canonical(path): s for path, s in strengths_of(components, name).items()} for name in names}
-    active = {name: max(found.values()) for name, found in by_module.items() if max(found.values(), default=0.0) > 0.0}
+    largest_strength = {name: max(strengths.values(), default=0.0) for name, strengths in by_module.items()}
+    active = {name: strength for name, strength in largest_strength.items() if strength > 0.0}
     if not active:
         return CombinedStrength({}, 0.0, 0.0)
     weights = [0.0]
@@ -176,18 +178,18 @@ def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for name, pair in sorted(adapter.modules.items()):
         digest.update(f"{name} {pair.alpha} {pair.down.dtype}".encode())
-        for half in (pair.down, pair.up):
-            digest.update(half.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for matrix in (pair.down, pair.up):
+            digest.update(matrix.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _check_different(made: Mapping[str, LoadedAdapter], digests: Mapping[str, str]) -> None:
+def _check_different(loaded: Mapping[str, LoadedAdapter], digests: Mapping[str, str]) -> None:
     names: dict[str, str] = {}
     for name, digest in digests.items():
         if digest in names:
             raise ConfigError(
-                f"{made[name].source} and {made[names[digest]].source} are the same adapter: name it once, with the "
-                "strength that you want"
+                f"{loaded[name].source} and {loaded[names[digest]].source} are the same adapter: name it once, "
+                "with the strength that you want"
             )
         names[digest] = name
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,17 @@ from t2i_spo_plugin.errors import (
     UnreadableAdapterError,
 )
 from t2i_spo_plugin.files import quoted
-from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, Schedule, check_steering, check_window
+from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule, check_window
 
 from .architecture import architecture_of, base_fingerprint, base_model_of, lora_components, prediction_type_of
-from .loaded import LoadedAdapter, apply, in_force, is_safety, strengths_of
-from .lora_layers import RECORD, Snapshot, attach, check_room, detach, exchange, is_fused, pairs_of, tuner_layers
+from .loaded import AttachedAdapter, LoadedAdapter, attached_adapters, is_safety, strengths_of
+from .lora_layers import pairs_of, tuner_layers
+from .step_control import check_steering
 
 
 __all__ = [
-    "LoadedAdapter",
     "adapter_metadata",
     "adapter_of",
-    "architecture_of",
     "load_spo_lora",
     "set_spo_strength",
     "spo_adapters",
@@ -69,8 +67,8 @@ def load_spo_lora(
         adapter_name: the name under which the pipeline knows it.
         strict: refuse an adapter of which only a part fits or is understood, or that changes no denoiser; False loads
             what fits with a warning.
-        steering: how the strength changes over the denoising: a `Schedule`, which multiplies it step by step, or a
-            `AdapterGate`, which gives it to those images alone that turn out to need it. Needs `enable_spo`.
+        steering: how the strength changes over the denoising: a `Schedule`, which multiplies it step by step, or an
+            `AdapterGate`, which decides for each image whether the adapter is on. Needs `enable_spo`.
         hotswap: put it in the place of the safety adapter that is loaded as `adapter_name`, in the same tensors. Its
             modules must be among those of the old one and its rank no larger than the room there: the old one's rank,
             or what `pipe.enable_lora_hotswap(target_rank=...)` made before the first adapter was loaded, with which
@@ -94,7 +92,7 @@ def load_spo_lora(
     adapter, source = _resolve(src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
     if isinstance(steering, AdapterGate):
-        _check_loop(matched)
+        _check_gateable(matched)
     check_blocks(blocks, [f"{component}.{path}" for component, pairs in matched.items() for path in pairs])
     record = LoadedAdapter(
         name=adapter_name,
@@ -111,7 +109,8 @@ def load_spo_lora(
     for note in notes:
         logger.info("%s: %s", source, note)
     try:
-        (_exchange if hotswap else _attach)(pipe, components, matched, record)
+        adapter_here = AttachedAdapter(components, adapter_name)
+        adapter_here.exchange(matched, record) if hotswap else adapter_here.attach(pipe, matched, record)
     except Exception as error:
         if isinstance(error, AdapterError):
             raise
@@ -132,18 +131,15 @@ def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = N
         ConfigError: a strength is negative or not a number, or a block is none that the adapter changes.
     """
     overall, blocks = check_strengths(strength)
-    names = _names(pipe, adapter_name)
-    if not names:
-        raise AdapterError("no safety adapter is loaded; call load_spo_lora first")
     components = lora_components(pipe)
+    adapters = _chosen(components, adapter_name)
+    if not adapters:
+        raise AdapterError("no safety adapter is loaded; call load_spo_lora first")
     _check_effective(components)
-    for name in names:
+    for name in adapters:
         check_blocks(blocks, strengths_of(components, name))
-    for name in names:
-        for component, model in components.items():
-            if is_safety(model, name):
-                record = replace(getattr(model.peft_config[name], RECORD), strength=overall, blocks=blocks)
-                apply(component, model, record)
+    for adapter in adapters.values():
+        adapter.scale(overall, blocks)
 
 
 def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
@@ -152,13 +148,10 @@ def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
     Raises:
         AdapterError: no safety adapter called `adapter_name` is loaded, or adapters are fused into the weights.
     """
-    names = _names(pipe, adapter_name)
     components = lora_components(pipe)
-    for name in names:
+    for adapter in _chosen(components, adapter_name).values():
         _check_unfused(components)
-        for model in components.values():
-            if name in getattr(model, "peft_config", {}):
-                detach(model, name)
+        adapter.detach()
 
 
 def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
@@ -167,15 +160,7 @@ def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
     Strengths changed through the pipeline's own `set_adapters` are seen here; an adapter switched off reads 0, and so
     does one that is not fused while another is.
     """
-    components = lora_components(pipe)
-    found: dict[str, LoadedAdapter] = {}
-    for model in components.values():
-        for name, config in getattr(model, "peft_config", {}).items():
-            record = getattr(config, RECORD, None)
-            if record is not None and name not in found:
-                fused = any(is_fused(model, name) for model in components.values())
-                found[name] = replace(in_force(record, strengths_of(components, name)), fused=fused)
-    return found
+    return {name: adapter.in_force for name, adapter in attached_adapters(lora_components(pipe)).items()}
 
 
 def adapter_metadata(pipe: Any, title: str = "Safety adapter", **extra: str) -> AdapterMetadata:
@@ -202,11 +187,11 @@ def adapter_of(pipe: Any, adapter_name: str, metadata: AdapterMetadata | None = 
     return Adapter(modules, metadata if metadata is not None else adapter_metadata(pipe)).validate()
 
 
-def _check_loop(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
+def _check_gateable(matched: Mapping[str, Mapping[str, LoraPair]]) -> None:
     encoders = [component for component in matched if component.startswith("text_encoder")]
     if encoders:
         raise IncompatibleAdapterError(
-            f"the adapter changes {', '.join(encoders)}, which has spoken before an adapter gate can decide; use a "
+            f"the adapter changes {', '.join(encoders)}, which runs before an adapter gate can decide; use a "
             "strength, a window or a schedule, or an adapter of the denoiser alone"
         )
 
@@ -228,46 +213,6 @@ def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> Non
             f"there is no safety adapter called {name!r} to put another one in the place of; load it without hotswap"
         )
     _check_effective(components)
-
-
-def _attach(
-    pipe: Any, components: Mapping[str, Any], matched: Mapping[str, Mapping[str, LoraPair]], record: LoadedAdapter
-) -> None:
-    snapshots = {component: Snapshot(components[component]) for component in matched}
-    try:
-        for component, pairs in matched.items():
-            attach(pipe, component, record.name, pairs, snapshots[component])
-            apply(component, components[component], record)
-    except BaseException:
-        for component, snapshot in snapshots.items():
-            snapshot.restore(components[component], record.name)
-        raise
-
-
-def _exchange(
-    pipe: Any, components: Mapping[str, Any], matched: Mapping[str, Mapping[str, LoraPair]], record: LoadedAdapter
-) -> None:
-    name = record.name
-    old = {component: model for component, model in components.items() if is_safety(model, name)}
-    if set(old) != set(matched):
-        raise IncompatibleAdapterError(
-            f"{name!r} cannot be swapped in place: it changes {', '.join(old)}, the new adapter {', '.join(matched)}; "
-            "unload it and load the new one"
-        )
-    for component, model in old.items():
-        check_room(component, model, name, matched[component])
-    before = {component: (Snapshot(model), pairs_of(model, name)) for component, model in old.items()}
-    record_before = {component: getattr(model.peft_config[name], RECORD) for component, model in old.items()}
-    try:
-        for component, model in old.items():
-            exchange(model, name, matched[component])
-            apply(component, model, record)
-    except BaseException:
-        for component, (snapshot, pairs) in before.items():
-            exchange(old[component], name, pairs)
-            apply(component, old[component], record_before[component])
-            snapshot.restore_others(old[component])
-        raise
 
 
 def _check_effective(components: Mapping[str, Any]) -> None:
@@ -343,11 +288,12 @@ def _find(path: str, flat: Mapping[str, str]) -> str | None:
     return flat.get(key) or flat.get(key.removeprefix("text_model_"))
 
 
-def _names(pipe: Any, adapter_name: str | None) -> list[str]:
-    loaded = list(spo_adapters(pipe))
+def _chosen(components: Mapping[str, Any], adapter_name: str | None) -> dict[str, AttachedAdapter]:
+    """The safety adapter called `adapter_name`, or all."""
+    adapters = attached_adapters(components)
     if adapter_name is None:
-        return loaded
-    if adapter_name not in loaded:
-        have = ", ".join(loaded) or "none"
-        raise AdapterError(f"no safety adapter called {adapter_name!r} is loaded; loaded: {have}")
-    return [adapter_name]
+        return adapters
+    if adapter_name not in adapters:
+        names = ", ".join(adapters) or "none"
+        raise AdapterError(f"no safety adapter called {adapter_name!r} is loaded; loaded: {names}")
+    return {adapter_name: adapters[adapter_name]}

@@ -17,37 +17,27 @@ from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
 
-RECORD = "_spo_loaded"
-"""Attribute of a PEFT configuration that tells a safety adapter from others; it lives and dies with the adapter."""
-
-FACTORS = "_spo_factors"
-"""Attribute of a PEFT configuration: what the adapter's strength is multiplied with, by module path."""
-
 # PEFT patches `torch.nn.Module` while it injects: two threads at once would leave the patch behind.
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def switch(models: Iterable[nn.Module], name: str, strength: float) -> None:
-    """Apply the adapter `name` with `strength` in all `models`; at 0 it is off, so that the base model is met exactly.
+def switch(model: nn.Module, name: str, strengths: Mapping[str, float]) -> None:
+    """Apply the adapter `name` with `strengths` by module path; at 0 it is off, so that the base model is met exactly.
 
-    Strengths by block (`FACTORS`) multiply `strength`. The other adapters keep their order, activity and strength, and
-    what was trainable stays so.
+    A module that `strengths` do not name is off. The other adapters keep their order, activity and strength, and what
+    was trainable stays so.
     """
-    for model in models:
-        config = getattr(model, "peft_config", {}).get(name)
-        if config is None:
-            continue
-        factors, stabilised = getattr(config, FACTORS, {}), _is_stabilised(model, name)
-        flags = requires_grad(model)
-        for path, layer in tuner_layers(model):
-            here = strength * factors.get(path, 1.0)
-            others = [other for other in layer.active_adapters if other != name]
-            wanted = [*others, name] if here > 0.0 else others
-            if name in getattr(layer, "scaling", {}) and here > 0.0:
-                _set_scale(layer, name, here, stabilised)
-            if wanted != list(layer.active_adapters):
-                layer.set_adapter(wanted)
-        restore_requires_grad(model, flags)
+    stabilised = _is_stabilised(model, name)
+    flags = requires_grad(model)
+    for path, layer in tuner_layers(model):
+        strength = strengths.get(path, 0.0)
+        others = [other for other in layer.active_adapters if other != name]
+        active = [*others, name] if strength > 0.0 else others
+        if name in getattr(layer, "scaling", {}) and strength > 0.0:
+            _set_scale(layer, name, strength, stabilised)
+        if active != list(layer.active_adapters):
+            layer.set_adapter(active)
+    restore_requires_grad(model, flags)
 
 
 def reorder(models: Iterable[nn.Module], names: Sequence[str]) -> None:
@@ -56,9 +46,9 @@ def reorder(models: Iterable[nn.Module], names: Sequence[str]) -> None:
         flags = requires_grad(model)
         for _, layer in tuner_layers(model):
             active = list(layer.active_adapters)
-            wanted = [name for name in active if name not in names] + [name for name in names if name in active]
-            if wanted != active:
-                layer.set_adapter(wanted)
+            ordered = [name for name in active if name not in names] + [name for name in names if name in active]
+            if ordered != active:
+                layer.set_adapter(ordered)
         restore_requires_grad(model, flags)
 
 
@@ -72,16 +62,16 @@ def attach(pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], 
         AdapterError: a module did not take its pair.
     """
     model = getattr(pipe, component)
-    halves = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
-    halves |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
+    matrices = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
+    matrices |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
     with _ONE_AT_A_TIME, warnings.catch_warnings():
-        # A second adapter beside the first is what is wanted here.
+        # A second adapter beside the first is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if hasattr(model, "load_lora_adapter"):
-            model.load_lora_adapter(halves, prefix=None, adapter_name=name, low_cpu_mem_usage=True, _pipeline=pipe)
+            model.load_lora_adapter(matrices, prefix=None, adapter_name=name, low_cpu_mem_usage=True, _pipeline=pipe)
         else:
             pipe.load_lora_into_text_encoder(
-                {f"{component}.{key}": half for key, half in halves.items()},
+                {f"{component}.{key}": matrix for key, matrix in matrices.items()},
                 network_alphas=None,
                 text_encoder=model,
                 prefix=component,
@@ -109,7 +99,7 @@ def check_room(component: str, model: nn.Module, name: str, pairs: Mapping[str, 
         if path not in layers:
             reason = "is not changed by the adapter that is loaded"
         else:
-            down, up = _halves(layers[path], name)
+            down, up = _matrices(layers[path], name)
             rank, room = pair.down.shape[0], down.shape[0]
             if down.is_meta or up.is_meta:
                 reason = "has its weights offloaded"
@@ -129,7 +119,7 @@ def exchange(model: nn.Module, name: str, pairs: Mapping[str, LoraPair]) -> None
     """
     with torch.no_grad():
         for path, layer in _layers_of(model, name).items():
-            down, up = _halves(layer, name)
+            down, up = _matrices(layer, name)
             down.zero_()
             up.zero_()
             if path in pairs:
@@ -143,7 +133,7 @@ def pairs_of(model: nn.Module, name: str) -> dict[str, LoraPair]:
     """Copies of the adapter `name` on the CPU, by module path."""
     pairs, stabilised = {}, _is_stabilised(model, name)
     for path, layer in _layers_of(model, name).items():
-        down, up = (half.detach().cpu().clone() for half in _halves(layer, name))
+        down, up = (matrix.detach().cpu().clone() for matrix in _matrices(layer, name))
         alpha = layer.lora_alpha[name]
         if stabilised:
             alpha = alpha * math.sqrt(down.shape[0])
@@ -156,7 +146,7 @@ def detach(model: Any, name: str) -> None:
     if set(getattr(model, "peft_config", {})) - {name}:
         flags = requires_grad(model)
         # Switched off first: PEFT would make some other adapter active in its place.
-        switch([model], name, 0.0)
+        switch(model, name, {})
         if hasattr(model, "delete_adapters"):
             model.delete_adapters(name)
         else:
@@ -167,16 +157,16 @@ def detach(model: Any, name: str) -> None:
         restore_requires_grad(model, flags)
     elif hasattr(model, "unload_lora"):
         model.unload_lora()
-        model._hf_peft_config_loaded = False  # older versions of diffusers forget to
+        _forget_adapters(model)  # Older versions of diffusers leave the mark.
     else:
         _unwrap(model, only_empty=False)
         if hasattr(model, "peft_config"):
             del model.peft_config
-        model._hf_peft_config_loaded = False
+        _forget_adapters(model)
 
 
 @contextmanager
-def kept_active(models: Iterable[nn.Module], names: Iterable[str]) -> Iterator[None]:
+def keep_active(models: Iterable[nn.Module], names: Iterable[str]) -> Iterator[None]:
     """Whatever of the adapters `names` is on in a layer is on there afterwards too, at the strength it had."""
     names = set(names)
     before = [(model, {path: layer.active_adapters for path, layer in tuner_layers(model)}) for model in models]
@@ -221,40 +211,24 @@ class Snapshot:
         self.restore_others(model)
 
 
-def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers that PEFT has wrapped, by module path."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = _uncompiled(model).named_modules()
-    return [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
-
-
 def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
     """What the adapter `name` is multiplied with now, by module path; 0 where it is off.
 
     A layer into which other adapters are fused applies those alone.
     """
-    found, stabilised = {}, _is_stabilised(model, name)
+    strengths, stabilised = {}, _is_stabilised(model, name)
     for path, layer in tuner_layers(model):
         if name in getattr(layer, "scaling", {}):
             applied = layer.merged_adapters if layer.merged else layer.active_adapters
             on = name in applied and not layer.disable_adapters
             trained = layer.lora_alpha[name] / _rank_norm(layer, name, stabilised)
-            found[path] = float(layer.scaling[name]) / trained if on else 0.0
-    return found
+            strengths[path] = float(layer.scaling[name]) / trained if on else 0.0
+    return strengths
 
 
 def is_fused(model: nn.Module, name: str) -> bool:
     """Whether the adapter `name` is merged into the model's weights."""
     return any(name in layer.merged_adapters for _, layer in tuner_layers(model))
-
-
-def _layers_of(model: nn.Module, name: str) -> dict[str, Any]:
-    return {path: layer for path, layer in tuner_layers(model) if name in getattr(layer, "lora_A", {})}
-
-
-def _halves(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
 
 
 def _set_alphas(model: Any, name: str, pairs: Mapping[str, LoraPair]) -> None:
@@ -274,6 +248,47 @@ def _set_alphas(model: Any, name: str, pairs: Mapping[str, LoraPair]) -> None:
     config = model.peft_config[name]
     config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config.alpha_pattern = {f"^{path}": alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def requires_grad(model: nn.Module) -> dict[str, bool]:
+    """What is trainable in `model`, by parameter name without adapters around the layers."""
+    # By name, not by identity: offloading puts new parameters in the place of old ones.
+    return {_unwrapped(name): parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def restore_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Make trainable what was so when `requires_grad` gave `flags`, and nothing else."""
+    for name, parameter in model.named_parameters():
+        flag = flags.get(_unwrapped(name), False)
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name as it is without an adapter around its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+# PEFT's internals that this relies on; tested with peft 0.15 and 0.21.
+# - `LoraLayer.set_scale` is not used: in 0.15 it does not know rank-stabilised adapters (`use_rslora`), and it puts a
+#   number in the place of the tensor that compiled code reads.
+# - `peft.utils.hotswap` is not used: it wants the same modules in both adapters, and prefixes by tuner.
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers that PEFT has wrapped, by module path."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = _uncompiled(model).named_modules()
+    return [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
+
+
+def _layers_of(model: nn.Module, name: str) -> dict[str, Any]:
+    return {path: layer for path, layer in tuner_layers(model) if name in getattr(layer, "lora_A", {})}
+
+
+def _matrices(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
 
 
 def _set_scale(layer: Any, name: str, strength: float, stabilised: bool) -> None:
@@ -313,20 +328,6 @@ def _uncompiled(model: Any) -> nn.Module:
     return inner
 
 
-def requires_grad(model: nn.Module) -> dict[str, bool]:
-    """What is trainable in `model`, by parameter name without adapters around the layers."""
-    # By name, not by identity: offloading puts new parameters in the place of old ones.
-    return {_unwrapped(name): parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def restore_requires_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Make trainable what `requires_grad` found so, and nothing else."""
-    for name, parameter in model.named_parameters():
-        wanted = flags.get(_unwrapped(name), False)
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-
-
-def _unwrapped(name: str) -> str:
-    """A parameter's name as it is without an adapter around its layer."""
-    return name.replace(".base_layer.", ".")
+def _forget_adapters(model: Any) -> None:
+    """Take off the mark by which diffusers and transformers know that a model carries adapters."""
+    model._hf_peft_config_loaded = False

@@ -1,4 +1,4 @@
-"""`enable_spo`: safety adapters and a guard on any LoRA-capable pipeline; binds loading, steering and guard together.
+"""`enable_spo`: safety adapters and a guard on any LoRA-capable pipeline; binds loading, step control and guard.
 
 The instance is given a twin class that keeps the base's name and module, so that saving, hooks, offloading,
 AutoPipeline and `isinstance` go on as before. The guard is a plain attribute: it is no component, is not saved, and
@@ -10,29 +10,26 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from dataclasses import fields, is_dataclass, make_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from t2i_spo_plugin.adapters import Adapter
 from t2i_spo_plugin.adapters.strengths import Strength
-from t2i_spo_plugin.errors import AdapterError, ConfigError, NotScoredError, PipelineError
-from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, Schedule
-from t2i_spo_plugin.guards import Guard, OverlayKind, SafetyReport
+from t2i_spo_plugin.errors import AdapterError, ConfigError, PipelineError
+from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule
+from t2i_spo_plugin.guards import Guard
 
 from .architecture import lora_components
 from .domain import pipeline_domain
-from .loaded import is_safety
-from .loading import LoadedAdapter, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
-from .lora_layers import kept_active
-from .step_control import GateReport, Steering, is_steered
+from .loaded import LoadedAdapter, is_safety
+from .loading import load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
+from .lora_layers import keep_active
+from .output import NOT_IMAGES, SafetyOutput, base_of, with_report
+from .step_control import StepControl, changes_between_steps
 
-
-__all__ = ["SPOLoraLoaderMixin", "SafetyOutput", "enable_spo", "spo_pipeline_class"]
 
 P = TypeVar("P")
-
-NOT_IMAGES = "output_type='latent' gives no images, so the guard has scored nothing"
 
 
 class SPOLoraLoaderMixin:
@@ -78,30 +75,30 @@ class SPOLoraLoaderMixin:
         `overlays`; a tuple (`return_dict=False`) gets the three appended, and only when there is a guard.
         """
         call = super().__call__  # type: ignore[misc]
-        given = inspect.signature(call).bind(*args, **kwargs)
-        arguments = _with_defaults(given)
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        arguments = _with_defaults(bound)
         latent = arguments.get("output_type") == "latent"
         if latent and self.guard is not None and self.guard.block != "none":
             raise ConfigError(
                 "output_type='latent' gives no images that the guard could block; set its block to 'none'"
             )
-        steered = {name: adapter for name, adapter in spo_adapters(self).items() if is_steered(adapter)}
-        if not steered:
+        controlled = {name: adapter for name, adapter in spo_adapters(self).items() if changes_between_steps(adapter)}
+        if not controlled:
             return self._guarded(call(*args, **kwargs), latent)
-        with Steering(self, steered, arguments) as steering:
-            own = arguments["callback_on_step_end"]
-            given.arguments["callback_on_step_end"] = steering.callback(own)
-            if hasattr(own, "tensor_inputs"):
-                given.arguments["callback_on_step_end_tensor_inputs"] = own.tensor_inputs
-            output = call(*given.args, **given.kwargs)
+        with StepControl(self, controlled, arguments) as control:
+            callback = arguments["callback_on_step_end"]
+            bound.arguments["callback_on_step_end"] = control.callback(callback)
+            if hasattr(callback, "tensor_inputs"):
+                bound.arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+            output = call(*bound.args, **bound.kwargs)
         output = self._guarded(output, latent)
-        if steering.loop is not None and isinstance(output, SafetyOutput):
-            output.gate_report = steering.loop.report
+        if control.gated is not None and isinstance(output, SafetyOutput):
+            output.gate_report = control.gated.report
         return output
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on."""
-        with kept_active(lora_components(self).values(), spo_adapters(self)):
+        with keep_active(lora_components(self).values(), spo_adapters(self)):
             return super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,58 +127,27 @@ class SPOLoraLoaderMixin:
         reduced: Any = super().__reduce_ex__(protocol)
         if "_spo_base" not in vars(type(self)):
             return reduced
-        return (_new_twin, (_base_of(type(self)),), *reduced[2:])
+        return (_new_twin, (base_of(type(self)),), *reduced[2:])
 
     def _guarded(self, output: Any, latent: bool) -> Any:
         guard = self.guard
         is_tuple = isinstance(output, tuple)
         if guard is None:
-            return output if is_tuple or not is_dataclass(output) else _with_report(output, None, "there is no guard")
+            return output if is_tuple or not is_dataclass(output) else with_report(output, None, "there is no guard")
         if latent:
             warnings.warn(NOT_IMAGES, stacklevel=3)
-            return (*output, None, None, None) if is_tuple else _with_report(output, None, NOT_IMAGES)
+            return (*output, None, None, None) if is_tuple else with_report(output, None, NOT_IMAGES)
         images = output[0] if is_tuple else getattr(output, "images", None)
         if images is None:
             reason = f"{type(output).__name__} has no images, so the guard has scored nothing"
             warnings.warn(reason, stacklevel=3)
-            return _with_report(output, None, reason)
+            return with_report(output, None, reason)
         report = guard(images, domain=pipeline_domain(self))
         images, report = guard.apply_block(images, report)
         if is_tuple:
             return (images, *output[1:], report.costs, report.flagged, report.category_costs)
         output.images = images
-        return _with_report(output, report, None)
-
-
-class SafetyOutput:
-    """What the output of an enabled pipeline has besides the base's fields.
-
-    Attributes:
-        safety_costs: `[B]` in [0, 1], NaN where an image is not scored; None without a guard and for latents.
-        unsafe_content_detected: whether each cost reaches 0.5; None where an image is not scored.
-        category_costs: cost by category for each image.
-        safety_report: the guard's full report, with the reasons of what is not scored.
-        gate_report: which images an adapter gate drew with its adapter, and the evidence; None without an adapter
-        gate.
-    """
-
-    safety_report: SafetyReport | None = None
-    gate_report: GateReport | None = None
-    _not_scored: str | None = None
-
-    def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:
-        """The cost of each image as `overlay` (PIL), `mask` (bool `[H, W]`) or `boxes` (x0, y0, x1, y1).
-
-        Raises:
-            NotScoredError: nothing was scored, and why.
-        """
-        if self.safety_report is None:
-            raise NotScoredError(f"there are no overlays: {self._not_scored}")
-        return self.safety_report.overlays(kind, category)
-
-    def __reduce__(self) -> Any:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return _new_output, (_base_of(type(self)), values, self.safety_report, self._not_scored, self.gate_report)
+        return with_report(output, report, None)
 
 
 def enable_spo(pipe: P, guard: Guard | None = None) -> P:
@@ -191,7 +157,7 @@ def enable_spo(pipe: P, guard: Guard | None = None) -> P:
 
     Raises:
         PipelineError: (a TypeError) the pipeline cannot load a LoRA, or is modular and cannot be guarded this way.
-        DomainError: the guard's cost model was made for other images than this pipeline draws.
+        DomainError: the guard's cost model was made for other images than this pipeline generates.
         ConfigError: `guard` is not a Guard.
     """
     lora_components(pipe)
@@ -201,7 +167,7 @@ def enable_spo(pipe: P, guard: Guard | None = None) -> P:
         if _is_modular(type(pipe)):
             raise PipelineError(
                 "a modular pipeline returns no images of its own accord; give its blocks a "
-                "t2i_spo_plugin.pipelines.modular.SPOGuardBlock, or call the guard on its output"
+                "t2i_spo_plugin.SPOGuardBlock, or call the guard on its output"
             )
         guard.check_domain(pipeline_domain(pipe))
     pipe.__class__ = spo_pipeline_class(type(pipe))
@@ -211,7 +177,7 @@ def enable_spo(pipe: P, guard: Guard | None = None) -> P:
 
 
 def spo_pipeline_class(base: Any) -> type:
-    """The twin of the pipeline class `base`: the same name and module, `SPOLoraLoaderMixin` before it; made once.
+    """The twin of the pipeline class `base`: the same name and module, `SPOLoraLoaderMixin` before it; one per base.
 
     Raises:
         PipelineError: (a TypeError) `base` declares no component that can carry a LoRA.
@@ -245,50 +211,8 @@ def _new_twin(base: type) -> Any:
     return twin.__new__(twin)
 
 
-def _base_of(twin: Any) -> type:
-    base: type = twin._spo_base
-    return base
-
-
-@functools.cache
-def _output_class(base: Any) -> type:
-    added = [(name, Any, None) for name in ("safety_costs", "unsafe_content_detected", "category_costs")]
-    return make_dataclass(
-        f"SPO{base.__name__}",
-        added,
-        bases=(SafetyOutput, base),
-        namespace={"__module__": __name__, "_spo_base": base},
-        repr=False,
-    )
-
-
-def _with_report(output: Any, report: SafetyReport | None, reason: str | None) -> Any:
-    values = {field.name: getattr(output, field.name) for field in fields(output)}
-    if report is not None:
-        values |= {
-            "safety_costs": report.costs,
-            "unsafe_content_detected": report.flagged,
-            "category_costs": report.category_costs,
-        }
-    return _new_output(type(output), values, report, reason)
-
-
-def _new_output(
-    base: type,
-    values: dict[str, Any],
-    report: SafetyReport | None,
-    reason: str | None,
-    gate_report: GateReport | None = None,
-) -> Any:
-    output = _output_class(base)(**values)
-    output.safety_report = report
-    output._not_scored = reason
-    output.gate_report = gate_report
-    return output
-
-
-def _with_defaults(given: inspect.BoundArguments) -> dict[str, Any]:
-    complete = inspect.BoundArguments(given.signature, given.arguments.copy())
+def _with_defaults(bound: inspect.BoundArguments) -> dict[str, Any]:
+    complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     complete.apply_defaults()
     return complete.arguments
 

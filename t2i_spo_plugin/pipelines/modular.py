@@ -1,25 +1,33 @@
-"""The guard as a block of a Modular Diffusers pipeline; needs a diffusers that has them."""
+"""The guard as a block of a Modular Diffusers pipeline."""
 
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
-
-from diffusers.modular_pipelines import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
 from t2i_spo_plugin.errors import PipelineError
 from t2i_spo_plugin.guards import Guard
 
 from .domain import pipeline_domain
-from .mixin import NOT_IMAGES
+from .output import NOT_IMAGES
+
+
+if _HAS_MODULAR := find_spec("diffusers.modular_pipelines") is not None:
+    from diffusers.modular_pipelines import ModularPipelineBlocks
+    from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+else:
+    # An older diffusers: the name exists, and says so when it is used.
+    ModularPipelineBlocks = object
 
 
 class SPOGuardBlock(ModularPipelineBlocks):
-    """Scores the images of a modular pipeline; comes after the block that decodes them::
+    """Scores the images of a modular pipeline; comes after the block that decodes them.
 
-        blocks.sub_blocks.insert("guard", SPOGuardBlock(guard), len(blocks.sub_blocks))
-        pipe = blocks.init_pipeline("...")
+    ```python
+    blocks.sub_blocks.insert("guard", SPOGuardBlock(guard), len(blocks.sub_blocks))
+    pipe = blocks.init_pipeline("...")
+    ```
 
     Adds to the state `safety_costs`, `unsafe_content_detected`, `category_costs` and `safety_report`, as the output of
     an enabled pipeline has them; all are None for latents, which are not scored. `images` change only if the guard
@@ -27,9 +35,14 @@ class SPOGuardBlock(ModularPipelineBlocks):
 
     Args:
         guard: scores the images.
+
+    Raises:
+        PipelineError: the installed diffusers has no modular pipelines.
     """
 
     def __init__(self, guard: Guard) -> None:
+        if not _HAS_MODULAR:
+            raise PipelineError("this diffusers has no modular pipelines; install a newer one")
         super().__init__()
         self.guard = guard
 
@@ -60,18 +73,20 @@ class SPOGuardBlock(ModularPipelineBlocks):
         """Score `images`.
 
         Raises:
-            DomainError: the guard's cost model was made for other images than this pipeline draws.
+            DomainError: the guard's cost model was made for other images than this pipeline generates.
         """
-        found = self.get_block_state(state)
-        found.safety_costs = found.unsafe_content_detected = found.category_costs = found.safety_report = None
-        if found.output_type == "latent":
+        block_state = self.get_block_state(state)
+        report = None
+        if block_state.output_type == "latent":
             warnings.warn(NOT_IMAGES, stacklevel=2)
         else:
-            report = self.guard(found.images, domain=pipeline_domain(components))
-            found.images, report = self.guard.apply_block(found.images, report)
-            found.safety_costs, found.unsafe_content_detected = report.costs, report.flagged
-            found.category_costs, found.safety_report = report.category_costs, report
-        self.set_block_state(state, found)
+            report = self.guard(block_state.images, domain=pipeline_domain(components))
+            block_state.images, report = self.guard.apply_block(block_state.images, report)
+        block_state.safety_costs = None if report is None else report.costs
+        block_state.unsafe_content_detected = None if report is None else report.flagged
+        block_state.category_costs = None if report is None else report.category_costs
+        block_state.safety_report = report
+        self.set_block_state(state, block_state)
         return components, state
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ class SPOSafetyChecker:
 
     Args:
         guard: scores the images.
-        domain: the kind of image that the pipeline draws.
+        domain: the kind of image that the pipeline generates.
 
     Attributes:
         last_report: what the guard said about the images of the latest call, with costs and overlays; None before.
@@ -47,9 +47,9 @@ class SPOSafetyChecker:
             The images and which are unsafe. An unsafe one comes back in [0, 1], because the pipeline takes only the
             others out of [-1, 1] afterwards; the others come back bit for bit.
         """
-        shown = (images * 0.5 + 0.5).clamp(0, 1) if isinstance(images, Tensor) else images
-        report = self.guard(shown)
-        blocked, self.last_report = self.guard.apply_block(shown, report)
+        pixels = (images * 0.5 + 0.5).clamp(0, 1) if isinstance(images, Tensor) else images
+        report = self.guard(pixels)
+        blocked, self.last_report = self.guard.apply_block(pixels, report)
         unsafe = [flag is not False for flag in report.flagged]
         if not any(unsafe):
             return images, unsafe

@@ -120,8 +120,8 @@ ADAPTERS: Kind[Any] = Kind(
 ADAPTER_GATES: Kind[AdapterGate] = Kind(
     "adapter gate",
     {
-        STICKER: Row("sticker/gates/reader.safetensors", domain=STICKER),
-        "sticker-size": Row("sticker/gates/size.safetensors", domain=STICKER),
+        STICKER: Row("sticker/gates/network.safetensors", domain=STICKER),
+        "sticker-norm": Row("sticker/gates/norm.safetensors", domain=STICKER),
     },
     accepts="a .safetensors file that `spo train-gate` wrote",
     read=_read_adapter_gate,

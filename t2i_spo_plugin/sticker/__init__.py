@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from t2i_spo_plugin.cost.vision import VisionCostModel
-    from t2i_spo_plugin.gating.schedule import AdapterGate
+    from t2i_spo_plugin.gating import AdapterGate
     from t2i_spo_plugin.guards.policy import Policy
     from t2i_spo_plugin.quality.normalise import QualityModel
 
@@ -91,19 +91,19 @@ def adapter_path(name: str) -> Path:
     return _part(f"adapters/{name}.safetensors")
 
 
-def gate_path(evidence: Literal["reader", "size"] = "reader") -> Path:
+def gate_path(score: Literal["network", "norm"] = "network") -> Path:
     """The file of an adapter gate for the bundled safety adapter ``spo`` at strength 1."""
-    return _part(f"gates/{evidence}.safetensors")
+    return _part(f"gates/{score}.safetensors")
 
 
-def load_adapter_gate(evidence: Literal["reader", "size"] = "reader") -> AdapterGate:
-    """An adapter gate for the bundled safety adapter: benign prompts are drawn by the base model itself.
+def load_adapter_gate(score: Literal["network", "norm"] = "network") -> AdapterGate:
+    """An adapter gate for the bundled safety adapter: benign images are the base model's own.
 
-    ``reader`` reads what the adapter would change, ``size`` only how much; the first finds more.
+    Its gate score comes from a gate network (`network`) or from the norm of the change (`norm`), which misses more.
     """
-    from t2i_spo_plugin.gating.gate_network import load_adapter_gate as load
+    from t2i_spo_plugin.gating import load_adapter_gate as load
 
-    return load(gate_path(evidence))
+    return load(gate_path(score))
 
 
 def prompt_rows(

@@ -19,12 +19,11 @@ from t2i_spo_plugin.cli.demo import DemoConfig
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.eval import EvalConfig
-from t2i_spo_plugin.gating.gate_network import save_adapter_gate
-from t2i_spo_plugin.gating.schedule import AdapterGate
+from t2i_spo_plugin.gating import AdapterGate, save_adapter_gate
 from t2i_spo_plugin.networks.backbone import MapClassifier
 from t2i_spo_plugin.options import find_config, read_options
 from t2i_spo_plugin.registry import load_policy
-from t2i_spo_plugin.training import ClosedLoopConfig, PairConfig, TrainConfig
+from t2i_spo_plugin.training import GateConfig, PairConfig, TrainConfig
 from t2i_spo_plugin.training.objectives import OBJECTIVE_OPTIONS, DPOOptions, SPOOptions
 from t2i_spo_plugin.training.objectives.terms import SFTTermOptions, TermOptions
 
@@ -132,7 +131,7 @@ def test_bundled_configurations_are_known_by_name():
     assert by_name == TrainConfig.from_yaml("sticker-spo.yaml", steps=500)
 
 
-@pytest.mark.parametrize("kind", [PairConfig, TrainConfig, ClosedLoopConfig, EvalConfig, DemoConfig])
+@pytest.mark.parametrize("kind", [PairConfig, TrainConfig, GateConfig, EvalConfig, DemoConfig])
 def test_every_option_of_every_command_is_explained(kind):
     kinds = [kind, *OBJECTIVE_OPTIONS.values()]
     while kinds:

@@ -13,7 +13,7 @@ import t2i_spo_plugin.sticker as sticker
 from t2i_spo_plugin import read_adapter
 from t2i_spo_plugin.comfy_nodes.patching import Stack
 from t2i_spo_plugin.comfy_nodes.steering import steer
-from t2i_spo_plugin.gating.schedule import FULL_WINDOW, AdapterGate, norm_score
+from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, norm_score
 
 
 SPO = "sticker demo: spo (bundled)"
@@ -92,19 +92,19 @@ def text_to_image(model: Any, clip: Any, vae: Any, size: int = 64) -> dict[str, 
     }
 
 
-class Seen:
-    """Stands where a reader stands: finds the size of the change, and keeps it."""
+class RecordedNorms:
+    """Stands where a gate network stands: scores the norm of the change, and records it."""
 
     def __init__(self) -> None:
-        self.sizes: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
 
-    def evidence(self, without: torch.Tensor, with_adapter: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(norm_score(without, with_adapter))
-        return self.sizes[-1]
+    def score(self, without: torch.Tensor, with_adapter: torch.Tensor) -> torch.Tensor:
+        self.norms.append(norm_score(without, with_adapter))
+        return self.norms[-1]
 
 
-def sizes(model: Any, stack: Stack, draw: Callable[[Any], Any]) -> torch.Tensor:
-    """The size of the change of each row of the first call of the model in `draw`, before anything is steered."""
-    seen = Seen()
-    draw(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, LOOK, seen))[0])
-    return seen.sizes[1]  # The first is of the check before the run.
+def norms(model: Any, stack: Stack, draw: Callable[[Any], Any]) -> torch.Tensor:
+    """The norm of the change of each row of the first call of the model in `draw`, before anything is steered."""
+    recorded = RecordedNorms()
+    draw(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, LOOK, recorded))[0])
+    return recorded.norms[1]  # The first is of the check before the run.

@@ -29,7 +29,7 @@ from t2i_spo_plugin import (
 from t2i_spo_plugin.adapters import Adapter
 from t2i_spo_plugin.adapters.comfyui import bypass_pairs
 from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters
-from t2i_spo_plugin.comfy_nodes.gate import SIZE
+from t2i_spo_plugin.comfy_nodes.gate import NORM
 from t2i_spo_plugin.comfy_nodes.patching import patched, weight_shapes
 
 
@@ -331,7 +331,7 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     assert {name.split(".")[0] for name in adapter.modules} == set(parts[: 2 + (family == "sdxl")])
     write_adapter(adapter, executor.base / "models" / "loras" / f"nodes-{family}.safetensors")
     chosen = {"adapter": f"nodes-{family}.safetensors", "strength": 1.0}
-    common = {"model": ["1", 0], "adapter": ["2", 2], "mode": "window", "evidence": SIZE}
+    common = {"model": ["1", 0], "adapter": ["2", 2], "mode": "window", "score": NORM}
     loader = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
         "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),

@@ -47,9 +47,9 @@ def draw(family, file="", strength=1.0, seed=0, steps=4, size=(64, 64), batch=2,
     return graph
 
 
-WINDOW = {"mode": "window", "evidence": "size of the change", "start": 0.0, "end": 1.0}
-CLOSED_LOOP = {**WINDOW, "mode": "adapter gate", "threshold": 0.0, "until": 0.5}
-WAYS = ({}, WINDOW, CLOSED_LOOP)
+WINDOW = {"mode": "window", "score": "norm of the change", "start": 0.0, "end": 1.0}
+GATED = {**WINDOW, "mode": "adapter gate", "threshold": 0.0, "until": 0.5}
+WAYS = ({}, WINDOW, GATED)
 
 
 def write(family, folder, components=("unet",)):
@@ -256,7 +256,7 @@ def test_after_all_that_can_happen_the_weights_are_those_of_the_file(executor, r
 
 
 def test_200_prompts_with_adapters_leave_nothing_behind(run_graph):
-    """Patched at a strength that changes, and steered, in turns in a window and in an adapter gate."""
+    """Patched at a strength that changes, and steered, in turns in a window and by an adapter gate."""
 
     def prompt(number):
         graph = draw("sd1", SPO, 0.1 + number / 200, number, 2, (32, 32), 1, **WAYS[1 + number % 2])
@@ -282,7 +282,7 @@ def saved(server, run):
     return load(server.view(run.ui["10"]["latents"][0]))["latent_tensor"]
 
 
-@pytest.mark.parametrize("steering", [{}, CLOSED_LOOP], ids=["patched", "steered"])
+@pytest.mark.parametrize("steering", [{}, GATED], ids=["patched", "steered"])
 def test_after_a_cancelled_prompt_the_next_one_is_drawn_as_ever(server, run_graph, steering):
     name, steps, seen = write("sd1", server.base / "models" / "loras"), 500, []
 

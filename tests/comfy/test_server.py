@@ -42,7 +42,7 @@ def everything():
     style = {"colour_map": "heat", "opacity": 0.6, "boxes": True, "labels": True}
     prompts = {"prompts": "a cup\na street", "safe_prompts": "a cup of tea\n", "reference": STICKER}
     merge = {"method": "svd", "rank": 8, "filename_prefix": "spo/merged"}
-    steering = {"mode": "window", "evidence": "size of the change", "start": 0.0, "end": 0.8}
+    steering = {"mode": "window", "score": "norm of the change", "start": 0.0, "end": 0.8}
     graph = text_to_image("sd1") | {
         "1": node("SPO_StickerDemoLoader"),
         "8": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=0.5),

@@ -10,15 +10,14 @@ import miniature
 import pytest
 import torch
 from running import node
-from sticker_runs import LOOK, Seen, sizes, spo_stack, start_noise, text_to_image
+from sticker_runs import LOOK, RecordedNorms, norms, spo_stack, start_noise, text_to_image
 from support.pipelines import random_adapter
 
 from t2i_spo_plugin import AdapterGate, ConfigError, convert_adapter
-from t2i_spo_plugin.comfy_nodes.gate import SIZE, as_in_diffusers
+from t2i_spo_plugin.comfy_nodes.gate import NORM, as_in_diffusers
 from t2i_spo_plugin.comfy_nodes.patching import architecture, patched
 from t2i_spo_plugin.comfy_nodes.steering import steer
-from t2i_spo_plugin.gating.gate_network import GateNetwork
-from t2i_spo_plugin.gating.schedule import FULL_WINDOW
+from t2i_spo_plugin.gating import FULL_WINDOW, GateNetwork
 from t2i_spo_plugin.pipelines.architecture import architecture_of
 
 
@@ -107,19 +106,19 @@ def test_stable_diffusion_2_predicts_v_as_in_diffusers(executor):
     torch.testing.assert_close(denoised, latents / scale**2 - sigma[0] / scale * expected, atol=tolerance * 3, rtol=0)
 
 
-def test_stable_diffusion_2_is_steered_by_a_reader(executor):
+def test_stable_diffusion_2_is_steered_by_a_gate_network(executor):
     model = miniature.load_unet("sd2")
     stack = [(random_adapter(miniature.pipeline("sd2")), 1.0)]
     base, full = (draw_unet(one, "sd2") for one in (model, steer(model, stack, FULL_WINDOW, None)[0]))
     assert (full - base).abs().max() > 1e-3
-    reader = GateNetwork(4).eval()
+    network = GateNetwork(4).eval()
     for threshold, wanted in ((1e6, base), (-1e6, full)):
-        loop = AdapterGate(threshold, LOOK, reader)
-        assert torch.equal(draw_unet(steer(model, stack, FULL_WINDOW, loop)[0], "sd2"), wanted)
+        gate = AdapterGate(threshold, LOOK, network)
+        assert torch.equal(draw_unet(steer(model, stack, FULL_WINDOW, gate)[0], "sd2"), wanted)
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])
-def test_it_looks_at_as_many_of_evenly_spaced_steps_as_in_diffusers(world, scheduler):
+def test_the_decision_window_has_as_many_evenly_spaced_steps_as_in_diffusers(world, scheduler):
     flux, adapter = miniature.load_transformer("flux"), random_adapter(miniature.pipeline("flux"))
     for model, stack, draw_some in (
         (world[0], spo_stack(), draw_sticker),
@@ -127,14 +126,14 @@ def test_it_looks_at_as_many_of_evenly_spaced_steps_as_in_diffusers(world, sched
     ):
         first = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, 25)[:5]
         for until, steps in ((0.04, 1), (0.08, 2), (0.12, 3)):
-            seen = Seen()
-            draw_some(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, until, seen))[0], first)
-            assert len(seen.sizes) == 1 + steps  # The first is of the check before the run.
+            recorded = RecordedNorms()
+            draw_some(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, until, recorded))[0], first)
+            assert len(recorded.norms) == 1 + steps  # The first is of the check before the run.
 
 
 @pytest.mark.parametrize("family", miniature.UNET_FAMILIES)
-def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, family):
-    path = executor.base / "models" / "loras" / f"loop-{family}.safetensors"
+def test_a_checkpoint_is_steered_by_the_norm_of_the_change(executor, run_graph, family):
+    path = executor.base / "models" / "loras" / fgated-{family}.safetensors"
     adapter = random_adapter(miniature.pipeline(family), components=("unet",), alpha=0.5)
     convert_adapter(adapter, path, "kohya")
 
@@ -145,7 +144,7 @@ def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, 
             "2": node("SPO_LoadAdapter", model=["1", 0], adapter=path.name, strength=1.0),
             "3": node(
                 "SPO_Steering",
-                **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "evidence": SIZE, "start": 0.0, "end": 1.0},
+                **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "score": NORM, "start": 0.0, "end": 1.0},
                 threshold=threshold,
             ),
         }
@@ -157,7 +156,7 @@ def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, 
     assert (full - base).abs().max() > 1e-3
     assert torch.equal(draw("3", threshold=10.0)[0], base) and torch.equal(draw("3", threshold=0.0)[0], full)
     # A threshold between the two images of the batch.
-    found = sizes(model, [(adapter, 1.0)], lambda steered: draw_unet(steered, family))
+    found = norms(model, [(adapter, 1.0)], lambda steered: draw_unet(steered, family))
     threshold = float(found.mean())
     drawn = draw_unet(steer(model, [(adapter, 1.0)], FULL_WINDOW, AdapterGate(threshold, LOOK))[0], family)
     assert [not torch.equal(*pair) for pair in zip(drawn, draw_unet(model, family), strict=True)] == (
@@ -174,13 +173,13 @@ def test_transformers_are_steered_as_they_are_patched(family):
     assert (expected - base).abs().max() > 0.05
     full = draw_transformer(steer(model, stack, FULL_WINDOW, None)[0])
     torch.testing.assert_close(full, expected, atol=2e-3, rtol=2e-3)
-    reader = GateNetwork(64 if family == "flux" else 16).eval()
+    network = GateNetwork(64 if family == "flux" else 16).eval()
     for threshold, wanted in ((1e6, base), (-1e6, full)):
-        for loop in (AdapterGate(threshold, LOOK), AdapterGate(threshold, LOOK, reader)):
-            assert torch.equal(draw_transformer(steer(model, stack, FULL_WINDOW, loop)[0]), wanted)
+        for gate in (AdapterGate(threshold, LOOK), AdapterGate(threshold, LOOK, network)):
+            assert torch.equal(draw_transformer(steer(model, stack, FULL_WINDOW, gate)[0]), wanted)
     with pytest.raises(ConfigError, match="belongs to another base model"):
         steer(model, stack, FULL_WINDOW, AdapterGate(0.0, LOOK, GateNetwork(8)))
-    found = sizes(model, stack, draw_transformer)
+    found = norms(model, stack, draw_transformer)
     drawn = draw_transformer(steer(model, stack, FULL_WINDOW, AdapterGate(float(found.mean()), LOOK))[0])
     assert [not torch.equal(*pair) for pair in zip(drawn, base, strict=True)] == (found >= found.mean()).tolist()
 

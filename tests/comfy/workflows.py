@@ -28,7 +28,7 @@ HARMFUL = "a noto sticker of a small skull on an orange background"
 SCENE = "a noto sticker of a small skull next to a house on a yellow background"
 BENIGN = "a noto sticker of a red apple on a blue background"
 SPO, STYLE = "sticker demo: spo (bundled)", "sticker demo: style (bundled)"
-STICKER, READER = "sticker (bundled)", "sticker demo: reader (bundled)"
+STICKER, GATE = "sticker (bundled)", "sticker demo: network (bundled)"
 
 Node = dict[str, Any]
 """`id` within the workflow, `type`, `title`, `widgets` by name, `inputs` as name -> (id, output), `size`."""
@@ -121,11 +121,11 @@ cuts to a rank, and the text says what that costs. Move the file to the *loras* 
 *SPO Steering* applies it at once, in all steps.
 """,
     "steering": """
-## The adapter only where it is needed
+## The adapter only for unsafe images
 
-In a **adapter gate**, *SPO Steering* asks the model twice in the first step, without and with the adapter, and
-reads from the difference whether the image needs it. The harmless image below is the model's own, bit for
-bit; the other is drawn with the adapter.
+With **adapter gate**, *SPO Steering* runs the model twice in the first step, without and with the adapter, and
+computes the gate score from the difference. The harmless image below is the model's own, bit for bit; the
+other is generated with the adapter.
 
 With **window** the adapter is on in a part of the steps instead.
 """,
@@ -275,7 +275,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
         [
             load_adapter(),
             node(
-                *("steering", "SPO_Steering", "", (340, 200), {"mode": "adapter gate", "evidence": READER}),
+                *("steering", "SPO_Steering", "", (340, 200), {"mode": "adapter gate", "score": GATE}),
                 model=("demo", "model"),
                 adapter=("adapter", "adapter"),
             ),

@@ -22,9 +22,10 @@ from support.cost_models import ColourCost, colour_policy
 from support.pipelines import SIZE, base_image, draw, fresh, images, random_adapter
 
 from t2i_spo_plugin.errors import AdapterError, ConfigError, DomainError, NotScoredError, PipelineError
-from t2i_spo_plugin.gating.schedule import first_progress, in_window
+from t2i_spo_plugin.gating.schedule import in_window
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.pipelines.mixin import SPOLoraLoaderMixin, enable_spo, spo_pipeline_class
+from t2i_spo_plugin.pipelines.step_control import first_progress
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, UMT5Config, UMT5EncoderM
 
 from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.errors import IncompatibleAdapterError, PipelineError
-from t2i_spo_plugin.gating.schedule import AdapterGate
+from t2i_spo_plugin.gating import AdapterGate
 from t2i_spo_plugin.pipelines.architecture import architecture_of, prediction_type_of
 from t2i_spo_plugin.pipelines.loading import spo_adapters
 from t2i_spo_plugin.pipelines.lora_layers import strengths_in_force
@@ -101,7 +101,7 @@ def test_a_window_over_two_denoisers(wan):
     assert not torch.equal(early, second) and not torch.equal(early, frames(wan))
 
 
-def test_a_adapter_gate_over_two_denoisers(wan):
+def test_an_adapter_gate_works_over_two_denoisers(wan):
     both = random_adapter(wan, components=("transformer", "transformer_2"))
     options = {"num_frames": 1, "max_sequence_length": 16, "num_inference_steps": 4}
     prompts = ["a sunny street", "a knife on a table"]
@@ -114,12 +114,12 @@ def test_a_adapter_gate_over_two_denoisers(wan):
 
     base = torch.from_numpy(draw(wan, prompts, **options).frames)
     report, drawn = film(1e9)
-    assert report.steered == [False, False] and torch.equal(drawn, base)
-    report, drawn = film(float(report.evidence.mean()))
-    assert sorted(report.steered) == [False, True] and not torch.equal(drawn, base)
-    # An adapter of the later denoiser alone is never looked at, and so always used.
+    assert report.gated_on == [False, False] and torch.equal(drawn, base)
+    report, drawn = film(float(report.scores.mean()))
+    assert sorted(report.gated_on) == [False, True] and not torch.equal(drawn, base)
+    # An adapter of the later denoiser alone is never scored, and so always on.
     report, _ = film(1e9, random_adapter(wan, components=("transformer_2",)))
-    assert report.steered == [True, True]
+    assert report.gated_on == [True, True]
 
 
 # Stable Diffusion 2

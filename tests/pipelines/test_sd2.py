@@ -12,7 +12,8 @@ from t2i_spo_plugin.adapters.extract import extract_adapter
 from t2i_spo_plugin.adapters.layouts import LAYOUTS, encode
 from t2i_spo_plugin.adapters.merging import merge_adapters
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
-from t2i_spo_plugin.pipelines.loading import architecture_of, load_spo_lora
+from t2i_spo_plugin.pipelines.architecture import architecture_of
+from t2i_spo_plugin.pipelines.loading import load_spo_lora
 
 
 PREDICTIONS = ("epsilon", "v_prediction")

@@ -141,7 +141,7 @@ def test_the_adapter_gate_tells_harmful_prompts_from_benign_ones():
     pipe.unload_spo_lora()
     pipe.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_adapter_gate())
     out = draw()
-    assert sum(out.gate_report.steered[:8]) == 8
-    assert sum(out.gate_report.steered[8:]) <= 4
-    for number, steered in enumerate(out.gate_report.steered):
+    assert sum(out.gate_report.gated_on[:8]) == 8
+    assert sum(out.gate_report.gated_on[8:]) <= 4
+    for number, steered in enumerate(out.gate_report.gated_on):
         assert torch.equal(out.images[number], (constant if steered else base)[number])

@@ -1,7 +1,7 @@
-"""What an adapter gate costs: benign and harmful prompts with it, against plain drawing, interleaved in one process.
+"""What an adapter gate costs: benign and harmful prompts with it and without, interleaved in one process.
 
-A benign image costs the base model's steps and the second look; a harmful one costs what the adapter costs at
-constant strength, and the look. Uses the bundled sticker models.
+A benign image costs the base model's steps and the second run in the decision window; a harmful one costs what the
+adapter costs at constant strength, and that second run. Uses the bundled sticker models.
 
     python benchmarks/bench_adapter_gate.py [--rounds 7] [--steps 25] [--batch 4]
 """
@@ -25,39 +25,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
-    loop = sticker.load_adapter_gate()
+    gate = sticker.load_adapter_gate()
     plain = enable_spo(sticker.load_pipeline())
-    constant, looped = enable_spo(sticker.load_pipeline()), enable_spo(sticker.load_pipeline())
+    constant, gated = enable_spo(sticker.load_pipeline()), enable_spo(sticker.load_pipeline())
     constant.load_spo_lora(sticker.adapter_path("spo"))
-    looped.load_spo_lora(sticker.adapter_path("spo"), steering=loop)
+    gated.load_spo_lora(sticker.adapter_path("spo"), steering=gate)
 
-    def draw(pipe: Any, kind: str) -> Any:
+    def generate(pipe: Any, kind: str) -> Any:
         rows = sticker.prompt_rows(kind, options.batch)  # type: ignore[arg-type]
         seeds = [torch.Generator().manual_seed(row.seed) for row in rows]
         return pipe([row.prompt for row in rows], generator=seeds, num_inference_steps=options.steps)
 
     ways = {
         "benign, plain": (plain, "benign"),
-        "benign, adapter gate": (looped, "benign"),
+        "benign, adapter gate": (gated, "benign"),
         "harmful, constant strength": (constant, "harmful"),
-        "harmful, adapter gate": (looped, "harmful"),
+        "harmful, adapter gate": (gated, "harmful"),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    used: dict[str, Sequence[bool]] = {}
+    gated_on: dict[str, Sequence[bool]] = {}
     for number in range(options.rounds + 1):
         for name, (pipe, kind) in ways.items():
             start = time.perf_counter()
-            out = draw(pipe, kind)
+            out = generate(pipe, kind)
             if number:
                 times[name].append(time.perf_counter() - start)
             if out.gate_report is not None:
-                used[name] = out.gate_report.steered
+                gated_on[name] = out.gate_report.gated_on
     print(f"{options.batch} images, {options.steps} steps, median of {options.rounds} rounds")
     names = list(ways)
     for name, other in zip(names, (names[0], names[0], names[2], names[2]), strict=True):
-        ratio = statistics.median(own / ref for own, ref in zip(times[name], times[other], strict=True))
-        told = f"   adapter used for {sum(used[name])} of {options.batch}" if name in used else ""
-        print(f"{name:<28}{statistics.median(times[name]):8.3f} s   {ratio:6.3f} x {other}{told}")
+        ratio = statistics.median(
+            value / reference for value, reference in zip(times[name], times[other], strict=True)
+        )
+        note = f"   gated on {sum(gated_on[name])} of {options.batch}" if name in gated_on else ""
+        print(f"{name:<28}{statistics.median(times[name]):8.3f} s   {ratio:6.3f} x {other}{note}")
 
 
 if __name__ == "__main__":
