@@ -133,7 +133,7 @@ def test_the_decision_window_has_as_many_evenly_spaced_steps_as_in_diffusers(wor
 
 @pytest.mark.parametrize("family", miniature.UNET_FAMILIES)
 def test_a_checkpoint_is_steered_by_the_norm_of_the_change(executor, run_graph, family):
-    path = executor.base / "models" / "loras" / fgated-{family}.safetensors"
+    path = executor.base / "models" / "loras" / f"gated-{family}.safetensors"
     adapter = random_adapter(miniature.pipeline(family), components=("unet",), alpha=0.5)
     convert_adapter(adapter, path, "kohya")
 

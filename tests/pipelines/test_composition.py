@@ -70,12 +70,12 @@ def test_one_after_the_other_rounds_differently_at_most(family, pipe):
 
 def test_the_sum_is_that_of_the_merged_adapter(family, pipe):
     safety, style = safety_and_style(pipe)
-    made = compose(pipe, [(safety, 0.8), (style, 0.5)])
+    composition = compose(pipe, [(safety, 0.8), (style, 0.5)])
     both = images(pipe)
     other = fresh(family)
     load_spo_lora(other, merge_adapters([safety, style], [0.8, 0.5]).adapter)
     assert largest_difference(images(other), both) < 1e-5
-    assert made.load.strengths == pytest.approx({"safety": 0.8, "style": 0.5})
+    assert composition.combined.strengths == pytest.approx({"safety": 0.8, "style": 0.5})
 
 
 def test_fused_equals_side_by_side(family, pipe):
@@ -96,9 +96,9 @@ def test_files_are_named_after_themselves_and_come_off_one_by_one(family, pipe, 
         write_adapter(safety, tmp_path / "safety.safetensors"),
         write_adapter(style, tmp_path / "my style.safetensors"),
     ]
-    made = compose(pipe, {files[0]: 0.5, str(files[1]): 0.25})
-    assert set(made.adapters) == {"safety", "my_style"} == set(spo_adapters(pipe))
-    assert made.adapters["my_style"].source == "my style.safetensors"
+    composition = compose(pipe, {files[0]: 0.5, str(files[1]): 0.25})
+    assert set(composition.adapters) == {"safety", "my_style"} == set(spo_adapters(pipe))
+    assert composition.adapters["my_style"].source == "my style.safetensors"
     unload_spo_lora(pipe, "my_style")
     alone = fresh(family)
     load_spo_lora(alone, files[0], 0.5)
@@ -112,12 +112,12 @@ def test_files_are_named_after_themselves_and_come_off_one_by_one(family, pipe, 
 def test_adapters_from_before_stay_as_they_are(sd1):
     load_spo_lora(sd1, random_adapter(sd1, seed=5, title="style"), 0.4, adapter_name="style")
     safety, style = safety_and_style(sd1)
-    made = compose(sd1, [safety, (style, 0.5)])
-    assert set(made.adapters) == {"safety", "style_2"}
+    composition = compose(sd1, [safety, (style, 0.5)])
+    assert set(composition.adapters) == {"safety", "style_2"}
     assert {name: one.strength for name, one in spo_adapters(sd1).items()} == pytest.approx(
         {"style": 0.4, "safety": 1.0, "style_2": 0.5}
     )
-    assert made.load.strengths.keys() == {"style", "safety", "style_2"}
+    assert composition.combined.strengths.keys() == {"style", "safety", "style_2"}
 
 
 @pytest.mark.parametrize("bad", ["nan", "family", "missing", "strength", "twice"])
@@ -144,7 +144,7 @@ def test_nothing_to_compose_is_refused(sd1):
     assert combined_strength(sd1) == CombinedStrength({}, 0.0, 0.0)
 
 
-def test_load_counts_what_is_shared_and_what_is_not(sd1):
+def test_combined_strength_counts_what_is_shared_and_what_is_not(sd1):
     """Parallel changes add up, unrelated ones add like the sides of a right angle, halves of one make one."""
     safety, _ = safety_and_style(sd1)
     twice = scaled(safety, 0.999)
@@ -159,7 +159,7 @@ def test_load_counts_what_is_shared_and_what_is_not(sd1):
 
 
 def adapter_load_of(adapters):
-    return compose(fresh("sd1"), adapters).load
+    return compose(fresh("sd1"), adapters).combined
 
 
 def test_loras_loaded_by_other_means_count(sd1):
@@ -168,27 +168,27 @@ def test_loras_loaded_by_other_means_count(sd1):
     assert combined_strength(sd1).strengths == pytest.approx({"foreign": 1.0})
     assert combined_strength(sd1).value == pytest.approx(1.0)
     safety, _ = safety_and_style(sd1)
-    assert compose(sd1, [(safety, 0.2)]).load.strengths == pytest.approx({"foreign": 1.0, "safety": 0.2})
+    assert compose(sd1, [(safety, 0.2)]).combined.strengths == pytest.approx({"foreign": 1.0, "safety": 0.2})
 
 
 def test_change_is_relative_to_the_base_weights(sd1):
     safety, _ = safety_and_style(sd1)
-    load = compose(sd1, [safety]).load
+    combined = compose(sd1, [safety]).combined
     weights = dict(fresh("sd1").unet.named_parameters())
     names = [f"{name.removeprefix('unet.')}.weight" for name in safety.modules]
     base = torch.cat([weights[name].detach().flatten() for name in names]).norm()
     moved = torch.cat([pair.delta().flatten() for pair in safety.modules.values()]).norm()
-    assert load.change == pytest.approx(float(moved / base), rel=1e-5)
+    assert combined.change == pytest.approx(float(moved / base), rel=1e-5)
 
 
 def test_too_much_warns_and_enough_does_not(sd1):
     safety, _ = safety_and_style(sd1)
     almost = scaled(safety, 0.999)
-    with pytest.warns(UserWarning, match="over-strong.*lower the strengths"):
-        assert compose(sd1, [(safety, 0.9), (almost, 0.8)]).load.is_over_strong
+    with pytest.warns(UserWarning, match="combined strength.*lower the strengths"):
+        assert compose(sd1, [(safety, 0.9), (almost, 0.8)]).combined.is_over_strong
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not compose(fresh("sd1"), [(safety, 0.8), (almost, 0.6)]).load.is_over_strong
+        assert not compose(fresh("sd1"), [(safety, 0.8), (almost, 0.6)]).combined.is_over_strong
     assert 1.4 < MAX_COMBINED_STRENGTH < 1.7
 
 

@@ -7,7 +7,7 @@ from support.pipelines import TWO_FAMILIES, base_image, denoiser, fresh, images,
 
 from t2i_spo_plugin.adapters import Adapter, write_adapter
 from t2i_spo_plugin.errors import AdapterError
-from t2i_spo_plugin.pipelines import loading
+from t2i_spo_plugin.pipelines import loaded
 from t2i_spo_plugin.pipelines.loading import adapter_of, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 from t2i_spo_plugin.pipelines.lora_layers import tuner_layers
 from t2i_spo_plugin.pipelines.mixin import enable_spo
@@ -132,7 +132,7 @@ def test_a_failure_in_the_middle_brings_the_old_one_back(error, sd1, monkeypatch
     parts = ("unet", "text_encoder")
     load_spo_lora(sd1, random_adapter(sd1, components=parts), strength={"unet.mid_block": 0.3})
     drawn, before, record = images(sd1), state_of(sd1), spo_adapters(sd1)
-    exchange, calls = loading.exchange, []
+    exchange, calls = loaded.exchange, []
 
     def failing(*args):
         exchange(*args)
@@ -140,7 +140,7 @@ def test_a_failure_in_the_middle_brings_the_old_one_back(error, sd1, monkeypatch
         if len(calls) == 2:
             raise error("out of memory")
 
-    monkeypatch.setattr(loading, "exchange", failing)
+    monkeypatch.setattr(loaded, "exchange", failing)
     with pytest.raises(AdapterError if error is RuntimeError else error, match="out of memory"):
         load_spo_lora(sd1, random_adapter(sd1, components=parts, seed=3, alpha=9.0), hotswap=True)
     assert len(calls) == 4

@@ -9,7 +9,7 @@ from support.pipelines import base_image, denoiser, fresh, images, random_adapte
 
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, write_adapter
 from t2i_spo_plugin.errors import AdapterError, ConfigError, IncompatibleAdapterError, PipelineError
-from t2i_spo_plugin.pipelines import loading
+from t2i_spo_plugin.pipelines import loaded
 from t2i_spo_plugin.pipelines.architecture import (
     architecture_of,
     base_fingerprint,
@@ -310,14 +310,14 @@ def test_a_file_of_another_family_is_refused(made_for, sd1, tmp_path):
 def test_a_failure_in_the_middle_is_undone(sd1, tmp_path, monkeypatch):
     styled = with_style(sd1, tmp_path)
     before = state_of(sd1)
-    attach = loading.attach
+    attach = loaded.attach
 
     def failing(pipe, component, *rest):
         attach(pipe, component, *rest)
         if component == "text_encoder":
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loading, "attach", failing)
+    monkeypatch.setattr(loaded, "attach", failing)
     adapter = random_adapter(sd1, components=("text_encoder", "unet"))
     with pytest.raises(AdapterError, match="as it was: out of memory"):
         load_spo_lora(sd1, adapter)
