@@ -6,6 +6,7 @@
 #   make comfy-test  the tests against ComfyUI itself; COMFY="0.30.0" chooses versions (gigabytes and minutes, once)
 #   make bench     the benchmarks, as ratios within one run
 #   make docs     the documentation as a site, in build/site
+#   make mutants    plants faults one at a time and counts those that the tests see (hours); FILES="..." chooses
 #   make sticker   rebuilds every bundled artefact of the sticker world (hours)
 PYTHON ?= python3
 JOBS ?= 2
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.stamp
 DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test comfy-env comfy-test versions quality format docs bench sticker clean
+.PHONY: help demo test comfy-env comfy-test versions quality format docs bench mutants sticker clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -109,6 +110,11 @@ sticker: $(STAMP)
 	$(BIN)/python -m t2i_spo_plugin.experiments.gating --out runs/steering
 	cp runs/steering/steering.json $(STICKER)/steering.json
 	$(BIN)/python -m t2i_spo_plugin.experiments.ideal_systems > $(STICKER)/ideal.json
+
+# Which faults, files and tests: tests/mutants. What is found is kept, so a run that was stopped goes on where it was.
+FILES ?=
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py $(FILES) --jobs $(JOBS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.metrics.scores import Half, ScoreMetadata, ScoreSummary, summarise
+from t2i_spo_plugin.metrics.scores import Half
+from t2i_spo_plugin.metrics.summary import ScoreMetadata, ScoreSummary, summarise
 
 from .report import SafetyReport
 

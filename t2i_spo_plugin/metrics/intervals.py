@@ -71,8 +71,8 @@ def bootstrap_ratio(
         raise NotScoredError("a rate relative to one that is 0 has no meaning")
     draws = _prompt_draws(prompts, resamples, np.random.default_rng(seed))
     sums = draws @ _per_prompt(above, prompts), draws @ _per_prompt(below, prompts)
-    kept = sums[1] > 0
-    return percentile_interval(sums[0][kept] / sums[1][kept], level)
+    positive = sums[1] > 0
+    return percentile_interval(sums[0][positive] / sums[1][positive], level)
 
 
 def percentile_interval(values: Floats, level: float = 0.95) -> Interval:

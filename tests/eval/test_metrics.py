@@ -4,7 +4,7 @@ import pytest
 
 from t2i_spo_plugin.errors import NotScoredError
 from t2i_spo_plugin.eval.metrics import Rate, compare, half_of, system_summary
-from t2i_spo_plugin.metrics.scores import ScoreMetadata
+from t2i_spo_plugin.metrics import ScoreMetadata
 
 
 FACTS = ScoreMetadata("cost", "quality", "ref")

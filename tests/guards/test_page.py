@@ -11,7 +11,7 @@ from support.cost_models import ColourCost, colour_policy
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.page import safety_content, safety_page
 from t2i_spo_plugin.guards.policy import Category, Policy
-from t2i_spo_plugin.metrics.scores import Half, ScoreMetadata, summarise
+from t2i_spo_plugin.metrics import Half, ScoreMetadata, summarise
 
 
 HOSTILE = "</pre><script>alert(1)</script>\"'&"

@@ -9,7 +9,7 @@ from support.cost_models import ColourCost, colour_policy
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.uascore import read_prompts, summarise_images
-from t2i_spo_plugin.metrics.scores import ScoreMetadata, uascore
+from t2i_spo_plugin.metrics import ScoreMetadata, uascore
 
 
 FACTS = ScoreMetadata("cost/1", "quality/1", "abc123", policy="colour")

@@ -192,7 +192,6 @@ class _Finder(ast.NodeVisitor):
         self._body(node.orelse)
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        self._condition(node.test, never=False)
         self.replace(node, node.body)
         self.replace(node, node.orelse)
         self.generic_visit(node)

@@ -25,12 +25,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from threading import Lock
 
 import yaml
 from faults import Fault, faults_of
@@ -41,6 +38,8 @@ HERE = Path(__file__).resolve().parent
 COPIED = ("t2i_spo_plugin", "training", "eval", "comfy_nodes", "tests", "pyproject.toml")
 LIBRARIES = ("pytest", "hypothesis", "torch", "numpy", "safetensors.torch", "pyarrow.parquet", "diffusers", "peft")
 CAUGHT, SURVIVED, TIMED_OUT = "caught", "survived", "timed out"
+NO_TESTS, NO_VERDICT = 5, 99
+"""Exit codes: pytest's, and ours."""
 
 
 @dataclass(frozen=True)
@@ -95,48 +94,62 @@ class Tree:
 
         compileall.compile_dir(str(self.folder), quiet=2, workers=1)
 
-    @contextlib.contextmanager
-    def planted(self, source: str, text: str) -> Iterator[None]:
-        """`source` reads `text` inside the block."""
+    def write(self, source: str, text: str) -> None:
+        """Let `source` read `text`."""
         path = self.folder / source
-        before = path.read_bytes()
-        cached = path.parent / "__pycache__"
-        for file in cached.glob(f"{path.stem}.*.pyc"):
+        for file in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
             file.unlink()
         path.write_text(text, encoding="utf-8")
-        try:
-            yield
-        finally:
-            path.write_bytes(before)
 
-    def run(self, tests: Sequence[str], timeout: float) -> tuple[str, float]:
-        """`caught`, `survived` or `timed out`, and the seconds that it took.
-
-        Raises:
-            RuntimeError: no test ran.
-        """
-        start = time.monotonic()
+    def start(self, tests: Sequence[str]) -> Run:
+        """Run the tests of this tree in a process of their own."""
         child = os.fork()
         if child == 0:
-            os.setsid()
-            code = 3
+            code = NO_VERDICT
             try:
+                os.setsid()
                 code = _run_tests(self.folder, tests)
             finally:
                 os._exit(code)
-        while time.monotonic() - start < timeout:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                if code in (4, 5):
-                    raise RuntimeError(
-                        f"pytest found no tests in {', '.join(tests)}; see {self.folder / 'output.txt'}"
-                    )
-                return (SURVIVED if code == 0 else CAUGHT), time.monotonic() - start
-            time.sleep(0.02)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return TIMED_OUT, time.monotonic() - start
+        return Run(child, self.folder)
+
+
+class Run:
+    """Tests that run in a process of their own."""
+
+    def __init__(self, process: int, folder: Path) -> None:
+        self.process, self.folder = process, folder
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.start
+
+    def outcome(self, timeout: float) -> str | None:
+        """`caught`, `survived` or `timed out`; None while it goes on.
+
+        Raises:
+            RuntimeError: no test ran, or they ran on another copy of the package.
+        """
+        ended, status = os.waitpid(self.process, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code in (NO_TESTS, NO_VERDICT):
+                output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+                raise RuntimeError(f"the tests did not run in {self.folder}\n{output}")
+            return SURVIVED if code == 0 else CAUGHT
+        if self.seconds < timeout:
+            return None
+        self.kill()
+        return TIMED_OUT
+
+    def kill(self) -> None:
+        """End it and everything that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.process, 0)
 
 
 def _run_tests(folder: Path, tests: Sequence[str]) -> int:
@@ -145,7 +158,7 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> int:
     with open("output.txt", "wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.environ["PYTHONPATH"] = str(folder)
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     sys.path[:] = [str(folder)] + [path for path in sys.path if path not in (str(ROOT), str(HERE), "")]
     import pytest
@@ -154,7 +167,7 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> int:
     code = int(pytest.main([*options, *tests]))
     package = sys.modules.get("t2i_spo_plugin")
     if package is not None and not str(package.__file__).startswith(str(folder)):
-        return 4  # the tests ran on another copy of the package, and prove nothing
+        return NO_VERDICT  # the tests ran on another copy of the package, and prove nothing
     return code
 
 
@@ -164,7 +177,6 @@ class Session:
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         self.results: dict[tuple[str, str], Result] = {}
-        self.lock = Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)
@@ -176,10 +188,9 @@ class Session:
 
     def add(self, result: Result) -> None:
         """Keep `result` at once."""
-        with self.lock:
-            self.results[result.source, result.fault] = result
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(result)) + "\n")
+        self.results[result.source, result.fault] = result
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(result)) + "\n")
 
     def known(self, target: Target, fault: Fault, source_digest: str, tests_digest: str) -> Result | None:
         """What still holds: the source is the same, and so are the tests or they caught the fault before."""
@@ -189,8 +200,17 @@ class Session:
         return result if result.outcome != SURVIVED or result.tests_digest == tests_digest else None
 
 
-def examine(target: Target, trees: Sequence[Tree], session: Session, root: Path = ROOT) -> list[Result]:
+def examine(
+    target: Target, trees: Sequence[Tree], session: Session, root: Path = ROOT, grace: float = 10.0
+) -> list[Result]:
     """Plant every fault of the target, several at once where there are several trees.
+
+    Args:
+        target: the file and its tests.
+        trees: copies of `root` to plant faults in.
+        session: keeps the results, and knows those of earlier runs.
+        root: of the working tree.
+        grace: seconds beyond four times those of the tests without a fault, after which a fault is timed out.
 
     Raises:
         RuntimeError: the tests fail without any fault, or there are none.
@@ -201,31 +221,39 @@ def examine(target: Target, trees: Sequence[Tree], session: Session, root: Path 
     known = {fault.name: session.known(target, fault, *digests) for fault in faults}
     todo = [fault for fault in faults if known[fault.name] is None]
     if todo:
-        outcome, seconds = trees[0].run(target.tests, 3600.0)
-        if outcome != SURVIVED:
-            output = (trees[0].folder / "output.txt").read_text(encoding="utf-8")
-            raise RuntimeError(f"{target.source}: its tests fail without any fault\n{output}")
-        # Three seconds of grace and the whole again three times: a fault that loops for ever is caught by it.
-        timeout = 4.0 * seconds + 10.0
-        free: Queue[Tree] = Queue()
+        # A fault that loops for ever is caught by it.
+        timeout = 4.0 * _seconds_without_a_fault(target, trees[0]) + grace
+        print(f"{target.source}: {len(todo)} of {len(faults)} faults", flush=True)
+    running: dict[Tree, tuple[Fault, Run]] = {}
+    try:
+        while todo or running:
+            for tree in [tree for tree in trees if tree not in running][: len(todo)]:
+                fault = todo.pop(0)
+                tree.write(target.source, fault.plant(text))
+                running[tree] = fault, tree.start(target.tests)
+            for tree, (fault, run) in list(running.items()):
+                if (outcome := run.outcome(timeout)) is not None:
+                    del running[tree]
+                    session.add(Result(target.source, fault.name, fault.line, outcome, *digests))
+                    if outcome == SURVIVED:
+                        print(f"  line {fault.line}, survived: {fault.name}", flush=True)
+            time.sleep(0.02)
+    finally:
+        for _, run in running.values():
+            run.kill()
         for tree in trees:
-            free.put(tree)
-
-        def plant(fault: Fault) -> None:
-            tree = free.get()
-            try:
-                with tree.planted(target.source, fault.plant(text)):
-                    outcome, spent = tree.run(target.tests, timeout)
-            finally:
-                free.put(tree)
-            session.add(Result(target.source, fault.name, fault.line, outcome, *digests))
-            if outcome == SURVIVED:
-                print(f"  {target.source}:{fault.line}: survived: {fault.name}", flush=True)
-
-        print(f"{target.source}: {len(todo)} of {len(faults)} faults, {seconds:.1f} s each at most", flush=True)
-        with ThreadPoolExecutor(len(trees)) as pool:
-            list(pool.map(plant, todo))
+            tree.write(target.source, text)
     return [session.results[target.source, fault.name] for fault in faults]
+
+
+def _seconds_without_a_fault(target: Target, tree: Tree) -> float:
+    run = tree.start(target.tests)
+    while (outcome := run.outcome(3600.0)) is None:
+        time.sleep(0.02)
+    if outcome != SURVIVED:
+        output = (tree.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"{target.source}: its tests fail without any fault\n{output}")
+    return run.seconds
 
 
 def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str]]) -> str:
