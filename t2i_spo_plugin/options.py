@@ -162,11 +162,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, got {type(content).__name__}")
+        raise ConfigError(f"{path}: expected a mapping, got {type(content).__name__}")
     return content
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.errors import PolicyError
+from t2i_spo_plugin.errors import ConfigError, PolicyError
 from t2i_spo_plugin.metrics import UNSAFE_COST
+from t2i_spo_plugin.options import read_mapping
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,10 @@ class Policy:
         Raises:
             PolicyError: the file is missing, is not YAML, or says something a policy does not have.
         """
-        import yaml
-
-        path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PolicyError(f"cannot read the policy {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is not a YAML file: {error}") from error
-        content = _checked_mapping(content, {"name", "domain", "categories"}, str(path))
+            content = _checked_mapping(read_mapping(path), {"name", "domain", "categories"}, str(path))
+        except ConfigError as error:
+            raise PolicyError(str(error)) from error
         rows = content.get("categories")
         if not isinstance(rows, list):
             raise PolicyError(f"{path}: categories must be a list, got {rows!r}")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -42,6 +44,8 @@ def build_pairs(
 ) -> Path:
     """Generate candidates, judge and pair them; returns the folder of the table. Existing shards are not built again.
 
+    Processes that `accelerate launch` starts (with `--cpu` where there is no accelerator) share the missing shards.
+
     Args:
         config: see `PairConfig`.
         pipe: a loaded pipeline instead of the one that `config` names.
@@ -60,11 +64,13 @@ def build_pairs(
         rows = load_prompts(config.prompts, counts, config.split, config.seed)
     rows = _mixed(drop_minors(rows)[0])
     shards = [rows[start : start + config.shard_size] for start in range(0, len(rows), config.shard_size)]
-    todo = [
-        (number, shard)
-        for number, shard in enumerate(shards)
-        if number % config.shard_count == config.shard_index and not _shard_file(output, number).is_file()
-    ]
+    missing = [(number, shard) for number, shard in enumerate(shards) if not _shard_file(output, number).is_file()]
+    # Every process must have seen the same shards missing before the first of them writes one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state.wait_for_everyone()
+    with state.split_between_processes(missing) as part:
+        # Older versions give the last item to processes that there is none left for.
+        todo = part if state.process_index < len(missing) else []
     if todo:
         if pipe is None:
             pipe = load_pipeline(config.pipeline)
@@ -72,7 +78,9 @@ def build_pairs(
         quality = quality or load_quality_model(config.quality_model)
         for number, shard in tqdm(todo, desc="pairs", unit="shard", disable=not config.progress):
             _build_shard(number, shard, config, pipe, guard, quality)
-    _write_counts(output, len(shards))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write_counts(output, len(shards))
     return output
 
 
@@ -160,7 +168,7 @@ def _shard_file(output: Path, number: int) -> Path:
 
 
 def _claim(output: Path, config: PairConfig) -> None:
-    skipped = ("output", "keep_images", "progress", "shard_index", "shard_count", "batch_size")
+    skipped = ("output", "keep_images", "progress", "batch_size")
     now = {key: value for key, value in asdict(config).items() if key not in skipped}
     path = output / "settings.json"
     if path.is_file():

@@ -63,8 +63,6 @@ class PairConfig:
         shard_size: prompts to a shard; at most one shard is lost when the process is killed.
         keep_images: keep the candidates after a shard is written.
         progress: show bars.
-        shard_index: of this process among `shard_count`.
-        shard_count: processes that run at once; each makes every shard_count-th shard.
     """
 
     configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
@@ -98,8 +96,6 @@ class PairConfig:
     shard_size: int = 64
     keep_images: bool = False
     progress: bool = True
-    shard_index: int = 0
-    shard_count: int = 1
 
     def __post_init__(self) -> None:
         for name in ("harmful", "benign", "lookalike"):
@@ -113,7 +109,6 @@ class PairConfig:
             "max_completions",
             "max_pairs",
             "shard_size",
-            "shard_count",
         )
         for name in counts:
             check_range(name, getattr(self, name), 1, whole=True)
@@ -121,7 +116,6 @@ class PairConfig:
             check_range(name, getattr(self, name), 0.0, 1.0)
         if self.degraded_steps is not None:
             check_range("degraded_steps", self.degraded_steps, 1, whole=True)
-        check_range("shard_index", self.shard_index, 0, self.shard_count - 1, whole=True)
 
     @property
     def degraded(self) -> bool:
