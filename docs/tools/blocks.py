@@ -1,4 +1,4 @@
-"""Fills the parts of pages that are made from files of the repository: tables of results, the table of layers.
+"""Fills the parts of pages that are made from files of the repository: tables of results, of layers and of options.
 
     python docs/tools/blocks.py           writes them
     python docs/tools/blocks.py --check   changes nothing and fails when one is out of date
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import architecture
+import options
 import results
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/results.md", "docs/architecture.md")
-BLOCKS: dict[str, Callable[[], str]] = {**results.BLOCKS, **architecture.BLOCKS}
+PAGES = ("README.md", "docs/results.md", "docs/architecture.md", "docs/training.md")
+BLOCKS: dict[str, Callable[[], str]] = {**results.BLOCKS, **architecture.BLOCKS, **options.BLOCKS}
 FILES: dict[str, Callable[[], str]] = {"docs/images/architecture.svg": architecture.picture}
 
 _BLOCK = re.compile(r"(<!-- block: (?P<name>[\w-]+) -->\n).*?(<!-- /block -->)", re.DOTALL)
