@@ -58,12 +58,12 @@ def test_a_written_adapter_is_read_as_it_was(architecture, dtype, tmp_path):
 
 def test_equal_adapters_give_equal_bytes(tmp_path):
     original = adapter(base_fingerprint="0123", seed="1")
-    turned = Adapter(
+    reordered = Adapter(
         dict(reversed(original.modules.items())),
         AdapterMetadata(SD1, "v_prediction", "Test ü", dict(reversed(original.metadata.extra.items()))),
     )
     first = write_adapter(original, tmp_path / "a.safetensors").read_bytes()
-    assert write_adapter(turned, tmp_path / "b.safetensors").read_bytes() == first
+    assert write_adapter(reordered, tmp_path / "b.safetensors").read_bytes() == first
     again = write_adapter(read_adapter(tmp_path / "a.safetensors"), tmp_path / "c.safetensors").read_bytes()
     assert again == first
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.safetensors" for name in "abc"]
@@ -88,6 +88,14 @@ def test_the_header_says_what_user_interfaces_ask_for(tmp_path, monkeypatch):
     write_adapter(adapter(), path)
     assert raw_header(path)[0]["__metadata__"]["modelspec.date"] == "1970-01-02T00:00:00Z"
     assert "modelspec.date" not in read_adapter(path).metadata.extra
+
+
+@pytest.mark.parametrize(("layout", "alpha"), [("native", "4.0"), ("diffusers", "3.0")])
+def test_the_header_states_the_alpha_that_the_layout_leaves(layout, alpha, tmp_path):
+    """The native layout folds alpha into B, which leaves one equal to the rank."""
+    one = Adapter({f"transformer.{Q}": pair(alpha=3.0)}, AdapterMetadata(SD3))
+    header, _ = raw_header(write_adapter(one, tmp_path / "a.safetensors", layout))
+    assert header["__metadata__"]["ss_network_alpha"] == alpha and header["__metadata__"]["ss_network_dim"] == "4"
 
 
 def test_every_tensor_of_a_written_file_is_aligned(tmp_path):
@@ -162,8 +170,9 @@ def test_metadata_are_checked(tmp_path):
         AdapterMetadata(SD1, "velocity")
     with pytest.raises(AdapterError, match="metadata are text"):
         AdapterMetadata(SD1, extra={"steps": 3})
-    with pytest.raises(AdapterError, match="cannot be given"):
-        write_adapter(adapter(base_architecture="other"), tmp_path / "a.safetensors")
+    for key in ("base_architecture", "format", "modelspec.title", "modelspec.hash_sha256"):
+        with pytest.raises(AdapterError, match=f"{key} is written from the adapter itself and cannot be given"):
+            write_adapter(adapter(**{key: "other"}), tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="must name its base architecture"):
         write_adapter(Adapter({f"unet.{Q}": pair()}), tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="written as .safetensors"):

@@ -25,13 +25,13 @@ def uneven(pipe, dtype=torch.float32, **options):
     return Adapter(modules, adapter.metadata)
 
 
-def written(adapter, folder, layout):
+def write_and_read(adapter, folder, layout):
     """The converted adapter read back, and the layout that its file is in."""
     path = convert_adapter(adapter, folder / ("folder" if layout == "peft" else "a.safetensors"), layout)
     with safe_open(path, framework="pt") as file:
         config = json.loads((path.parent / "adapter_config.json").read_text()) if layout == "peft" else None
-        loaded = layout_of(list(file.keys()), file.metadata(), config)
-    return read_adapter(path), loaded
+        name_of_layout = layout_of(list(file.keys()), file.metadata(), config)
+    return read_adapter(path), name_of_layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -43,8 +43,8 @@ def test_no_layout_changes_a_delta(family, pipe, layout, dtype, tmp_path):
             convert_adapter(adapter, tmp_path / "a.safetensors", layout)
         assert not list(tmp_path.iterdir())
         return
-    back, loaded = written(adapter, tmp_path, layout)
-    assert loaded == layout
+    back, name_of_layout = write_and_read(adapter, tmp_path, layout)
+    assert name_of_layout == layout
     assert back.metadata == adapter.metadata and back.modules.keys() == adapter.modules.keys()
     for name, pair in adapter.modules.items():
         assert torch.allclose(back.modules[name].delta(), pair.delta(), rtol=1e-6, atol=1e-6), name
@@ -58,7 +58,7 @@ def test_a_walk_through_all_layouts_ends_where_it_began(sd1, tmp_path):
     adapter = uneven(sd1, layers=("to_q", "to_v", "conv1"))
     back = adapter
     for number, layout in enumerate(("diffusers", "peft", "kohya", "native", "kohya")):
-        back, _ = written(back, tmp_path / str(number), layout)
+        back, _ = write_and_read(back, tmp_path / str(number), layout)
     for name, pair in adapter.modules.items():
         assert torch.allclose(back.modules[name].delta(), pair.delta(), rtol=1e-6, atol=1e-6), name
 
@@ -67,7 +67,7 @@ def test_text_encoders_survive_in_every_layout_that_names_them(tmp_path):
     pipe = fresh("sdxl")
     adapter = uneven(pipe, components=("unet", "text_encoder", "text_encoder_2"))
     for layout in ("kohya", "diffusers", "native"):
-        back, _ = written(adapter, tmp_path / layout, layout)
+        back, _ = write_and_read(adapter, tmp_path / layout, layout)
         assert back.modules.keys() == adapter.modules.keys()
     with pytest.raises(AdapterError, match="holds the adapter of one denoiser"):
         convert_adapter(adapter, tmp_path / "folder", "peft")
@@ -83,10 +83,10 @@ def test_diffusers_reads_its_layout_with_every_alpha(pipe, tmp_path):
     adapter = uneven(pipe)
     path = convert_adapter(adapter, tmp_path / "a.safetensors", "diffusers")
     pipe.load_lora_weights(path.parent, weight_name=path.name)
-    loaded = changes(denoiser(pipe))
+    deltas = changes(denoiser(pipe))
     component = "unet" if hasattr(pipe, "unet") else "transformer"
-    assert {f"{component}.{path}" for path in loaded} == adapter.modules.keys()
-    for path, change in loaded.items():
+    assert {f"{component}.{path}" for path in deltas} == adapter.modules.keys()
+    for path, change in deltas.items():
         assert torch.allclose(change, adapter.modules[f"{component}.{path}"].delta(), atol=1e-5), path
 
 
@@ -95,10 +95,10 @@ def test_peft_reads_its_folder_with_every_alpha(pipe, tmp_path):
     adapter = uneven(pipe)
     convert_adapter(adapter, tmp_path, "peft")
     model = PeftModel.from_pretrained(denoiser(pipe), tmp_path)
-    loaded = changes(model.base_model.model)
-    assert len(loaded) == len(adapter.modules)
+    deltas = changes(model.base_model.model)
+    assert len(deltas) == len(adapter.modules)
     component = "unet" if hasattr(pipe, "unet") else "transformer"
-    for path, change in loaded.items():
+    for path, change in deltas.items():
         assert torch.allclose(change, adapter.modules[f"{component}.{path}"].delta(), atol=1e-5), path
 
 
@@ -132,16 +132,16 @@ def test_converting_refuses_what_a_layout_would_lose(tmp_path):
 @pytest.mark.parametrize("layout", ["diffusers", "peft"])
 def test_alphas_find_modules_whose_names_are_no_plain_words(layout, tmp_path):
     modules = {f"transformer.block-{n}.to_q": pair(alpha=alpha) for n, alpha in enumerate((3.0, 3.0, 5.0))}
-    back, _ = written(Adapter(modules, AdapterMetadata("flux-1-dev")), tmp_path, layout)
+    back, _ = write_and_read(Adapter(modules, AdapterMetadata("flux-1-dev")), tmp_path, layout)
     assert [one.alpha for one in back.modules.values()] == [3.0, 3.0, 5.0]
 
 
 def test_equal_adapters_give_equal_files_in_every_layout(sd1, tmp_path):
     adapter = uneven(sd1)
-    turned = Adapter(dict(reversed(adapter.modules.items())), adapter.metadata)
+    reordered = Adapter(dict(reversed(adapter.modules.items())), adapter.metadata)
     for layout in LAYOUTS:
         paths = [tmp_path / name / layout / ("" if layout == "peft" else "a.safetensors") for name in "ab"]
-        files = [convert_adapter(one, path, layout) for one, path in zip((adapter, turned), paths, strict=True)]
+        files = [convert_adapter(one, path, layout) for one, path in zip((adapter, reordered), paths, strict=True)]
         assert files[0].read_bytes() == files[1].read_bytes(), layout
     configs = [(tmp_path / name / "peft" / "adapter_config.json").read_bytes() for name in "ab"]
     assert configs[0] == configs[1]

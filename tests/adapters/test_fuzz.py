@@ -41,7 +41,7 @@ def seeds():
     return [(json.loads(data[8 : 8 + n]), data[8 + n :]) for data in files for n in struct.unpack("<Q", data[:8])]
 
 
-def packed(header, weights):
+def pack(header, weights):
     text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + weights
 
@@ -79,9 +79,9 @@ headers = st.one_of(values, st.dictionaries(texts, st.one_of(entries, values), m
 
 
 @st.composite
-def damaged(draw):
+def damaged_files(draw):
     """A valid file with some bytes changed, removed, inserted or cut off."""
-    data = bytearray(packed(*draw(st.sampled_from(seeds()))))
+    data = bytearray(pack(*draw(st.sampled_from(seeds()))))
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, max(len(data) - 1, 0)))
         kind = draw(st.sampled_from(["change", "remove", "insert", "cut"]))
@@ -97,7 +97,7 @@ def damaged(draw):
 
 
 @st.composite
-def altered(draw):
+def altered_headers(draw):
     """A valid file in whose header a name, a field or some metadata is another one, offsets still in order or not."""
     header, weights = draw(st.sampled_from(seeds()))
     header = json.loads(json.dumps(header))
@@ -121,15 +121,15 @@ def altered(draw):
             elif isinstance(header[name]["shape"], list):
                 shape = draw(st.permutations([*header[name]["shape"], 1]))
                 header[name]["shape"] = shape if draw(st.booleans()) else [size for size in shape if size != 1]
-    return packed(header, weights)
+    return pack(header, weights)
 
 
 files = st.one_of(
     st.binary(max_size=200),
-    st.builds(packed, st.binary(max_size=60).map(lambda data: b"{" + data), st.binary(max_size=20)),
-    st.builds(packed, headers, st.binary(max_size=70)),
-    damaged(),
-    altered(),
+    st.builds(pack, st.binary(max_size=60).map(lambda data: b"{" + data), st.binary(max_size=20)),
+    st.builds(pack, headers, st.binary(max_size=70)),
+    damaged_files(),
+    altered_headers(),
 )
 
 
@@ -153,7 +153,7 @@ def path(tmp_path_factory):
 
 def test_reading_accepts_the_seeds_of_the_fuzzer(path):
     assert len(seeds()) == 3
-    assert all(assert_read_or_refused(packed(*seed), True, path) for seed in seeds())
+    assert all(assert_read_or_refused(pack(*seed), True, path) for seed in seeds())
 
 
 @FEW
@@ -163,7 +163,7 @@ def test_reading_any_bytes_gives_an_adapter_or_an_error(data, strict, path):
 
 
 @FEW
-@given(data=altered(), strict=st.booleans())
+@given(data=altered_headers(), strict=st.booleans())
 def test_reading_any_header_gives_an_adapter_or_an_error(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
@@ -183,20 +183,20 @@ def test_reading_any_peft_configuration_gives_an_adapter_or_an_error(config, tmp
 
 @pytest.mark.slow
 @MANY
-@given(data=st.one_of(files, damaged()), strict=st.booleans())
+@given(data=st.one_of(files, damaged_files()), strict=st.booleans())
 def test_reading_many_bytes_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
 @pytest.mark.slow
 @MANY
-@given(data=damaged(), strict=st.booleans())
+@given(data=damaged_files(), strict=st.booleans())
 def test_reading_many_damaged_files_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)
 
 
 @pytest.mark.slow
 @MANY
-@given(data=altered(), strict=st.booleans())
+@given(data=altered_headers(), strict=st.booleans())
 def test_reading_many_headers_gives_adapters_or_errors(data, strict, path):
     assert_read_or_refused(data, strict, path)

@@ -23,7 +23,7 @@ def pair(alpha=2.0, dtype=torch.float32, scale=1.0):
     return LoraPair((scale * down).to(dtype), (scale * up).to(dtype), alpha)
 
 
-def saved(path, tensors, **metadata):
+def save_and_inspect(path, tensors, **metadata):
     save_file(tensors, path, {"format": "pt"} | metadata)
     return inspect_adapter(path)
 
@@ -66,7 +66,7 @@ def test_a_module_belongs_to_its_numbered_block():
 
 def test_an_inspection_says_what_the_header_of_another_program_lacks(tmp_path):
     tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
-    inspection = saved(tmp_path / "a.safetensors", tensors)
+    inspection = save_and_inspect(tmp_path / "a.safetensors", tensors)
     assert [warning.split(":")[0] for warning in inspection.warnings] == [
         "the file states no alpha; it is taken to be the rank, as other programs do",
         "the header does not say which architecture it was made for",
@@ -74,7 +74,7 @@ def test_an_inspection_says_what_the_header_of_another_program_lacks(tmp_path):
     assert inspection.loads and inspection.base_architecture == "" and inspection.alphas == [4.0]
     other = {key.replace("to_q", "to_k"): tensor.clone() for key, tensor in tensors.items()}
     some = tensors | other | {f"{FLAT}.alpha": torch.tensor(1.0)}
-    inspection = saved(tmp_path / "a.safetensors", some, ss_base_model_version="sd_v1")
+    inspection = save_and_inspect(tmp_path / "a.safetensors", some, ss_base_model_version="sd_v1")
     assert (
         inspection.warnings[0] == "only 1 of 2 modules state an alpha: loading refuses the file"
         and not inspection.loads
@@ -86,7 +86,7 @@ def test_an_inspection_says_what_the_header_of_another_program_lacks(tmp_path):
 
 def test_an_inspection_names_keys_that_are_no_lora_weights(tmp_path):
     tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": pair().up}
-    inspection = saved(
+    inspection = save_and_inspect(
         tmp_path / "a.safetensors", tensors | {"emb_params": torch.ones(2), f"{FLAT}.diff": torch.ones(2)}
     )
     assert not inspection.loads and inspection.modules == 1
@@ -98,22 +98,22 @@ def test_an_inspection_names_keys_that_are_no_lora_weights(tmp_path):
     with pytest.raises(
         UnsupportedAdapterError, match="none of the file's 1 tensors is a LoRA weight, the first is 'emb_params'"
     ):
-        saved(tmp_path / "a.safetensors", {"emb_params": torch.ones(2)})
+        save_and_inspect(tmp_path / "a.safetensors", {"emb_params": torch.ones(2)})
 
 
 def test_an_inspection_describes_weights_that_loading_refuses(tmp_path):
     tensors = {f"{FLAT}.lora_down.weight": pair().down, f"{FLAT}.lora_up.weight": torch.zeros(8, 4)}
-    inspection = saved(tmp_path / "a.safetensors", tensors)
+    inspection = save_and_inspect(tmp_path / "a.safetensors", tensors)
     assert not inspection.loads and "all weights are zero" in inspection.warnings[0]
     tensors |= {f"{FLAT}.lora_up.weight": pair().up, f"{FLAT}.alpha": torch.tensor(-1.0)}
-    inspection = saved(tmp_path / "a.safetensors", tensors)
+    inspection = save_and_inspect(tmp_path / "a.safetensors", tensors)
     assert not inspection.loads and "alpha -1.0 is out of range" in inspection.warnings[0]
 
 
 def test_an_inspection_describes_8_bit_floats_as_they_are_read(tmp_path):
     eight = pair(dtype=torch.float8_e4m3fn)
     tensors = {f"{FLAT}.lora_down.weight": eight.down, f"{FLAT}.lora_up.weight": eight.up}
-    inspection = saved(tmp_path / "a.safetensors", tensors | {f"{FLAT}.alpha": torch.tensor(2.0)})
+    inspection = save_and_inspect(tmp_path / "a.safetensors", tensors | {f"{FLAT}.alpha": torch.tensor(2.0)})
     assert inspection.loads and inspection.dtypes == ["float16"] and inspection.norm > 0.0
 
 

@@ -27,7 +27,7 @@ def changes(pipe):
     return {f"{component}.{path}": layer.get_delta_weight(layer.active_adapters[0]) for path, layer in layers.items()}
 
 
-def written(base, layout, folder):
+def write_random(base, layout, folder):
     """A random adapter whose alpha is not its rank, and its file."""
     adapter = random_adapter(fresh(base), rank=4, alpha=3.0)
     return adapter, convert_adapter(adapter, folder / ("folder" if layout == "peft" else "a.safetensors"), layout)
@@ -41,7 +41,7 @@ def assert_same(deltas, adapter):
 
 @pytest.mark.parametrize(("base", "layout"), WRITTEN)
 def test_every_written_file_loads_at_full_strength(base, layout, tmp_path):
-    adapter, path = written(base, layout, tmp_path)
+    adapter, path = write_random(base, layout, tmp_path)
     pipe = fresh(base)
     load_spo_lora(pipe, path)
     assert_same(changes(pipe), adapter)
@@ -52,7 +52,7 @@ def test_every_written_file_loads_at_full_strength(base, layout, tmp_path):
     [pytest.param(*case, marks=needs_metadata if case[1] == "diffusers" else ()) for case in READ_BY_DIFFUSERS],
 )
 def test_diffusers_loads_what_we_write_at_full_strength(base, layout, tmp_path):
-    adapter, path = written(base, layout, tmp_path)
+    adapter, path = write_random(base, layout, tmp_path)
     pipe = fresh(base)
     pipe.load_lora_weights(path.parent, weight_name=path.name)
     assert_same(changes(pipe), adapter)
@@ -61,7 +61,7 @@ def test_diffusers_loads_what_we_write_at_full_strength(base, layout, tmp_path):
 @pytest.mark.upstream
 @pytest.mark.parametrize("base", BASES)
 def test_diffusers_finds_nothing_in_a_peft_folder(base, tmp_path):
-    _, path = written(base, "peft", tmp_path)
+    _, path = write_random(base, "peft", tmp_path)
     pipe = fresh(base)
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name)

@@ -32,7 +32,7 @@ def pairs(family="sd1", alpha=2.0, components=("unet", *ENCODERS), layers=LAYERS
     return random_adapter(fresh(family), alpha=alpha, components=components, layers=layers, dtype=dtype).modules
 
 
-def spelled(modules, down, up, rename=str):
+def tensors_as(modules, down, up, rename=str):
     tensors = {rename(name) + down: pair.down for name, pair in modules.items()}
     return tensors | {rename(name) + up: pair.up for name, pair in modules.items()}
 
@@ -63,7 +63,7 @@ def test_reading_kohya_files_with_and_without_alpha_with_one_text_encoder_and_tw
     def rename(name):
         return kohya.flatten(name, two_text_encoders=family == "sdxl")
 
-    tensors = spelled(modules, ".lora_down.weight", ".lora_up.weight", rename)
+    tensors = tensors_as(modules, ".lora_down.weight", ".lora_up.weight", rename)
     assert_read_as(modules, with_alphas(tensors, modules, rename) if alpha else tensors, file)
 
 
@@ -73,14 +73,14 @@ def test_reading_kohya_files_with_and_without_alpha_with_one_text_encoder_and_tw
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
 def test_reading_every_spelling_of_diffusers(family, down, up, file):
     modules = pairs(family, 4.0, ("unet", "transformer", *ENCODERS))
-    assert_read_as(modules, spelled(modules, down, up), file)
-    stated = pairs(family, 3.0, ("unet", "transformer", *ENCODERS))
-    assert_read_as(stated, with_alphas(spelled(stated, down, up), stated), file)
+    assert_read_as(modules, tensors_as(modules, down, up), file)
+    scaled = pairs(family, 3.0, ("unet", "transformer", *ENCODERS))
+    assert_read_as(scaled, with_alphas(tensors_as(scaled, down, up), scaled), file)
 
 
 def test_diffusers_metadata_names_each_components_alpha(file):
     unet, encoder = pairs(alpha=3.0, components=("unet",)), pairs(alpha=5.0, components=ENCODERS)
-    tensors = spelled(unet | encoder, ".lora_A.weight", ".lora_B.weight")
+    tensors = tensors_as(unet | encoder, ".lora_A.weight", ".lora_B.weight")
     config = {"unet.lora_alpha": 3, "text_encoder.lora_alpha": 7, "text_encoder.alpha_pattern": {"fc1": 5}}
     expected = {
         name: pair if name.endswith("fc1") else LoraPair(pair.down, pair.up, 7.0) for name, pair in encoder.items()
@@ -90,9 +90,10 @@ def test_diffusers_metadata_names_each_components_alpha(file):
 
 def test_reading_text_encoders_as_diffusers_wrote_them_in_2023(file):
     encoder = pairs(alpha=4.0, components=ENCODERS, layers=("q_proj", "k_proj", "v_proj", "out_proj"))
-    linear = spelled(encoder, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+    linear = tensors_as(encoder, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
     assert (
-        linear.keys() == convert_state_dict_to_diffusers(spelled(encoder, ".lora_A.weight", ".lora_B.weight")).keys()
+        linear.keys()
+        == convert_state_dict_to_diffusers(tensors_as(encoder, ".lora_A.weight", ".lora_B.weight")).keys()
     )
     assert_read_as(encoder, linear, file)
     oldest = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -101,7 +102,7 @@ def test_reading_text_encoders_as_diffusers_wrote_them_in_2023(file):
         path, _, last = name.rpartition(".")
         return f"{path}.{oldest[last]}"
 
-    assert_read_as(encoder, spelled(encoder, "_lora.down.weight", "_lora.up.weight", rename), file)
+    assert_read_as(encoder, tensors_as(encoder, "_lora.down.weight", "_lora.up.weight", rename), file)
 
 
 @pytest.mark.parametrize("prefix", ["unet.", ""])
@@ -112,9 +113,9 @@ def test_reading_attention_processors_of_2023(prefix, file):
         path, _, last = name.removeprefix("unet.").replace(".to_out.0", ".to_out").rpartition(".")
         return f"{prefix}{path}.processor.{last}"
 
-    tensors = spelled(modules, "_lora.down.weight", "_lora.up.weight", rename)
+    tensors = tensors_as(modules, "_lora.down.weight", "_lora.up.weight", rename)
     theirs = convert_unet_state_dict_to_peft({key.removeprefix("unet."): t for key, t in tensors.items()})
-    ours = spelled(modules, ".lora_A.weight", ".lora_B.weight")
+    ours = tensors_as(modules, ".lora_A.weight", ".lora_B.weight")
     assert {f"unet.{key}" for key in theirs} == set(ours)
     assert_read_as(modules, tensors, file)
 
@@ -189,7 +190,7 @@ def test_reading_lycoris_locon_with_its_own_prefix(family, file):
     def rename(name):
         return "lycoris_" + name.removeprefix(f"{component}.").replace(".", "_")
 
-    tensors = with_alphas(spelled(modules, ".lora_down.weight", ".lora_up.weight", rename), modules, rename)
+    tensors = with_alphas(tensors_as(modules, ".lora_down.weight", ".lora_up.weight", rename), modules, rename)
     assert_read_as(modules, tensors, file)
     assert load_spo_lora(pipe, file).modules == len(modules)
 
@@ -214,9 +215,9 @@ def test_ldm_names_outside_of_the_blocks_are_translated(ldm, diffusers):
 )
 def test_every_storage_type_keeps_its_values(dtype, file):
     modules = pairs(alpha=2.0, components=("unet",))
-    stored = {name: LoraPair(pair.down.to(dtype), pair.up.to(dtype), 2.0) for name, pair in modules.items()}
-    tensors = with_alphas(spelled(stored, ".lora_down.weight", ".lora_up.weight", flat), stored, flat)
-    assert_read_as(stored, tensors, file)
+    narrow = {name: LoraPair(pair.down.to(dtype), pair.up.to(dtype), 2.0) for name, pair in modules.items()}
+    tensors = with_alphas(tensors_as(narrow, ".lora_down.weight", ".lora_up.weight", flat), narrow, flat)
+    assert_read_as(narrow, tensors, file)
     back = read_adapter(file).modules
     assert {pair.down.dtype for pair in back.values()} == {torch.float16 if dtype.itemsize == 1 else dtype}
     pipe = fresh("sd1")
@@ -236,9 +237,9 @@ def eight_bit(modules, dtype, scale):
             key = f"{flat(name)}.{role}"
             rows = (weight.shape[0], *(1,) * (weight.ndim - 1)) if number % 2 else ()
             factor = torch.rand(rows, generator=torch.Generator().manual_seed(number)) * 0.01 + 1e-3
-            stored = (weight / factor / 10).to(dtype)
-            tensors |= {f"{key}.weight": stored, f"{key}.{scale}": factor}
-            worth[key] = stored.double() * factor.double()
+            narrow = (weight / factor / 10).to(dtype)
+            tensors |= {f"{key}.weight": narrow, f"{key}.{scale}": factor}
+            worth[key] = narrow.double() * factor.double()
     exact = {name: LoraPair(worth[f"{flat(name)}.lora_down"], worth[f"{flat(name)}.lora_up"], 2.0) for name in modules}
     return with_alphas(tensors, modules, flat), exact
 
