@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, find_adapter_file, read_adapter, write_adapter
-from t2i_spo_plugin.errors import AdapterError
+from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError
 
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -191,6 +191,17 @@ def test_headers_of_other_programs_are_understood(tmp_path):
     assert (metadata.base_architecture, metadata.prediction_type) == ("stable-diffusion-v2", "v_prediction")
     save_file(tensors, tmp_path / "a.safetensors")
     assert read_adapter(tmp_path / "a.safetensors").metadata.base_architecture == ""
+
+
+def test_an_architecture_of_a_header_is_short_and_printable(tmp_path):
+    flat = "lora_unet_" + Q.replace(".", "_")
+    tensors = {f"{flat}.lora_down.weight": pair().down, f"{flat}.lora_up.weight": pair().up}
+    for name in ("x" * 101, "stable\x1b[31m", "two\nlines"):
+        save_file(tensors, tmp_path / "a.safetensors", {"modelspec.architecture": name})
+        with pytest.raises(InvalidAdapterError, match="the name of its architecture is invalid"):
+            read_adapter(tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors", {"modelspec.architecture": "x" * 100})
+    assert read_adapter(tmp_path / "a.safetensors").metadata.base_architecture == "x" * 100
 
 
 class Bomb:
