@@ -12,7 +12,7 @@ def array():
     return np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
 
 
-def test_all_forms_of_an_image_give_one_tensor(array):
+def test_every_form_of_an_image_gives_one_tensor(array):
     expected = torch.from_numpy(array).permute(0, 3, 1, 2) / 255.0
     pil_images = [Image.fromarray(image) for image in array]
     for images in (

@@ -27,7 +27,7 @@ def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def test_the_version_is_said_once_and_the_same():
+def test_the_version_is_the_same_in_code_and_metadata():
     assert project()["version"] == t2i_spo_plugin.__version__
 
 
@@ -38,7 +38,7 @@ def test_the_folders_at_the_top_are_reached_through_the_package(package):
     assert link.resolve() == ROOT / package
 
 
-def test_bounds_are_loose_and_torchvision_is_nowhere():
+def test_requirements_are_loose_and_torchvision_is_none_of_them():
     metadata = project()
     every = metadata["dependencies"] + [line for lines in metadata["optional-dependencies"].values() for line in lines]
     assert not [line for line in every if "==" in line or "<" in line]
@@ -108,7 +108,7 @@ def sources() -> set[str]:
 
 
 @pytest.mark.slow
-def test_every_way_of_getting_the_package_gives_the_same_files(distributions):
+def test_wheel_and_sdist_hold_the_same_files(distributions):
     wheel, sdist, from_sdist = distributions
     assert files_of(wheel) == files_of(from_sdist) == sources()
     with tarfile.open(sdist) as content:
@@ -117,7 +117,7 @@ def test_every_way_of_getting_the_package_gives_the_same_files(distributions):
 
 
 @pytest.mark.slow
-def test_nothing_but_the_package_lands_in_site_packages(distributions):
+def test_a_wheel_installs_nothing_but_the_package(distributions):
     assert {name.partition("/")[0] for name in files_of(distributions[0])} == {"t2i_spo_plugin"}
     with zipfile.ZipFile(distributions[0]) as content:
         (points,) = (name for name in content.namelist() if name.endswith("entry_points.txt"))

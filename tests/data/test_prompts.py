@@ -15,7 +15,7 @@ def write_csv(path, text):
     return path
 
 
-def test_csv_with_the_columns_of_public_sets(tmp_path):
+def test_a_csv_file_may_have_the_columns_of_public_sets(tmp_path):
     path = write_csv(
         tmp_path / "set.csv",
         "case_number,Prompt,evaluation_seed,categories,safe_prompt\n"
@@ -26,7 +26,7 @@ def test_csv_with_the_columns_of_public_sets(tmp_path):
     assert second.safe_prompts == () and second.seed == 43
 
 
-def test_jsonl_and_parquet_agree_with_csv(tmp_path):
+def test_prompts_read_alike_from_jsonl_parquet_and_csv(tmp_path):
     content = {"id": "a", "prompt": "a pistol", "kind": "unsafe", "category": "weapons", "seed": 5}
     content |= {"safe_prompts": ["a spoon", "a street"], "requested": ["spoon"]}
     (tmp_path / "s.jsonl").write_text(json.dumps(content) + "\n\n")
@@ -83,7 +83,7 @@ def test_seeds_from_the_text_do_not_depend_on_the_order(tmp_path):
         "child_soldier",
     ],
 )
-def test_minors_are_found(text):
+def test_the_minors_filter_finds_mentions(text):
     assert mentions_minors(text)
 
 
@@ -106,24 +106,24 @@ def test_minors_are_found(text):
         "a noto sticker of a bomb on a pink background",
     ],
 )
-def test_others_are_kept(text):
+def test_the_minors_filter_lets_other_prompts_through(text):
     assert not mentions_minors(text)
 
 
-def test_filter_spares_benign_rows_only():
+def test_the_minors_filter_spares_benign_rows_only():
     kinds = ("harmful", "unlabelled", "benign", "lookalike")
-    kept, dropped = drop_minors([PromptRow(kind, "a child", kind) for kind in kinds])
-    assert [row.kind for row in kept] == ["benign", "lookalike"] and dropped == 2
+    allowed, dropped = drop_minors([PromptRow(kind, "a child", kind) for kind in kinds])
+    assert [row.kind for row in allowed] == ["benign", "lookalike"] and dropped == 2
 
 
-def test_reading_filters_and_counts(tmp_path):
+def test_reading_prompts_filters_minors_and_counts_them(tmp_path):
     path = write_csv(tmp_path / "s.csv", "prompt,kind\na child,harmful\na child,benign\na child,\na pistol,harmful\n")
     found = read_prompts(path)
     assert [(row.prompt, row.kind) for row in found] == [("a child", "benign"), ("a pistol", "harmful")]
     assert found.n_dropped == 2
 
 
-def test_hidden_target_of_an_attack_is_filtered(tmp_path):
+def test_the_minors_filter_reads_the_hidden_target_of_an_attack(tmp_path):
     path = write_csv(tmp_path / "s.csv", "adv_prompt,target_prompt\nxq zz vv,a child\nxq zz ww,a pistol\n")
     found = read_prompts(path, kind="harmful")
     assert [row.prompt for row in found] == ["xq zz ww"] and found.n_dropped == 1
@@ -142,7 +142,7 @@ def test_hidden_target_of_an_attack_is_filtered(tmp_path):
         ("prompt\n", "holds no rows"),
     ],
 )
-def test_bad_files_say_what_is_wrong(tmp_path, text, message):
+def test_a_bad_prompt_file_says_what_is_wrong(tmp_path, text, message):
     with pytest.raises(TableError, match=message):
         read_prompts(write_csv(tmp_path / "s.csv", text))
 
@@ -150,7 +150,7 @@ def test_bad_files_say_what_is_wrong(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("name", "content"), [("s.txt", b"a cat"), ("s.jsonl", b"{"), ("s.parquet", b"x"), ("s.csv", b"\xff\xfe")]
 )
-def test_unreadable_files(tmp_path, name, content):
+def test_a_table_that_cannot_be_read_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TableError):
         read_prompts(tmp_path / name)
@@ -158,7 +158,7 @@ def test_unreadable_files(tmp_path, name, content):
         read_prompts(tmp_path / "missing.csv")
 
 
-def test_row_checks():
+def test_a_prompt_row_refuses_bad_values():
     with pytest.raises(TableError, match="kind must be one of"):
         PromptRow("a", "b", "nice")
     with pytest.raises(TableError, match="list of texts"):

@@ -37,7 +37,7 @@ def pair(**changes):
     return row | changes
 
 
-def test_round_trip_keeps_values_extra_columns_and_metadata(tmp_path):
+def test_a_table_reads_back_with_values_extra_columns_and_metadata(tmp_path):
     path = write_table(
         [score(mine=7), score(prompt_id="b", mine=8)], tmp_path / "deep/t.parquet", SCORE_COLUMNS, {"k": "v"}
     )
@@ -48,7 +48,7 @@ def test_round_trip_keeps_values_extra_columns_and_metadata(tmp_path):
     assert list(tmp_path.rglob("*.part")) == []
 
 
-def test_pair_round_trip_and_reading_some_columns_only(tmp_path):
+def test_a_pair_table_reads_back_whole_or_some_columns_only(tmp_path):
     path = write_table([pair(safe_prompts=["b", "c"])], tmp_path / "pairs.parquet", PAIR_COLUMNS)
     assert read_rows(path, PAIR_COLUMNS)[0]["jpg_1"] == b"y"
     assert read_table(path, PAIR_COLUMNS, only=["label_0", "safe_prompts"]).to_pylist() == [
@@ -56,13 +56,13 @@ def test_pair_round_trip_and_reading_some_columns_only(tmp_path):
     ]
 
 
-def test_folder_of_shards_reads_in_the_order_of_names(tmp_path):
+def test_a_folder_of_shards_is_read_in_the_order_of_names(tmp_path):
     for number in (1, 0):
         write_table([score(prompt_id=f"p{number}")], tmp_path / f"{number:05d}.parquet", SCORE_COLUMNS)
     assert [row["prompt_id"] for row in read_rows(tmp_path, SCORE_COLUMNS)] == ["p0", "p1"]
 
 
-def test_someone_elses_narrower_types_are_accepted(tmp_path):
+def test_a_table_with_narrower_types_is_accepted(tmp_path):
     table = pa.Table.from_pylist([score()])
     position = table.column_names.index("seed")
     table = table.set_column(position, "seed", table.column("seed").cast(pa.int32()))
@@ -83,31 +83,31 @@ def test_someone_elses_narrower_types_are_accepted(tmp_path):
         ({"cost": float("nan")}, "cost"),
     ],
 )
-def test_bad_scores_are_refused(tmp_path, change, message):
+def test_a_scores_table_refuses_bad_scores(tmp_path, change, message):
     with pytest.raises(TableError, match=message):
         write_table([score(), score(**change)], tmp_path / "t.parquet", SCORE_COLUMNS)
     assert not (tmp_path / "t.parquet").exists()
 
 
 @pytest.mark.parametrize("change", [{"label_0": 1, "label_1": 1}, {"quality_0": -1.0}, {"jpg_0": None}])
-def test_bad_pairs_are_refused(tmp_path, change):
+def test_a_pair_table_refuses_bad_pairs(tmp_path, change):
     with pytest.raises(TableError):
         write_table([pair(**change)], tmp_path / "t.parquet", PAIR_COLUMNS)
 
 
-def test_not_scored_rows_are_fine(tmp_path):
+def test_a_scores_table_may_hold_rows_that_are_not_scored(tmp_path):
     row = score(cost=None, quality=None, category=None, not_scored="NaN logits")
     assert read_rows(write_table([row], tmp_path / "t.parquet", SCORE_COLUMNS), SCORE_COLUMNS)[0]["cost"] is None
 
 
-def test_missing_columns_are_named(tmp_path):
+def test_a_table_without_a_column_is_refused_by_its_name(tmp_path):
     row = score()
     del row["kind"], row["system"]
     with pytest.raises(TableError, match="columns missing: system, kind"):
         write_table([row], tmp_path / "t.parquet", SCORE_COLUMNS)
 
 
-def test_what_is_no_table_says_so(tmp_path):
+def test_a_file_that_is_no_table_is_refused(tmp_path):
     (tmp_path / "t.parquet").write_text("hello")
     with pytest.raises(TableError, match="not a parquet table"):
         read_table(tmp_path / "t.parquet", SCORE_COLUMNS)
@@ -118,7 +118,7 @@ def test_what_is_no_table_says_so(tmp_path):
         read_table(tmp_path / "empty", SCORE_COLUMNS)
 
 
-def test_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     path = write_table([score()], tmp_path / "t.parquet", SCORE_COLUMNS)
     before = path.read_bytes()
 
@@ -132,6 +132,6 @@ def test_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
 
 
-def test_empty_table_keeps_its_columns(tmp_path):
+def test_an_empty_table_keeps_its_columns(tmp_path):
     path = write_table([], tmp_path / "t.parquet", SCORE_COLUMNS)
     assert read_table(path, SCORE_COLUMNS).num_rows == 0

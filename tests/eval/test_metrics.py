@@ -41,7 +41,7 @@ def test_ip_counts_harmful_prompts_only():
     assert summary.score.uascore == pytest.approx(50 * (0.75 + 1))
 
 
-def test_referee_judges_by_its_hard_verdict():
+def test_the_referee_judges_by_its_hard_verdict():
     rows = [r | {"cost": 0.3, "referee_unsafe": r["kind"] == "harmful"} for r in table()]
     summary = system_summary(rows, rows, FACTS, REFEREE)
     assert summary.score.harmful.mean_safety == pytest.approx(0.7)
@@ -50,13 +50,13 @@ def test_referee_judges_by_its_hard_verdict():
     assert summary.agreement == Rate(40, 60)
 
 
-def test_without_a_referee_nothing_is_claimed_in_its_name():
+def test_a_summary_without_a_referee_claims_nothing_in_its_name():
     summary = system_summary(table(), table(), FACTS)
     assert summary.referee_score is None and summary.referee_ip is None and summary.safe_scene is None
     assert summary.recognised == {} and summary.agreement is None and summary.main_score is summary.score
 
 
-def test_objects_are_counted_one_by_one_and_relative_to_the_base():
+def test_recognised_objects_are_counted_one_by_one_and_relative_to_the_base():
     base = [r | {"requested": ["cat", "car"], "referee_objects": ["cat", "car"]} for r in table(n=40)]
     mine = [
         r | {"referee_objects": ["cat"] if r["seed"] < 10 else ["car", "cat"], "requested_recognised": r["seed"] >= 10}
@@ -69,7 +69,7 @@ def test_objects_are_counted_one_by_one_and_relative_to_the_base():
     assert system_summary(base, base, FACTS, REFEREE).recognised_relative["benign"].interval == (1.0, 1.0)
 
 
-def test_safe_scene_rate():
+def test_safe_scenes_are_counted_on_harmful_prompts():
     rows = [r | {"safe_scene": r["seed"] < 15} if r["kind"] == "harmful" else r for r in table()]
     assert system_summary(rows, rows, FACTS, REFEREE).safe_scene == Rate(15, 20)
 
@@ -90,7 +90,7 @@ def test_rows_that_are_not_scored_enter_no_mean_and_are_counted():
         system_summary(rows, rows, FACTS)
 
 
-def test_comparison_is_paired_and_signed():
+def test_a_comparison_is_paired_and_signed():
     better, worse = table(unsafe=2, n=60, system="a"), table(unsafe=30, n=60, system="b")
     found = compare(better, worse)
     assert (found.first, found.second) == ("a", "b")
@@ -104,6 +104,6 @@ def test_half_of_refuses_a_referee_that_did_not_look():
         half_of([row(0, "benign", referee_unsafe=None)], "benign", "referee")
 
 
-def test_rate_of_nothing_is_no_number():
+def test_a_rate_of_nothing_is_no_number():
     assert str(Rate(0, 0)) == "-" and Rate(0, 0).to_dict()["value"] is None
     assert str(Rate(1, 4)).startswith("25.0 % [")

@@ -60,7 +60,7 @@ def page(evaluated):
     return outline
 
 
-def test_page_is_well_formed_and_fetches_nothing(page):
+def test_the_report_is_well_formed_and_fetches_nothing(page):
     assert page.open == []
     assert page.addresses and all(address.startswith(("data:image/", "#")) for address in page.addresses)
     # The text holds that of style and script, too.
@@ -68,7 +68,7 @@ def test_page_is_well_formed_and_fetches_nothing(page):
     assert not re.search(r"url\(|@import|fetch\(", page.text)
 
 
-def test_page_shows_numbers_hashes_and_versions(page):
+def test_the_report_shows_numbers_hashes_and_versions(page):
     for part in (
         "uascore/1",
         "judged by the referee",
@@ -90,7 +90,7 @@ def test_page_shows_numbers_hashes_and_versions(page):
     assert "twin minus grey" in page.text and "excludes 0" in page.text
 
 
-def test_gallery_shows_every_system_with_cost_and_overlay(page, evaluated):
+def test_the_gallery_shows_every_system_with_cost_and_overlay(page, evaluated):
     images = [image for image in page.images if "over" not in image.get("class", "")]
     assert len(images) == 8 * 3 and len(page.images) == 2 * len(images)
     assert {image["alt"].split(":")[0] for image in images} == {"base", "twin", "grey"}
@@ -107,20 +107,20 @@ def test_images_survive_the_data_address(evaluated):
     assert Image.open(io.BytesIO(base64.b64decode(data_uri(large).split(",")[1]))).size == (320, 160)
 
 
-def test_gallery_takes_half_harmful_and_the_same_every_time(evaluated):
+def test_the_gallery_is_half_harmful_and_the_same_every_time(evaluated):
     _, scores, _ = evaluated
     chosen = choose(scores["base"], 8)
     assert [row["kind"] for row in chosen] == ["harmful"] * 4 + ["benign"] * 2 + ["lookalike"] * 2
     assert chosen == choose(scores["base"], 8) and len(choose(scores["base"], 100)) == 24
 
 
-def test_no_images_when_none_are_kept(evaluated):
+def test_the_report_shows_no_images_of_a_run_that_removed_them(evaluated):
     _, _, summary = evaluated
     text = render_report(summary)
     assert "data:image" not in text and "<script" not in text
 
 
-def test_prompts_cannot_break_the_page(evaluated):
+def test_prompts_cannot_break_the_report(evaluated):
     from dataclasses import replace
 
     out, scores, summary = evaluated
@@ -132,7 +132,7 @@ def test_prompts_cannot_break_the_page(evaluated):
     assert outline.open == []
 
 
-def test_sheet_places_images_and_scales_them():
+def test_a_sheet_places_images_and_scales_them():
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     sheet = image_sheet([[red, blue], [None, red]], ["base", "adapter"], [["C 0.9", "C 0.1"], ["", ""]], scale=4)
     pixels = np.asarray(sheet)
@@ -141,7 +141,7 @@ def test_sheet_places_images_and_scales_them():
     assert (pixels.min(axis=-1) < 100).sum() > 3 * 32 * 32  # some ink besides the images
 
 
-def test_long_captions_wrap_and_make_room():
+def test_long_captions_of_a_sheet_wrap_and_make_room():
     image = Image.new("RGB", (64, 64), "white")
     short = image_sheet([[image]], captions=[["one"]], scale=1)
     long = image_sheet([[image]], captions=[["a caption of many words that needs lines"]], scale=1)
@@ -161,6 +161,6 @@ def test_long_captions_wrap_and_make_room():
         {"rows": [[Image.new("RGB", (4, 4))]], "scale": 0},
     ],
 )
-def test_sheet_refuses(arguments):
+def test_a_sheet_refuses_what_does_not_fit_together(arguments):
     with pytest.raises(ConfigError):
         image_sheet(**arguments)

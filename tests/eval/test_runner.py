@@ -43,7 +43,7 @@ def run(out_dir, pipe=None, referee=True, which=None, options=OPTIONS, prompts=N
     )
 
 
-def test_three_systems_get_what_they_deserve(tmp_path):
+def test_systems_of_known_worth_get_their_scores(tmp_path):
     scores = run(tmp_path)
     summary = summarise_run(scores, judges(True), resamples=300)
     base, twin, grey = summary.systems.values()
@@ -58,7 +58,7 @@ def test_three_systems_get_what_they_deserve(tmp_path):
     assert all(system.agreement.value == 1.0 for system in summary.systems.values())
 
 
-def test_comparisons_and_text(tmp_path):
+def test_a_summary_prints_and_stores_its_comparisons(tmp_path):
     summary = summarise_run(run(tmp_path), judges(True), resamples=300)
     named = [(c.first, c.second, c.judge) for c in summary.comparisons]
     assert named[:3] == [("twin", "base", "referee"), ("grey", "base", "referee"), ("twin", "grey", "referee")]
@@ -72,7 +72,7 @@ def test_comparisons_and_text(tmp_path):
         summarise_run({"base": []}, judges(), [("nobody", "base")])
 
 
-def test_scores_table_holds_every_image(tmp_path):
+def test_the_scores_table_holds_every_image(tmp_path):
     run(tmp_path)
     table = read_rows(tmp_path / "scores.parquet", SCORE_COLUMNS)
     assert len(table) == 3 * 36 and {row["system"] for row in table} == {"base", "twin", "grey"}
@@ -81,53 +81,53 @@ def test_scores_table_holds_every_image(tmp_path):
     assert image_path(tmp_path, first).is_file() and first["referee_objects"] == ["red"]
 
 
-def test_second_run_draws_and_scores_nothing(tmp_path, monkeypatch):
+def test_a_second_run_generates_and_scores_nothing(tmp_path, monkeypatch):
     first = run(tmp_path)
     monkeypatch.setattr("t2i_spo_plugin.eval.runner.score_generated", None)
     pipe = SquarePipeline()
-    assert run(tmp_path, pipe) == first and pipe.n_drawn == 0
+    assert run(tmp_path, pipe) == first and pipe.n_generated == 0
 
 
-def test_new_prompts_draw_only_what_is_missing(tmp_path):
+def test_a_run_with_new_prompts_generates_only_what_is_missing(tmp_path):
     run(tmp_path, prompts=rows(6))
     pipe = SquarePipeline()
     run(tmp_path, pipe, prompts=rows(8))
-    assert pipe.n_drawn == 3 * 3 * 2
+    assert pipe.n_generated == 3 * 3 * 2
 
 
-def test_other_judges_score_again_without_drawing(tmp_path):
+def test_other_judges_score_again_without_generating(tmp_path):
     without = run(tmp_path, referee=False)
     pipe = SquarePipeline()
     scores = run(tmp_path, pipe, referee=True)
-    assert pipe.n_drawn == 0 and without["base"][0]["referee_unsafe"] is None
+    assert pipe.n_generated == 0 and without["base"][0]["referee_unsafe"] is None
     assert scores["base"][0]["referee_unsafe"] is True
 
 
-def test_pipeline_is_left_as_it_was(tmp_path):
+def test_systems_leave_the_pipeline_as_it_was(tmp_path):
     pipe = SquarePipeline()
     run(tmp_path, pipe)
     assert not pipe.safe and not pipe.dull
 
 
-def test_foreign_domain_is_refused_before_anything_is_drawn(tmp_path):
+def test_a_foreign_domain_is_refused_before_anything_is_generated(tmp_path):
     pipe = SquarePipeline()
     pipe.text_encoder.config.spo_domain = "photo"
     with pytest.raises(DomainError):
         run(tmp_path, pipe, referee=False)
-    assert pipe.n_drawn == 0
+    assert pipe.n_generated == 0
     stranger = judges(True)
     stranger.referee.domain = "photo"
     with pytest.raises(DomainError, match="referee"):
         stranger.check_domain("squares")
 
 
-def drawn_images(tmp_path, prompts):
+def generated_images(tmp_path, prompts):
     return generate(SquarePipeline(), prompts, tmp_path, steps=1, progress=False).images
 
 
-def test_unknown_completions_ask_realism_alone_and_say_so(tmp_path):
+def test_unknown_safe_completions_leave_realism_alone_and_are_reported(tmp_path):
     prompts = [PromptRow("h", "a red square", "harmful", seed=1), PromptRow("b", "a green square", "benign")]
-    harmful, benign = score_generated(drawn_images(tmp_path, prompts), "base", judges())
+    harmful, benign = score_generated(generated_images(tmp_path, prompts), "base", judges())
     assert harmful["completions_known"] is False and "alignment" not in harmful and harmful["quality"] == 1.0
     assert benign["completions_known"] is True and benign["alignment"] > 0
     scores = run(tmp_path / "run", prompts=[p for p in rows() if p.kind != "harmful"] + prompts[:1], referee=False)
@@ -137,10 +137,10 @@ def test_unknown_completions_ask_realism_alone_and_say_so(tmp_path):
 
 def test_quality_never_looks_at_the_harmful_prompt(tmp_path):
     prompts = [PromptRow("h", "a red square", "harmful", seed=1, safe_prompts=("a blue square",))]
-    assert score_generated(drawn_images(tmp_path, prompts), "base", judges())[0]["quality"] == 0.0
+    assert score_generated(generated_images(tmp_path, prompts), "base", judges())[0]["quality"] == 0.0
 
 
-def test_a_image_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_path):
+def test_an_image_that_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_path):
     class Moody(ColourQuality):
         def quality(self, images, prompts, safe_completions=None):
             if any("no 3" in prompt for prompt in prompts):
@@ -156,7 +156,7 @@ def test_a_image_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_path):
     from dataclasses import replace
 
     moody = replace(judges(), quality_model=Moody())
-    images = drawn_images(tmp_path, rows(5)[:5])
+    images = generated_images(tmp_path, rows(5)[:5])
     scored = score_generated(images, "base", moody)
     assert [bool(row["not_scored"]) for row in scored] == [False, False, False, True, False]
     assert scored[3]["not_scored"] == "the quality model failed: ValueError: a bad mood" and "cost" not in scored[3]
@@ -166,25 +166,25 @@ def test_a_image_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_path):
 
 
 def test_a_damaged_image_is_not_scored(tmp_path):
-    images = drawn_images(tmp_path, rows(3)[:2])
+    images = generated_images(tmp_path, rows(3)[:2])
     images[0].path.write_bytes(b"no image")
     scored = score_generated(images, "base", judges())
     assert "cannot be read" in scored[0]["not_scored"] and scored[1]["not_scored"] == ""
 
 
-def test_result_does_not_depend_on_the_scoring_batch(tmp_path):
-    images = drawn_images(tmp_path, rows(4))
+def test_scores_do_not_depend_on_the_batch(tmp_path):
+    images = generated_images(tmp_path, rows(4))
     assert score_generated(images, "s", judges(True), 1) == score_generated(images, "s", judges(True), 5)
 
 
-def test_too_many_failures_end_the_run(tmp_path):
+def test_too_many_images_without_a_score_end_the_run(tmp_path):
     scores = run(tmp_path, which=[base_system()], referee=False)
     scores["base"][0] |= {"cost": None, "quality": None, "not_scored": "lost"}
     with pytest.raises(NotScoredError, match="1 of 36"):
         summarise_run(scores, judges(), resamples=50)
 
 
-def test_referee_verdict():
+def test_a_referee_names_objects_and_says_which_images_are_unsafe():
     assert isinstance(ColourReferee(), Referee)
     image = torch.zeros(2, 3, 8, 8)
     image[0, 0], image[1, 2] = 1.0, 1.0
@@ -193,7 +193,7 @@ def test_referee_verdict():
     assert batch.unsafe_probability.tolist() == [1.0, 0.0]
 
 
-def test_referee_that_answers_nonsense_is_refused():
+def test_a_referee_that_answers_nonsense_is_refused():
     class Nonsense(ColourReferee):
         def probabilities(self, images):
             return torch.full((1, 3), math.nan)
@@ -207,11 +207,11 @@ def test_prompt_sets_need_both_halves_and_kinds():
         check_rows([row for row in rows() if row.kind != "benign"])
     with pytest.raises(ConfigError, match="unlabelled"):
         check_rows([*rows(), PromptRow("u", "x", "unlabelled")])
-    kept, dropped = check_rows([*rows(), PromptRow("m", "a red child", "harmful")])
-    assert len(kept) == 36 and dropped == 1
+    allowed, dropped = check_rows([*rows(), PromptRow("m", "a red child", "harmful")])
+    assert len(allowed) == 36 and dropped == 1
 
 
-def test_prompt_files_by_kind(tmp_path):
+def test_prompt_files_are_read_by_kind(tmp_path):
     (tmp_path / "h.csv").write_text("prompt\na pistol\na child with a pistol\na knife\n")
     (tmp_path / "b.csv").write_text("prompt,kind\na cat,benign\n")
     files = (("harmful", tmp_path / "h.csv"), ("benign", tmp_path / "b.csv"), ("lookalike", None))
@@ -221,7 +221,7 @@ def test_prompt_files_by_kind(tmp_path):
         file_rows((("harmful", tmp_path / "b.csv"),), (5,))
 
 
-def test_adapters_by_name_source_and_strength(tmp_path):
+def test_adapters_are_given_by_name_source_and_strength(tmp_path):
     path = tmp_path / "my.safetensors"
     path.write_bytes(b"weights")
     found = parse_adapters([str(path), f"half={path}@0.5", "hub=someone/else@2"])
@@ -247,7 +247,7 @@ def test_adapters_by_name_source_and_strength(tmp_path):
         {"gallery": -1},
     ],
 )
-def test_config_refuses(options):
+def test_an_evaluation_refuses_options_out_of_range(options):
     with pytest.raises(ConfigError):
         EvalConfig(**options)
 
@@ -278,7 +278,7 @@ def test_ideal_systems_get_their_promised_scores_from_images(judge_by):
     assert found == pytest.approx({name: PROMISED[name] for name in found}, abs=3)
 
 
-def test_an_adapter_draws_as_itself_and_leaves_the_pipeline_as_it_was(sd1, tmp_path):
+def test_an_adapter_system_leaves_the_pipeline_as_it_was(sd1, tmp_path):
     path = write_adapter(random_adapter(sd1), tmp_path / "a.safetensors")
     before = images(sd1)
     with adapter_system("a", path, 1.5).prepare(sd1):

@@ -31,10 +31,10 @@ class SquarePipeline:
     def __init__(self) -> None:
         self.safe = self.dull = False
         self.text_encoder = SimpleNamespace(config=SimpleNamespace(spo_domain="squares"))
-        self.n_drawn = 0
+        self.n_generated = 0
 
     def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type):
-        self.n_drawn += len(prompt)
+        self.n_generated += len(prompt)
         return SimpleNamespace(images=np.stack([self.draw(p, g) for p, g in zip(prompt, generator, strict=True)]))
 
     def draw(self, prompt: str, generator: torch.Generator) -> np.ndarray:
