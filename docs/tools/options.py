@@ -31,7 +31,7 @@ def options(path: str, name: str) -> Iterator[Option]:
     texts = {field: " ".join(text.split()) for field, text in pairs}
     for node in found.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in texts:
-            default = ast.unparse(node.value) if node.value is not None else ""
+            default = "required" if node.value is None else ast.unparse(node.value).strip("'")
             if not default.startswith("field("):
                 yield Option(node.target.id, default, texts[node.target.id])
 
@@ -42,7 +42,7 @@ def table(*parts: tuple[str, str, str]) -> str:
     for prefix, path, name in parts:
         for option in options(path, name):
             flag = f"--{prefix}{option.name.rstrip('_').replace('_', '-')}"
-            default = f"`{option.default}`" if option.default else ""
+            default = f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
             rows.append(f"| `{flag}` | {default} | {option.text} |")
     return "\n".join(rows)
 
