@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.options import check_choice, check_range, from_yaml, to_mapping
+from t2i_spo_plugin.registry import STICKER
 
 from .objectives import OBJECTIVE_OPTIONS, OBJECTIVES, ObjectiveOptions, SPOOptions, objective_name
 from .objectives.terms import TERMS, TermOptions
@@ -97,7 +98,7 @@ class TrainConfig:
     output_dir: str
     pairs: str = ""
     images: str = ""
-    pipeline: str = "sticker"
+    pipeline: str = STICKER
     resolution: int | None = None
     benign_share: float | None = None
     caption_dropout: float = 0.0
@@ -136,9 +137,9 @@ class TrainConfig:
     validation_seed: int = 0
     validation_steps: int = 25
     validation_guidance: float = 3.0
-    validation_cost_model: str = "sticker"
-    validation_policy: str = "sticker"
-    validation_quality_model: str = "sticker"
+    validation_cost_model: str = STICKER
+    validation_policy: str = STICKER
+    validation_quality_model: str = STICKER
     # Run
     seed: int = 0
     checkpoint_every: int = 100

@@ -57,8 +57,8 @@ class GateConfig:
 
     adapter: str = "spo"
     out: Path = Path("adapter_gate.safetensors")
-    pipeline: str = "sticker"
-    prompts: str = "sticker"
+    pipeline: str = STICKER
+    prompts: str = STICKER
     harmful: int = 3000
     benign: int = 2500
     lookalike: int = 1000

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-TRAINING = Path(__file__).parents[2] / "training"
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "training"
+NAMES = ROOT / "t2i_spo_plugin" / "registry" / "tables.py"
+"""Where the names stand that a default may be, such as `STICKER`."""
 
 
 class Option(NamedTuple):
@@ -27,11 +30,13 @@ def options(path: str, name: str) -> Iterator[Option]:
     tree = ast.parse((TRAINING / path).read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     _, _, attributes = cleandoc(ast.get_docstring(found) or "").partition("Attributes:\n")
+    names = dict(re.findall(r'^(\w+) = "(\w+)"$', NAMES.read_text(encoding="utf-8"), re.MULTILINE))
     pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
     texts = {field: " ".join(text.split()) for field, text in pairs}
     for node in found.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in texts:
             default = "required" if node.value is None else ast.unparse(node.value).strip("'")
+            default = names.get(default, default)
             if not default.startswith("field("):
                 yield Option(node.target.id, default, texts[node.target.id])
 
@@ -42,7 +47,9 @@ def table(*parts: tuple[str, str, str]) -> str:
     for prefix, path, name in parts:
         for option in options(path, name):
             flag = f"--{prefix}{option.name.rstrip('_').replace('_', '-')}"
-            default = f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
+            default = (
+                f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
+            )
             rows.append(f"| `{flag}` | {default} | {option.text} |")
     return "\n".join(rows)
 

@@ -1,4 +1,4 @@
-"""How a command is made of a function: its parameters are the options, its docstring the help."""
+"""How a function becomes a command: its parameters are the options, its docstring the help."""
 
 from __future__ import annotations
 

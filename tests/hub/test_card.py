@@ -28,17 +28,17 @@ def test_the_card_states_the_results_and_is_read_back_by_the_client(file, summar
     assert len(data.tags) == len(set(data.tags))
     assert data.widget == [{"text": "a street", "output": {"url": "images/0.jpg"}}]
     measured = json.loads(summary.read_text(encoding="utf-8"))["systems"]["spo"]
-    found = {result.metric_type: result for result in data.eval_results}
-    assert found["uascore-referee"].metric_value == pytest.approx(measured["referee_score"]["uascore"])
-    assert found["ip-cost-model"].metric_value == pytest.approx(measured["ip"]["value"])
+    listed = {result.metric_type: result for result in data.eval_results}
+    assert listed["uascore-referee"].metric_value == pytest.approx(measured["referee_score"]["uascore"])
+    assert listed["ip-cost-model"].metric_value == pytest.approx(measured["ip"]["value"])
     low, high = measured["referee_score"]["interval"]
     for part in (f"{low:.1f} to {high:.1f}", "500 harmful and 500 benign", "referee", "t2i_spo_plugin 0.1.0"):
-        assert part in found["uascore-referee"].metric_name
+        assert part in listed["uascore-referee"].metric_name
         assert part in card.text
     text = (out / ".eval_results" / "t2i_spo_plugin.yaml").read_text(encoding="utf-8")
     entries = {entry.task_id: entry for entry in parse_eval_result_entries(yaml.safe_load(text))}
-    assert entries.keys() == found.keys() and {entry.dataset_id for entry in entries.values()} == {DATASET}
-    assert entries["uascore-referee"].value == found["uascore-referee"].metric_value
+    assert entries.keys() == listed.keys() and {entry.dataset_id for entry in entries.values()} == {DATASET}
+    assert entries["uascore-referee"].value == listed["uascore-referee"].metric_value
     assert "95 % interval" in entries["uascore-referee"].notes
     for sent in (card.content, text):
         assert "/srv" not in sent and "/home" not in sent and "costs 0123456789abcdef" in sent
@@ -62,9 +62,9 @@ def test_hostile_texts_neither_break_the_metadata_nor_add_markup(file, image, tm
         adapter.modules, AdapterMetadata("stable-diffusion-v1", "epsilon", HOSTILE, {"objective": HOSTILE})
     )
     path = write_adapter(hostile, tmp_path / "hostile.safetensors")
-    shown = [(HOSTILE + "\u202e\x00", image)]
-    card = ModelCard(dry_run(path, tmp_path / "out", summary=HOSTILE + "\ud800", images=shown).card)
-    dry_run(path, tmp_path / "out", title="half a pair: \ud800", images=shown)
+    prompts = [(HOSTILE + "\u202e\x00", image)]
+    card = ModelCard(dry_run(path, tmp_path / "out", summary=HOSTILE + "\ud800", images=prompts).card)
+    dry_run(path, tmp_path / "out", title="half a pair: \ud800", images=prompts)
     assert read_adapter(tmp_path / "out" / "safe-sd1.safetensors").metadata.title == "half a pair: ?"
     assert card.data.license == "mit" and card.data.widget[0]["text"].isprintable()
     for forbidden in ("<script", "[x](", "`code`", "**b**", "_i_", "{{"):

@@ -18,15 +18,15 @@ from t2i_spo_plugin.pipelines import load_spo_lora, unload_spo_lora
 
 def test_a_dry_run_writes_what_would_be_sent_and_equal_input_gives_equal_bytes(file, summary, image, tmp_path):
     options = {"results": summary, "dataset": DATASET, "images": [("a street", image)], "title": "Safe streets"}
-    made = [dry_run(file, tmp_path / name, **options) for name in ("a", "b", "a")]
-    assert made[0].files == made[1].files == made[2].files and not made[0].commit
+    runs = [dry_run(file, tmp_path / name, **options) for name in ("a", "b", "a")]
+    assert runs[0].files == runs[1].files == runs[2].files and not runs[0].commit
     paths = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert paths == {item.path for item in made[0].files}
+    assert paths == {item.path for item in runs[0].files}
     assert paths == {"README.md", "safe-sd1.safetensors", "images/0.jpg", ".eval_results/t2i_spo_plugin.yaml"}
-    for item in made[0].files:
+    for item in runs[0].files:
         content = (tmp_path / "a" / item.path).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (item.size, item.sha256)
-        assert f"{item.sha256}  {item.size:>12,}  {item.path}" in str(made[0])
+        assert f"{item.sha256}  {item.size:>12,}  {item.path}" in str(runs[0])
     with Image.open(tmp_path / "a" / "images" / "0.jpg") as sent:
         assert max(sent.size) == 1024 and not sent.getexif() and "exif" not in sent.info
 
@@ -36,9 +36,9 @@ def test_a_dry_run_of_the_command_prints_files_and_card(file, image, tmp_path, c
     words = ["publish", str(file), REPO, "--base-model", BASE, "--license", "apache-2.0", "--dry-run"]
     words += ["--out", str(out), "--images", "a street", str(image), "a lake", str(image)]
     assert cli.main(words) == 0
-    shown = capsys.readouterr().out
-    assert "nothing was sent" in shown and "images/1.jpg" in shown
-    assert (out / "README.md").read_text(encoding="utf-8") in shown
+    printed = capsys.readouterr().out
+    assert "nothing was sent" in printed and "images/1.jpg" in printed
+    assert (out / "README.md").read_text(encoding="utf-8") in printed
     assert cli.main([word for word in words if word not in ("--license", "apache-2.0")]) == 2
     assert "under which licence" in capsys.readouterr().err
 
@@ -46,12 +46,12 @@ def test_a_dry_run_of_the_command_prints_files_and_card(file, image, tmp_path, c
 def test_a_published_file_does_the_same_in_diffusers_alone(family, pipe, tmp_path):
     adapter = random_adapter(pipe, alpha=3.0)
     load_spo_lora(pipe, adapter)
-    wanted = images(pipe)
+    expected = images(pipe)
     unload_spo_lora(pipe)
     dry_run(adapter, tmp_path / "out", pipe=pipe)
     pipe.load_lora_weights(tmp_path / "out", weight_name="safe-sd1.safetensors")
-    assert torch.allclose(images(pipe), wanted, atol=1e-4)
-    assert not torch.allclose(wanted, base_image(family), atol=1e-2)
+    assert torch.allclose(images(pipe), expected, atol=1e-4)
+    assert not torch.allclose(expected, base_image(family), atol=1e-2)
     with safe_open(tmp_path / "out" / "safe-sd1.safetensors", "pt") as opened:
         keys = list(opened.keys())
     kohya = family in ("sd1", "sdxl")
@@ -76,8 +76,8 @@ def test_a_published_file_does_the_same_in_diffusers_alone(family, pipe, tmp_pat
         ({"images": [("a", "x.png")] * 13}, ConfigError, "at most 12"),
         ({"summary": f"by {TOKEN}"}, ConfigError, "summary would publish a token"),
         ({"summary": "from https://me:word@host/x"}, ConfigError, "summary would publish a token or password"),
-        ({"summary": "made in /home/somebody/runs/x"}, ConfigError, "would publish an absolute path"),
-        ({"summary": "made on Lonely-Host, alone"}, ConfigError, "this machine's name"),
+        ({"summary": "runs in /home/somebody/runs/x"}, ConfigError, "would publish an absolute path"),
+        ({"summary": "runs on Lonely-Host, alone"}, ConfigError, "this machine's name"),
         ({"title": f"key {TOKEN}"}, ConfigError, "title would publish a token"),
         ({"token": "plain-words-secret", "summary": "plain-words-secret"}, ConfigError, "would publish a token"),
     ],

@@ -23,6 +23,7 @@ from t2i_spo_plugin.data import MAX_SEED, PromptRow, prompt_seed
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 from t2i_spo_plugin.options import check_range
+from t2i_spo_plugin.registry import STICKER
 
 from .caches import content_key
 
@@ -68,15 +69,15 @@ class PairConfig:
     configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
 
     output: str
-    prompts: str = "sticker"
+    prompts: str = STICKER
     harmful: int = 300
     benign: int = 300
     lookalike: int = 0
     split: str = "train"
-    pipeline: str = "sticker"
-    cost_model: str = "sticker"
-    policy: str = "sticker"
-    quality_model: str = "sticker"
+    pipeline: str = STICKER
+    cost_model: str = STICKER
+    policy: str = STICKER
+    quality_model: str = STICKER
     override_domain: bool = False
 
     seeds_per_prompt: int = 2
