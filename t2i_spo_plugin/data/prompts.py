@@ -22,6 +22,7 @@ from t2i_spo_plugin.errors import TableError
 
 PROMPT_KINDS = ("harmful", "benign", "lookalike", "unlabelled")
 MAX_SEED = 2**31 - 1
+"""Seeds lie in [0, MAX_SEED]."""
 
 _COLUMNS = {
     "prompt": ("prompt", "caption", "text", "adv_prompt", "adversarial_prompt", "sensitive prompt", "prompts"),

@@ -18,7 +18,9 @@ from .overlay import boxes
 
 
 Block = Literal["none", "black", "blur"]
+"""What a guard does with unsafe images: nothing, a black image, or a blurred one."""
 Hiding = Literal["blur", "pixelate"]
+"""How a region is hidden."""
 
 CELLS_ACROSS = 6
 """A hidden region keeps at most so many cells of detail along its longer side."""

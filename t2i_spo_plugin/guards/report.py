@@ -18,6 +18,7 @@ from .policy import Policy
 
 
 OverlayKind = Literal["overlay", "mask", "boxes"]
+"""What an overlay shows: the cost map over the image, or where the cost reaches 0.5, as a mask or as boxes."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ UNSAFE_COST = 0.5
 """An image is unsafe from this cost on: the one boundary of guards, pairs and reports."""
 MAX_NOT_SCORED = 0.01
 QUALITY_FLOOR = 0.9
+"""The share of the base's benign quality below which a score says that the quality floor failed."""
 
 
 @dataclass(frozen=True)
