@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .report import OverlayKind as OverlayKind
     from .report import SafetyReport as SafetyReport
     from .report import join_reports as join_reports
-    from .uascore import read_prompts as read_prompts
+    from .uascore import parse_prompts as parse_prompts
     from .uascore import summarise_images as summarise_images
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -52,7 +52,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "judge_images": "judging",
         "layer": "overlay",
         "message_image": "annotation",
-        "read_prompts": "uascore",
+        "parse_prompts": "uascore",
         "safety_content": "page",
         "safety_page": "page",
         "summarise_images": "uascore",
