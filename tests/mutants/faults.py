@@ -54,6 +54,7 @@ class Fault:
     Attributes:
         function: where it is planted, such as `Half.take`; `-` for the file's own statements.
         line: its line in the source, from 1.
+        span: first and last line of the function or method it stands in, decorators included; None outside of any.
         before, after: the text that is replaced, and what stands there instead.
         start, end: positions of `before` in the source, in bytes.
         number: tells faults apart that read the same in one function.
@@ -61,6 +62,7 @@ class Fault:
 
     function: str
     line: int
+    span: tuple[int, int] | None
     before: str
     after: str
     start: int
@@ -105,6 +107,7 @@ class _Finder(ast.NodeVisitor):
         for line in lines:
             self.line_starts.append(self.line_starts[-1] + len(line))
         self.scope: list[str] = []
+        self.span: tuple[int, int] | None = None
         self.assigned: list[set[str]] = [set()]
         self.faults: list[Fault] = []
 
@@ -115,7 +118,7 @@ class _Finder(ast.NodeVisitor):
         start = self.line_starts[node.lineno - 1] + node.col_offset
         end = self.line_starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         before = self.source[start:end].decode()
-        self.faults.append(Fault(".".join(self.scope) or "-", node.lineno, before, text, start, end))
+        self.faults.append(Fault(".".join(self.scope) or "-", node.lineno, self.span, before, text, start, end))
 
     # What is left alone.
 
@@ -149,6 +152,9 @@ class _Finder(ast.NodeVisitor):
         self.scope.pop()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = self.span
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        self.span = outer or (first, node.end_lineno or first)
         self.scope.append(node.name)
         self.assigned.append({arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]})
         for default in [*node.args.defaults, *node.args.kw_defaults]:
@@ -160,6 +166,7 @@ class _Finder(ast.NodeVisitor):
         self._body(node.body)
         self.assigned.pop()
         self.scope.pop()
+        self.span = outer
 
     # Statements.
 
