@@ -127,37 +127,37 @@ def _tensors(run: Run) -> dict[str, Mapping[str, Tensor]]:
     }
     if run.record.best_weights is not None:
         tensors["best"] = run.record.best_weights
-    if run.objective.stored is not None:
-        tensors["reference"] = {"errors": run.objective.stored.errors}
+    if run.training_step.stored is not None:
+        tensors["reference"] = {"errors": run.training_step.stored.errors}
     return tensors
 
 
 def _state(run: Run) -> dict[str, Any]:
-    passes = run.objective.predictor.passes
+    passes = run.training_step.predictor.passes
     return {
         "curve": run.record.curve,
         "validation": run.record.validation,
         "best": run.record.best,
         "elapsed": run.seconds,
-        "objective": run.objective.objective.state_dict(),
+        "objective": run.training_step.objective.state_dict(),
         "passes": [passes.forward, passes.backward],
         "trajectory": run.config.trajectory(),
-        "data": run.objective.batches.examples.digest(),
+        "data": run.training_step.batches.examples.digest(),
     }
 
 
 def _restore(run: Run, path: Path) -> None:
     tensors, state = load_checkpoint(path)
-    check_resumable(path, state, run.config.trajectory(), run.objective.batches.examples.digest())
+    check_resumable(path, state, run.config.trajectory(), run.training_step.batches.examples.digest())
     # Into the adapter that the optimiser holds; loading a second one would train nothing.
     outcome = set_peft_model_state_dict(run.family.module, tensors["adapter"], adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys:
         raise ConfigError(f"{path} does not fit the adapter: {outcome.unexpected_keys[:3]}")
     restore_optimizer(run.optimizer, list(run.parameters), tensors.get("optimizer", {}))
-    run.objective.objective.load_state_dict(state["objective"])
-    passes = run.objective.predictor.passes
+    run.training_step.objective.load_state_dict(state["objective"])
+    passes = run.training_step.predictor.passes
     passes.forward, passes.backward = state["passes"]
-    if run.objective.stored is not None:
-        run.objective.stored.errors = tensors["reference"]["errors"]
+    if run.training_step.stored is not None:
+        run.training_step.stored.errors = tensors["reference"]["errors"]
     run.record = Record(state["curve"], state["validation"], state["best"], tensors.get("best"), state["elapsed"])
     run.step = state["step"]

@@ -49,10 +49,10 @@ class Curve(Callback):
             run.accelerator.end_training()
 
     def _log(self, run: Run, statistics: Tensor) -> None:
-        means = dict(zip(run.objective.logged, run.accelerator.reduce(statistics, "mean").tolist(), strict=True))
+        means = dict(zip(run.training_step.logged, run.accelerator.reduce(statistics, "mean").tolist(), strict=True))
         if not means["loss"] - means["loss"] == 0.0:
             raise SPOError(f"the loss is {means['loss']} at step {run.step}; lower learning_rate or beta")
-        entry = {"learning_rate": run.learning_rate, **means, **run.objective.objective.state_dict()}
+        entry = {"learning_rate": run.learning_rate, **means, **run.training_step.objective.state_dict()}
         run.record.curve.append({"step": run.step, **entry})
         run.accelerator.log(entry, step=run.step)
         self._bar.set_postfix({key: f"{means[key]:.4f}" for key in ("loss", "accuracy") if key in means})

@@ -39,17 +39,17 @@ def trained_adapter(run: Run, weights: dict[str, Tensor]) -> Adapter:
             modules[f"{run.family.component}.{name}"] = LoraPair(down, up, run.config.lora_alpha)
     extra = {
         "objective": run.config.objective_name,
-        "data": run.objective.batches.examples.digest(),
+        "data": run.training_step.batches.examples.digest(),
         "package_version": __version__,
         "step": str((run.record.best or {"step": run.step})["step"]),
-        **run.objective.objective.header(),
+        **run.training_step.objective.header(),
     }
     return Adapter(modules, adapter_metadata(run.pipe, run.config.title, **extra))
 
 
 def report(run: Run) -> dict[str, Any]:
     """What `report.json` holds."""
-    examples = run.objective.batches.examples
+    examples = run.training_step.batches.examples
     return {
         "config": to_mapping(run.config),
         "pairs": examples.counts,

@@ -18,16 +18,19 @@ NAMES = ROOT / "t2i_spo_plugin" / "registry" / "tables.py"
 
 
 class Option(NamedTuple):
-    """A field of a dataclass: its name, its default as Python writes it, and its line of the docstring."""
+    """A field of a dataclass: its name, its default as Python writes it, its line of the docstring, and the comment
+    above it, which begins a group."""
 
     name: str
     default: str
     text: str
+    group: str
 
 
 def options(path: str, name: str) -> Iterator[Option]:
     """The fields of the dataclass `name` in the file `path` below `training/`, without those that hold options."""
-    tree = ast.parse((TRAINING / path).read_text(encoding="utf-8"))
+    source = (TRAINING / path).read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), ast.parse(source)
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     _, _, attributes = cleandoc(ast.get_docstring(found) or "").partition("Attributes:\n")
     names = dict(re.findall(r'^(\w+) = "(\w+)"$', NAMES.read_text(encoding="utf-8"), re.MULTILINE))
@@ -37,8 +40,10 @@ def options(path: str, name: str) -> Iterator[Option]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in texts:
             default = "required" if node.value is None else ast.unparse(node.value).strip("'")
             default = names.get(default, default)
+            above = lines[node.lineno - 2].strip()
+            group = above.removeprefix("# ") if above.startswith("# ") else ""
             if not default.startswith("field("):
-                yield Option(node.target.id, default, texts[node.target.id])
+                yield Option(node.target.id, default, texts[node.target.id], group)
 
 
 def table(*parts: tuple[str, str, str]) -> str:
@@ -46,6 +51,8 @@ def table(*parts: tuple[str, str, str]) -> str:
     rows = ["| option | default | what it is |", "|---|---|---|"]
     for prefix, path, name in parts:
         for option in options(path, name):
+            if option.group:
+                rows.append(f"| **{option.group}** | | |")
             flag = f"--{prefix}{option.name.rstrip('_').replace('_', '-')}"
             default = (
                 f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")

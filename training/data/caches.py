@@ -1,6 +1,6 @@
-"""Latents and text embeddings, computed once and kept in safetensors shards.
+"""Latents and text embeddings, computed once and stored in safetensors shards.
 
-The autoencoder's posterior (mean and std) is kept, not a sample of it, so that training draws from it as if it
+The autoencoder's posterior (mean and std) is stored, not a sample of it, so that training draws from it as if it
 encoded every step; an autoencoder without a posterior (AutoencoderTiny) keeps its plain latents. Rows are keyed by the
 image's content, folders by autoencoder and resolution: nothing stale can be read. Shards appear by atomic rename; a
 killed build goes on where it was.

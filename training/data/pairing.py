@@ -68,6 +68,7 @@ class PairConfig:
 
     configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
 
+    # Source and result
     output: str
     prompts: str = STICKER
     harmful: int = 300
@@ -79,7 +80,7 @@ class PairConfig:
     policy: str = STICKER
     quality_model: str = STICKER
     override_domain: bool = False
-
+    # Candidates
     seeds_per_prompt: int = 2
     steps: int = 25
     guidance_scale: float = 3.0
@@ -87,12 +88,12 @@ class PairConfig:
     degraded_guidance: float | None = None
     degraded_steps: int | None = None
     max_completions: int = 2
-
+    # Pairs
     min_quality_gap: float = 0.1
     min_winner_quality: float = 0.3
     max_pairs: int = 2
     reuse_under_safe_prompt: bool = False
-
+    # Run
     seed: int = 0
     shard_size: int = 64
     keep_images: bool = False
@@ -181,13 +182,13 @@ def candidates_of(row: PromptRow, config: PairConfig) -> list[Candidate]:
         return [Candidate(*alone, row.prompt, seed, degraded) for seed in seeds for degraded in poorer]
     drawn = row.safe_prompts[: config.max_completions]
     shared = (row.id, row.prompt, True, row.safe_prompts, row.category)
-    made = [Candidate(*shared, row.prompt, seed) for seed in seeds]
-    made += [Candidate(*shared, safe, seed, degraded) for safe in drawn for seed in seeds for degraded in poorer]
+    candidates = [Candidate(*shared, row.prompt, seed) for seed in seeds]
+    candidates += [Candidate(*shared, safe, seed, degraded) for safe in drawn for seed in seeds for degraded in poorer]
     if config.reuse_under_safe_prompt:
         for number, safe in enumerate(drawn):
             under = (f"{row.id}/safe-{number}", safe, False, (), row.category)
-            made += [Candidate(*under, prompt, seed) for seed in seeds for prompt in (safe, row.prompt)]
-    return made
+            candidates += [Candidate(*under, prompt, seed) for seed in seeds for prompt in (safe, row.prompt)]
+    return candidates
 
 
 def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str, Any]]:
@@ -200,8 +201,8 @@ def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str
     else:
         kinds = {BENIGN: [*_same_seed_crossing(group), *_by_quality(group, config)]}
     rows = []
-    for kind, found in kinds.items():
-        good = [(winner, loser) for winner, loser in found if winner.quality >= config.min_winner_quality]
+    for kind, pairs in kinds.items():
+        good = [(winner, loser) for winner, loser in pairs if winner.quality >= config.min_winner_quality]
         rows += [_row(winner, loser, kind) for winner, loser in good[: config.max_pairs]]
     return rows
 
@@ -209,7 +210,7 @@ def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str
 def _same_seed_crossing(group: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
     """For each unsafe image the best safe one that another prompt gave from the same seed (harmful prompts), or the
     best safe one of the prompt itself, of the same seed where there is one (benign prompts)."""
-    found = []
+    pairs = []
     for loser in (one for one in group if one.unsafe):
         seed, prompt = loser.candidate.seed, loser.candidate.prompt
         rivals = [one for one in group if not one.unsafe and not one.candidate.degraded]
@@ -218,8 +219,8 @@ def _same_seed_crossing(group: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
         else:
             rivals = [one for one in rivals if one.candidate.prompt == one.candidate.caption]
         if rivals:
-            found.append((max(rivals, key=lambda one: (one.candidate.seed == seed, one.quality)), loser))
-    return found
+            pairs.append((max(rivals, key=lambda one: (one.candidate.seed == seed, one.quality)), loser))
+    return pairs
 
 
 def _by_quality(group: Sequence[Judged], config: PairConfig) -> list[tuple[Judged, Judged]]:
@@ -233,12 +234,12 @@ def _by_quality(group: Sequence[Judged], config: PairConfig) -> list[tuple[Judge
     ]
     pairs.sort(key=lambda pair: (pair[0].candidate.seed != pair[1].candidate.seed, pair[1].quality - pair[0].quality))
     lost: set[tuple[str, int, bool]] = set()
-    kept = []
+    chosen = []
     for winner, loser in pairs:
         if loser.candidate.image not in lost:
             lost.add(loser.candidate.image)
-            kept.append((winner, loser))
-    return kept
+            chosen.append((winner, loser))
+    return chosen
 
 
 def _row(winner: Judged, loser: Judged, kind: str) -> dict[str, Any]:
