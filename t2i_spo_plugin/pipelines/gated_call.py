@@ -61,7 +61,6 @@ class GatedCall:
         self.in_decision_window = self.is_decided = self.is_second_run = False
         self.handles: list[Any] = []
         if not gate.in_decision_window(progress):
-            self.state.gate_all_on()
             warnings.warn(
                 f"this call begins at progress {progress:.2f}, after the adapter gate's decision window "
                 f"({gate.until:.2f}): every image is generated with the adapter",
@@ -96,7 +95,7 @@ class GatedCall:
         if self.is_second_run:
             return
         if not self.in_decision_window:
-            # Denoisers that carry the adapter may come in later than the decision window.
+            # The call, or the denoiser that carries the adapter, may begin after the decision window.
             self.state.close()
         rows = self.state.rows(len(_first_input(args, kwargs)))
         # A second denoiser, which comes in after the decision window, has not shown how its layers see a batch.
