@@ -96,7 +96,7 @@ def test_captions_stand_beside_images_or_in_a_table(folder):
     assert read_captioned(folder).digest() != digest
 
 
-def test_what_is_no_folder_of_captioned_images_is_refused(folder, tmp_path):
+def test_reading_captions_refuses_what_is_no_folder_of_captioned_images(folder, tmp_path):
     with pytest.raises(TableError, match="no folder"):
         read_captions(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -112,7 +112,7 @@ def test_focusing_changes_the_adapter_and_costs_what_its_augmentations_cost(conf
     assert _report(config, "focused")["passes"] == {"forward": 64, "backward": 16}
 
 
-def test_first_loss_is_log_two_and_the_pairs_are_learnt(config):
+def test_training_starts_at_log_two_and_learns_the_pairs(config):
     learn = {"learning_rate": 1e-3, "steps": 20, "batch_size": 4, "draws_per_pair": 1}
     _trained(config, "run", objective=DPO, **learn)
     curve = _report(config, "run")["curve"]
@@ -132,7 +132,7 @@ def test_micro_batches_do_not_change_the_result(config):
 
 
 @pytest.mark.parametrize(("family", "prediction"), [("sdxl", "epsilon"), ("sd3", "flow")])
-def test_other_families_train(config, family, prediction):
+def test_sdxl_and_sd3_train(config, family, prediction):
     _trained(config, family, family, steps=2, batch_size=1)
     adapter = read_adapter(Path(config.output_dir) / family / "adapter.safetensors")
     assert adapter.metadata.prediction_type == prediction
@@ -149,7 +149,7 @@ def test_v_prediction_takes_the_velocity_as_target(config):
     assert velocity != _report(config, "epsilon")["curve"][0]["winner_error"]
 
 
-def test_best_by_validation_is_what_is_written(config):
+def test_training_writes_the_adapter_that_validates_best(config):
     seen = {}
 
     def validate(step, pipe):
@@ -224,7 +224,7 @@ def test_resuming_with_other_settings_is_refused_unless_begun_again(config):
     train(changed(config, steps=3, objective={"beta": 100.0}), tiny_pipeline("sd1"))
 
 
-def test_what_cannot_be_trained_is_refused(config):
+def test_training_refuses_what_it_cannot_train(config):
     with pytest.raises(PipelineError, match="Flux"):
         train(config, tiny_pipeline("flux"))
     with pytest.raises(ConfigError, match="targets"):
