@@ -196,7 +196,7 @@ def _unit_interval(values: ArrayLike, name: str) -> Floats:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ConfigError(f"{name} must be one-dimensional, got shape {array.shape}")
-    if array.size and not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+    if not ((array >= 0.0) & (array <= 1.0)).all():
         raise ConfigError(f"{name} must lie in [0, 1]; leave out what could not be scored and count it in not_scored")
     return array
 

@@ -92,9 +92,9 @@ class ScoreSummary:
     benign: HalfSummary
     seeds: tuple[int, ...]
     metadata: ScoreMetadata
+    resamples: int
     base_benign_quality: float | None = None
     quality_floor_ok: bool | None = None
-    resamples: int = 2000
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -162,9 +162,9 @@ def summarise(
         benign=halves[1],
         seeds=tuple(sorted(set(harmful.seeds) | set(benign.seeds))),
         metadata=metadata,
+        resamples=resamples,
         base_benign_quality=base_benign_quality,
         quality_floor_ok=floor,
-        resamples=resamples,
     )
 
 

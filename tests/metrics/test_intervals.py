@@ -28,7 +28,8 @@ def test_wilson_matches_published_values(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 3, 10, 49, 500])
+# Of these, rounding alone would miss the edge for 6 and 11.
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 11, 49, 500])
 def test_wilson_of_none_or_all_ends_exactly_at_the_edge(n):
     none, every = wilson(0, n), wilson(n, n)
     assert none.low == 0.0 and every.high == 1.0

@@ -132,6 +132,12 @@ def test_paired_difference_needs_shared_prompts_and_seeds():
         paired_bootstrap_difference((noisy(0), noisy(1)), (other, noisy(1)))
 
 
+def test_paired_difference_of_nothing_is_an_error():
+    nothing = Half([], []), half(0.0, 1.0)
+    with pytest.raises(NotScoredError, match="only 0 of 0 images"):
+        paired_bootstrap_difference(nothing, nothing)
+
+
 @pytest.mark.parametrize(("missing", "enough"), [(1, True), (2, True), (3, False)])
 def test_paired_difference_may_lack_one_image_in_a_hundred_of_each_system(missing, enough):
     whole, part = half(0.1, 0.9), half(0.2, 0.9).take(range(missing, 100))
@@ -201,6 +207,7 @@ def test_a_half_numbers_its_images_and_keeps_what_it_is_given():
         ({"prompts": ("a",)}, "expected 2 prompt ids and seeds, got 1 and 2"),
         ({"seeds": (1, 2, 3)}, "expected 2 prompt ids and seeds, got 2 and 3"),
         ({"not_scored": -1}, "not_scored must be at least 0, got -1"),
+        ({"cost": np.zeros((2, 1)), "quality": np.zeros((2, 1))}, r"cost must be one-dimensional, got shape \(2, 1\)"),
         ({"quality": np.zeros(3)}, "expected as many qualities as costs, got 3 and 2"),
     ],
 )

@@ -2,7 +2,7 @@
 
 Each is a small change of meaning that a careless edit might make: a comparison turned or moved by one at its boundary,
 a sign changed, a term or a call left out, a constant changed, a condition ignored. What only words a message is left
-alone: annotations, docstrings, f-strings, and what stands in a `raise` or a warning.
+alone (annotations, docstrings, f-strings, what stands in a `raise` or a warning), and so are assertions.
 """
 
 from __future__ import annotations
@@ -134,6 +134,11 @@ class _Finder(ast.NodeVisitor):
     def visit_Import(self, node: ast.Import) -> None:
         pass
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        # `strict` of `zip` asserts that lengths agree, and no caller makes them differ.
+        if node.arg != "strict":
+            self.visit(node.value)
+
     # Scopes.
 
     def _body(self, body: list[ast.stmt]) -> None:
@@ -250,7 +255,8 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        if not _is_text(node.left) and not _is_text(node.right):
+        of_types = isinstance(node.op, ast.BitOr) and self.span is None
+        if not of_types and not _is_text(node.left) and not _is_text(node.right):
             other = OPERATORS.get(type(node.op))
             if other is not None:
                 self.replace(node, ast.BinOp(node.left, other(), node.right))

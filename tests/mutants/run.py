@@ -114,7 +114,8 @@ def examine(
         RuntimeError: the tests fail without any fault, or there are none.
     """
     text = (root / target.source).read_text(encoding="utf-8")
-    digests = _digest([root / target.source]), _digest(_test_files(root, target.tests))
+    # Other kinds of faults are other results, too.
+    digests = _digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests))
     faults = faults_of(text)
     known = {fault.name: session.known(target, fault, *digests) for fault in faults}
     todo = [fault for fault in faults if known[fault.name] is None]
@@ -246,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     for target in targets:
         if target.source not in examined:
             faults = faults_of((ROOT / target.source).read_text(encoding="utf-8"))
-            digest = _digest([ROOT / target.source])
+            digest = _digest([ROOT / target.source, HERE / "faults.py"])
             known = [session.results.get((target.source, fault.name)) for fault in faults]
             if all(result is not None and result.source_digest == digest for result in known):
                 examined[target.source] = [result for result in known if result is not None]

@@ -47,6 +47,7 @@ PLANTED = {
 TEXT = """
 '''A docstring: 1 < 2.'''
 from a import b
+Number = int | float
 if TYPE_CHECKING:
     from c import d
 def f(a: Literal[1], b: int) -> Literal[2]:
@@ -54,6 +55,8 @@ def f(a: Literal[1], b: int) -> Literal[2]:
     c = f"{a + 1}" + "x"
     warnings.warn("a" if a > 1 else "b")
     print(a + 1)
+    for c, d in zip(a, b, strict=True):
+        pass
     assert a > 1
     raise ValueError(a + 1)
 """
