@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from t2i_spo_plugin import sticker
 from t2i_spo_plugin.cli.commands import COMMANDS
 
 
@@ -164,6 +166,16 @@ def test_generated_parts_are_found_out_of_date(monkeypatch):
     assert blocks.filled(text) == text
     typed = text.replace("<!-- block: results -->", "<!-- block: results -->\na number typed by hand", 1)
     assert typed != text and blocks.filled(typed) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/results.md"])
+def test_the_gain_over_dpo_is_the_measured_one_and_says_what_it_is_made_of(name):
+    comparisons = json.loads((sticker.FOLDER / "results.json").read_text(encoding="utf-8"))["comparisons"]
+    gain = next(
+        one["value"] for one in comparisons if (one["first"], one["second"], one["judge"]) == ("spo", "dpo", "referee")
+    )
+    text = " ".join(prose(ROOT / name).split())
+    assert f"{gain:+.1f}" in text and "SFT term" in text and "prior preservation" in text and "ablation" in text
 
 
 DOORS = {
