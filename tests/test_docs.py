@@ -72,9 +72,13 @@ def command_lines(page: Path) -> list[list[str]]:
 
 @cache
 def options_of(command: str) -> str:
-    """The help text of a command, of all its actions where it has some."""
+    """The help text of a command, of all its actions or objectives where it has some."""
+    actions = {
+        "comfyui": (["install"], ["check"], ["uninstall"]),
+        "train": (["--objective", "dpo"], ["--objective", "spo"], ["--objective", "sft"]),
+    }
     text = io.StringIO()
-    for action in (["install"], ["check"], ["uninstall"]) if command == "comfyui" else ([],):
+    for action in actions.get(command, ([],)):
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             COMMANDS[command]([*action, "--help"])
     return text.getvalue()
@@ -109,6 +113,13 @@ def test_commands_and_their_options_exist(page):
         assert words[1] in COMMANDS, f"there is no command spo {words[1]}"
         for option in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", options_of(words[1])), " ".join(words)
+
+
+@pytest.mark.parametrize("name", ["papers", "training", "how-to-add", "scores", "steering"])
+def test_options_that_are_named_alone_belong_to_a_command(name):
+    every = "".join(map(options_of, COMMANDS))
+    for option in re.findall(r"`(--[\w.-]+)", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", every), option
 
 
 @every_page
