@@ -12,7 +12,7 @@ from PIL import Image
 
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
-from t2i_spo_plugin.errors import DomainError
+from t2i_spo_plugin.errors import DomainError, ImageError
 from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
 
 from .referee import Referee, RefereeBatch, judge
@@ -111,8 +111,9 @@ def _open(image: GeneratedImage) -> Image.Image | str:
         return f"not generated: {image.failed}"
     try:
         return image.open()
-    except OSError as error:
-        return f"the image cannot be read: {error}"
+    except ImageError as error:
+        # The row names the file; where it lies on this machine is nobody's business.
+        return f"the image cannot be read: {str(error).removeprefix(f'{image.path}: ')}"
 
 
 def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:

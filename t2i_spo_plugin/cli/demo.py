@@ -214,10 +214,9 @@ def _sheet(
     config: DemoConfig, stage: Stage, base: Sequence[Mapping[str, Any]], adapted: Sequence[Mapping[str, Any]]
 ) -> Image.Image:
     """A row for each chosen prompt: base, strength 0.5, strength 1, and the cost over the base's image."""
-    from PIL import Image
-
     from t2i_spo_plugin.data import generate
     from t2i_spo_plugin.eval import adapter_system, choose, image_path, image_sheet
+    from t2i_spo_plugin.images import open_image
 
     chosen = choose(base, config.sheet_prompts)
     rows = {row.id: row for row in stage.rows}
@@ -240,7 +239,7 @@ def _sheet(
     for row in chosen:
         number = row["prompt_id"]
         paths = [image_path(config.out, row), files[number], image_path(config.out, full[number])]
-        line: list[Image.Image | None] = [Image.open(path).convert("RGB") if path else None for path in paths]
+        line: list[Image.Image | None] = [open_image(path) if path else None for path in paths]
         costs = [_cost(image, stage.judges) for image in line]
         overlay, category = (None, "not scored") if line[0] is None else _overlay(line[0], stage.judges)
         images.append([*line, overlay])
@@ -262,4 +261,5 @@ def _overlay(image: Image.Image, judges: Judges) -> tuple[Image.Image | None, st
     report = judges.guard(image)
     if report.reasons[0] is not None:
         return None, "not scored"
-    return report.overlays()[0], report.deciding(0) or ""
+    # A faint map has a highest category too, and naming it would accuse a safe image.
+    return report.overlays()[0], (report.deciding(0) or "") if report.flagged[0] else "safe"

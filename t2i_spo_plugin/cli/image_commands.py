@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,11 +14,9 @@ from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.options import read_options, split_strength
 from t2i_spo_plugin.registry import STICKER
 
-from .parsing import command
+from .parsing import AsCSV, AsJSON, command
+from .scoring import Form, image_paths, score_files, verdict
 
-
-if TYPE_CHECKING:
-    from t2i_spo_plugin.guards import SafetyReport
 
 _PROMPT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -85,26 +83,36 @@ def generate(
             print(f"{image.row.id}: not generated: {image.failed}", file=sys.stderr)
     images = [image for image in generated.images if image.path is not None]
     verdicts = _verdicts([image.open() for image in images], pipeline_domain(pipe))
-    for image, verdict in zip(images, verdicts, strict=True):
-        print(f"{image.path}: {verdict}: {image.row.prompt}")
+    for image, words in zip(images, verdicts, strict=True):
+        print(f"{image.path}: {words}: {image.row.prompt}")
 
 
 @command
 def score(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
     domain: str | None = None,
+    json_: AsJSON = False,
+    csv_: AsCSV = False,
+    fail_on: Literal["unsafe"] | None = None,
     overlays: Path | None = None,
     category: str | None = None,
     cost_model: str = STICKER,
     policy: str | None = None,
     override_domain: bool = False,
-) -> None:
+) -> int:
     """Report how unsafe images are, overall and by category, and where.
 
+    All frames of an animation count, and transparency over white as well as over black. The exit code is 2 when an
+    image was not scored.
+
     Args:
-        images: image files.
+        images: image files, folders (with those below them), or quoted patterns such as "scenes/**/*.png"; files and
+            folders that begin with a dot are left out unless named.
         domain: what the images are, such as sticker or photo. A cost model knows one domain and says nothing of
             another.
+        json_: print one JSON document.
+        csv_: print a table, one row an image.
+        fail_on: with unsafe, the exit code is 1 when all images were scored and one is unsafe.
         overlays: folder that receives each image with its cost drawn over it.
         category: draw the cost of this category instead of the deciding one.
         cost_model: what judges: sticker (the bundled one), open_nsfw, owen or nudenet (for photographs; each says
@@ -118,6 +126,9 @@ def score(
 
     if not images:
         raise ConfigError("name at least one image")
+    if json_ and csv_:
+        raise ConfigError("--json and --csv are two forms of one answer; name one")
+    paths = image_paths(images)
     guard = load_guard(cost_model, policy, override_domain)
     if domain is None and not override_domain:
         known = guard.cost_model.domain
@@ -125,26 +136,11 @@ def score(
             f"say what the images are: the cost model knows {known} images only (--domain {known}); "
             "--override-domain scores others too, but their costs may mean little"
         )
-    if overlays is not None:
-        overlays.mkdir(parents=True, exist_ok=True)
-    not_scored = 0
-    for number, path in enumerate(images):
-        image, reason = _open(path)
-        report = guard([image], domain) if image is not None else None
-        reason = report.reasons[0] if report is not None else reason
-        if report is None or reason is not None:
-            print(f"{path}: not scored: {reason}")
-            not_scored += 1
-            continue
-        print(f"{path}: {_verdict(report, 0)}")
-        for name, cost in sorted(report.category_costs[0].items(), key=lambda item: -item[1]):
-            print(f"    {name:<16}{cost:.3f}")
-        if overlays is not None:
-            file = overlays / f"{number:04d}-{path.stem}-overlay.png"
-            report.overlays(category=category)[0].save(file)
-            print(f"    overlay: {file}")
+    form: Form = "json" if json_ else "csv" if csv_ else "text"
+    unsafe, not_scored = score_files(paths, guard, domain, overlays, category, form)
     if not_scored:
-        raise NotScoredError(f"{not_scored} of {len(images)} images were not scored; that says nothing of them")
+        raise NotScoredError(f"{not_scored} of {len(paths)} images were not scored; that says nothing of them")
+    return 1 if unsafe and fail_on == "unsafe" else 0
 
 
 def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
@@ -160,19 +156,6 @@ def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
     return [PromptRow(f"{number:04d}", text, "unlabelled", seed=seed + number) for number, text in enumerate(prompts)]
 
 
-def _open(path: Path) -> tuple[Any, str | None]:
-    """The image, or why there is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB"), None
-    except UnidentifiedImageError:
-        return None, "it is no image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-
-
 def _verdicts(images: Sequence[Any], domain: str) -> list[str]:
     """What the bundled cost model for this kind of image says, where there is one."""
     from t2i_spo_plugin.registry import COST_MODELS, load_guard
@@ -181,11 +164,4 @@ def _verdicts(images: Sequence[Any], domain: str) -> list[str]:
     if not names or not images:
         return [f"not scored: no bundled cost model knows {domain} images"] * len(images)
     report = load_guard(names[0])(images, domain)
-    return [_verdict(report, number) for number in range(len(images))]
-
-
-def _verdict(report: SafetyReport, number: int) -> str:
-    if report.reasons[number] is not None:
-        return f"not scored: {report.reasons[number]}"
-    word = "unsafe" if report.flagged[number] else "safe"
-    return f"cost {float(report.costs[number]):.3f} {word} ({report.deciding(number)})"
+    return [verdict(report, number) for number in range(len(images))]

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
 from t2i_spo_plugin.files import atomic, write_json
+from t2i_spo_plugin.images import open_image
 
 from .pipeline_calls import call_pipeline
 from .prompts import PromptRow, drop_minors
@@ -48,11 +49,11 @@ class GeneratedImage:
 
         Raises:
             SPOError: it was not generated.
+            ImageError: its file is missing or broken.
         """
         if self.path is None:
             raise SPOError(f"{self.row.id} was not generated: {self.failed}")
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return open_image(self.path)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d
 
 from t2i_spo_plugin.errors import ConfigError, ImageError
-from t2i_spo_plugin.images import image_size, pixelate, to_pil, to_tensor
+from t2i_spo_plugin.images import image_size, pixelate, to_pil, to_tensor, views
 
 from .overlay import boxes
 
@@ -75,11 +75,13 @@ def block_image(image: Any, block: Block) -> Any:
     pixels = torch.zeros(3, height, width)
     if block == "blur":
         try:
-            pixels = hide(to_tensor(image)[0].cpu(), torch.ones(height, width, dtype=torch.bool))
+            pixels = hide(to_tensor(next(views(image)).image)[0].cpu(), torch.ones(height, width, dtype=torch.bool))
         except ImageError:
             pixels = torch.zeros(3, height, width)
     if isinstance(image, Image.Image):
         return to_pil(pixels)[0]
+    if image.shape[-1 if isinstance(image, np.ndarray) else 0] == 4:
+        pixels = torch.cat([pixels, torch.ones(1, height, width)])
     if isinstance(image, np.ndarray):
         scaled = pixels.permute(1, 2, 0).numpy()
         return (scaled * 255.0).round().astype(np.uint8) if image.dtype == np.uint8 else scaled.astype(image.dtype)

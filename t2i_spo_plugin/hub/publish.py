@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from t2i_spo_plugin.adapters import Adapter, find_adapter_file, read_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.layouts import default_layout
 from t2i_spo_plugin.adapters.safetensors_file import read_header
-from t2i_spo_plugin.errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
+from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.files import folder_hash, sha256_of, write_bytes
+from t2i_spo_plugin.images import open_image
 
 from .card import CardFiles, model_card
 from .card_info import ModelCardInfo, check_repo_id
@@ -203,11 +204,7 @@ def _publishable(adapter: Adapter, card: ModelCardInfo) -> Adapter:
 
 def _image(path: Path) -> bytes:
     """The image as JPEG, upright, bounded, and without any metadata."""
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} is no image that can be read: {error}") from error
+    upright = open_image(path)
     upright.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     bare = Image.frombytes("RGB", upright.size, upright.tobytes())
     stream = io.BytesIO()

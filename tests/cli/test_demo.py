@@ -1,6 +1,7 @@
 """The demo, end to end, on a tiny pipeline: what it writes, what it says, and that it says when it has nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from t2i_spo_plugin.cli import demo
 from t2i_spo_plugin.cli.demo import DemoConfig, Stage, run_demo, score_table, stored_results
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.eval import image_sheet
 from t2i_spo_plugin.eval.scoring import Judges
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.policy import Category, Policy
@@ -63,6 +65,21 @@ def test_the_demo_writes_images_scores_sheet_and_report_and_says_where(stage, tm
     with Image.open(config.out / "sheet.png") as sheet, Image.open(image) as one:
         assert sheet.width > 4 * one.width  # four columns
     assert not stage.pipe.get_list_adapters(), "the pipeline is given back without adapter"
+
+
+@pytest.mark.parametrize(("level", "words"), [(2.0, {"safe"}), (-1.0, {"red", "green"})])
+def test_the_sheet_names_a_category_under_unsafe_images_alone(stage, tmp_path, monkeypatch, level, words):
+    captions = []
+
+    def keep(rows, titles, texts, **options):
+        captions.extend(texts)
+        return image_sheet(rows, titles, texts, **options)
+
+    monkeypatch.setattr("t2i_spo_plugin.eval.image_sheet", keep, raising=False)
+    judges = replace(stage.judges, guard=Guard(ColourCost(level=level), stage.judges.guard.policy))
+    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, sheet_prompts=2, progress=False)
+    run_demo(config, replace(stage, judges=judges))
+    assert len(captions) == 2 and {line[3] for line in captions} <= words
 
 
 def test_strengths_on_the_sheet_are_really_applied(stage, tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.images import huge_png
 from support.pairs import changed, train_config
 from support.pipelines import SIZE, random_adapter, tiny_pipeline
 
 from t2i_spo_plugin import load_spo_lora
 from t2i_spo_plugin.adapters import read_adapter
-from t2i_spo_plugin.errors import PipelineError, TableError
+from t2i_spo_plugin.errors import ImageError, PipelineError, TableError
 from t2i_spo_plugin.training import TrainConfig, train
 from t2i_spo_plugin.training.data.captions import read_captioned, read_captions
 
@@ -94,6 +95,23 @@ def test_captions_stand_beside_images_or_in_a_table(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "three"}\n')
     assert [text for _, text in read_captions(folder)] == ["three"]
     assert read_captioned(folder).digest() != digest
+
+
+def test_a_broken_image_is_named(config, folder):
+    whole = (folder / "2.webp").read_bytes()
+    (folder / "2.webp").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ImageError, match="2.webp: it cannot be decoded"):
+        train(config, tiny_pipeline("sd1"))
+    (folder / "2.webp").write_bytes(huge_png(30_000))
+    with pytest.raises(ImageError, match="2.webp: it has more pixels than"):
+        train(config, tiny_pipeline("sd1"))
+
+
+def test_what_begins_with_a_dot_is_no_image_of_the_folder(folder):
+    image(folder / ".preview.png", 0)
+    (folder / ".cache").mkdir()
+    image(folder / ".cache" / "thumbnail.png", 0)
+    assert len(read_captions(folder)) == 4
 
 
 def test_reading_captions_refuses_what_is_no_folder_of_captioned_images(folder, tmp_path):

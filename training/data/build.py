@@ -6,7 +6,6 @@ missing. Candidate images, unsafe ones among them, are removed once their shard 
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -18,13 +17,13 @@ from typing import Any
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from PIL import Image
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.images import open_image
 from t2i_spo_plugin.metrics import check_not_scored
 from t2i_spo_plugin.pipelines import pipeline_domain
 from t2i_spo_plugin.registry import load_guard, load_pipeline, load_prompts, load_quality_model
@@ -92,7 +91,7 @@ def _build_shard(
     candidates = [candidate for row in rows for candidate in candidates_of(row, config)]
     files = _generate(candidates, work, config, pipe)
     generated = [candidate for candidate in candidates if candidate.image in files]
-    images = [Image.open(io.BytesIO(files[one.image])).convert("RGB") for one in generated]
+    images = [open_image(files[one.image]) for one in generated]
     domain = None if config.override_domain else pipeline_domain(pipe)
     prompts, completions = [one.caption for one in generated], [one.completions for one in generated]
     judgements = judge_images(images, prompts, completions, guard, quality, domain)

@@ -9,14 +9,12 @@ killed build goes on where it was.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,12 +22,26 @@ from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import ImageError
 from t2i_spo_plugin.files import atomic
-from t2i_spo_plugin.images import to_tensor
+from t2i_spo_plugin.images import open_image, to_tensor
 
 
 Rows = dict[str, Tensor]
 MIRRORED = "/mirrored"
 """Suffix of the key of an image's mirror image."""
+
+
+class SourceImage(NamedTuple):
+    """An image that is trained on.
+
+    Attributes:
+        key: `content_key` of `data`.
+        data: the content of its file.
+        name: what a message calls it, such as its path.
+    """
+
+    key: str
+    data: bytes
+    name: str
 
 
 class ShardStore:
@@ -123,13 +135,9 @@ def decode_square(data: bytes, resolution: int) -> Tensor:
     """An image file as `[1, 3, resolution, resolution]` in [0, 1]: the central square, resampled.
 
     Raises:
-        ImageError: the bytes are not an image.
+        ImageError: the bytes are no image that can be read.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"an image cannot be decoded: {error}") from error
+    image = open_image(data)
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     return to_tensor(image.crop((left, top, left + edge, top + edge)), resolution)
@@ -154,7 +162,7 @@ def posterior_sample(rows: Rows, noise: Tensor | None) -> Tensor:
 
 def build_latents(
     store: ShardStore,
-    images: Iterable[tuple[str, bytes]],
+    images: Iterable[SourceImage],
     vae: Any,
     resolution: int,
     batch_size: int = 16,
@@ -162,17 +170,21 @@ def build_latents(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> None:
-    """Encode what is missing. `shard` is (rank, ranks): every rank takes its share; `refresh` the store afterwards."""
+    """Encode what is missing. `shard` is (rank, ranks): every rank takes its share; `refresh` the store afterwards.
+
+    Raises:
+        ImageError: an image cannot be read; the sentence names it.
+    """
     todo = (item for item in _unseen(store, images, mirrored, shard))
     bar = tqdm(desc="latents", unit="image", disable=not progress)
     for chunk in _chunks(todo, batch_size * 16):
         keys, parts = [], []
         for batch in (chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)):
-            pixels = torch.cat([decode_square(data, resolution) for _, data in batch])
-            keys += [key for key, _ in batch]
+            pixels = torch.cat([_decode_named(image, resolution) for image in batch])
+            keys += [image.key for image in batch]
             parts.append(encode_latents(vae, pixels))
             if mirrored:
-                keys += [key + MIRRORED for key, _ in batch]
+                keys += [image.key + MIRRORED for image in batch]
                 parts.append(encode_latents(vae, pixels.flip(-1)))
             bar.update(len(batch))
         store.append(keys, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -199,17 +211,25 @@ def build_text(
     bar.close()
 
 
+def _decode_named(image: SourceImage, resolution: int) -> Tensor:
+    try:
+        return decode_square(image.data, resolution)
+    except ImageError as error:
+        raise ImageError(f"{image.name}: {error}") from error
+
+
 def _unseen(
-    store: ShardStore, images: Iterable[tuple[str, bytes]], mirrored: bool, shard: tuple[int, int]
-) -> Iterable[tuple[str, bytes]]:
+    store: ShardStore, images: Iterable[SourceImage], mirrored: bool, shard: tuple[int, int]
+) -> Iterable[SourceImage]:
     rank, ranks = shard
     seen: set[str] = set()
-    for key, data in images:
+    for image in images:
+        key = image.key
         if key in seen or (key in store and (not mirrored or key + MIRRORED in store)):
             continue
         seen.add(key)
         if int(key[:8], 16) % ranks == rank:
-            yield key, data
+            yield image
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.images import IMAGE_SUFFIXES, image_files
 
-from .caches import content_key
+from .caches import SourceImage, content_key
 from .dataset import Examples
-
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
@@ -34,24 +32,23 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
     if table is not None:
         images = _from_table(table)
     else:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-        images = [(path, _beside(path)) for path in files]
+        images = [(path, _beside(path)) for path in image_files(folder)]
     if not images:
-        raise TableError(f"{folder} holds no images ({', '.join(IMAGES)})")
+        raise TableError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(images)
 
 
-def captioned_images(folder: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Every image of the folder as (key, file content)."""
+def captioned_images(folder: str | Path) -> Iterator[SourceImage]:
+    """Every image of the folder, named by its path."""
     for path, _ in read_captions(folder):
         data = path.read_bytes()
-        yield content_key(data), data
+        yield SourceImage(content_key(data), data, str(path))
 
 
 def read_captioned(folder: str | Path) -> Examples:
     """The folder as training data: examples of one image each, all under benign prompts."""
     captions = [caption for _, caption in read_captions(folder)]
-    keys = [key for key, _ in captioned_images(folder)]
+    keys = [image.key for image in captioned_images(folder)]
     count = len(keys)
     return Examples(
         captions=captions,

@@ -16,9 +16,10 @@ from t2i_spo_plugin.data import PAIR_COLUMNS, read_table
 from t2i_spo_plugin.errors import TableError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
-from .caches import content_key
+from .caches import SourceImage, content_key
 
 
+_IMAGES = ("jpg_0", "jpg_1")
 _ANNOTATION = ("caption", "label_0", "safety_cost_0", "safety_cost_1", "quality_0", "quality_1", "pair_kind")
 
 
@@ -116,11 +117,11 @@ def read_pairs(path: str | Path, prefer: Prefer) -> Examples:
     )
 
 
-def images(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Every image of a pair table as (key, file content), read in batches of rows."""
-    for row in _rows(path):
-        for data in row:
-            yield content_key(data), data
+def images(path: str | Path) -> Iterator[SourceImage]:
+    """Every image of a pair table, read in batches of rows and named by its row and column."""
+    for number, row in enumerate(_rows(path)):
+        for column, data in zip(_IMAGES, row, strict=True):
+            yield SourceImage(content_key(data), data, f"row {number}, {column} of {path}")
 
 
 def image_keys(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -132,5 +133,5 @@ def image_keys(path: str | Path) -> Iterator[tuple[str, str]]:
 def _rows(path: str | Path) -> Iterator[tuple[bytes, bytes]]:
     path = Path(path)
     for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["jpg_0", "jpg_1"]):
-            yield from zip(batch.column("jpg_0").to_pylist(), batch.column("jpg_1").to_pylist(), strict=True)
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=list(_IMAGES)):
+            yield from zip(*(batch.column(name).to_pylist() for name in _IMAGES), strict=True)

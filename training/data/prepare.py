@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from ..families import Family
 from ..placement import placed
 from .batches import Batches, Sampling
-from .caches import ShardStore, build_latents, build_text, fingerprint
+from .caches import ShardStore, SourceImage, build_latents, build_text, fingerprint
 from .dataset import Examples
 
 
@@ -20,7 +20,7 @@ def cached_batches(
     folder: Path,
     sampling: Sampling,
     examples: Examples,
-    images: Iterable[tuple[str, bytes]],
+    images: Iterable[SourceImage],
     pipe: Any,
     family: Family,
     resolution: int,
@@ -34,7 +34,7 @@ def cached_batches(
         folder: of the caches; within it they are told apart by the models and the resolution that made them.
         sampling: how examples are drawn.
         examples: what is trained on.
-        images: all images as (key, file content).
+        images: all images, each with its key and name.
         pipe: with autoencoder and text encoders, which are on the accelerator for as long as they are needed.
         family: of the pipeline.
         resolution: edge in pixels.
