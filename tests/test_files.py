@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +52,23 @@ def test_an_atomic_file_is_kept_from_two_writers_mixing(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first"  # Its block ends last.
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_process_and_nothing_else(tmp_path):
+    path, foreign = tmp_path / "table.txt", tmp_path / ".download.part"
+    foreign.write_text("of another program")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    begin = "from t2i_spo_plugin import files; import os, signal, sys\nwith files.atomic(sys.argv[1]) as part:\n"
+    killed, whole = (f"{begin} part.write_text('half'); {end}" for end in ("os.kill(os.getpid(), signal.SIGKILL)", ""))
+    assert subprocess.run([sys.executable, "-c", killed, path], env=environment).returncode == -signal.SIGKILL
+    (left,) = set(tmp_path.iterdir()) - {foreign}
+    assert left.read_text() == "half"
+    with files.atomic(tmp_path / "other.txt") as part:
+        part.write_text("being written")
+        left.exists() or left.write_text("half")
+        assert subprocess.run([sys.executable, "-c", whole, path], env=environment).returncode == 0
+        assert set(tmp_path.iterdir()) == {foreign, path, part}, "what another process is writing stays"
+    assert files.remove_leftovers(tmp_path) == [] and (tmp_path / "other.txt").read_text() == "being written"
 
 
 def test_an_atomic_file_may_have_the_longest_name_there_is(tmp_path):

@@ -100,6 +100,12 @@ class Run:
         return self.step >= self.config.steps or (budget is not None and sum(self.passes.values()) >= budget)
 
     @property
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is written after this step."""
+        every = self.config.checkpoint_every
+        return self.finished or (every > 0 and self.step % every == 0)
+
+    @property
     def seconds(self) -> float:
         """Of training, with those before the run was resumed."""
         return self.record.elapsed + time.monotonic() - self._started

@@ -25,6 +25,7 @@ from .data.captions import captioned_images
 from .data.dataset import images
 from .data.prepare import cached_batches
 from .families import Family, family_of
+from .finite import FiniteCheck
 from .lora import fresh_adapter, frozen
 from .objectives import make_objective
 from .objectives.terms import active_terms
@@ -76,7 +77,7 @@ def train(
         step = _training_step(config, accelerator, pipe, family)
         checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
         best = [BestByValidation(validate)] if validate and config.validate_every else []
-        run = Run(config, accelerator, pipe, family, step, [Curve(), *best, checkpoints, *callbacks])
+        run = Run(config, accelerator, pipe, family, step, [FiniteCheck(), Curve(), *best, checkpoints, *callbacks])
         checkpoints.resume(run)
         run.train()
         if accelerator.is_main_process:

@@ -214,3 +214,28 @@ def test_a_half_numbers_its_images_and_keeps_what_it_is_given():
 def test_a_half_refuses_what_contradicts_itself(changes, message):
     with pytest.raises(ConfigError, match=message):
         Half(**({"cost": np.zeros(2), "quality": np.zeros(2)} | changes))
+
+
+def shuffled(half, seed):
+    return half.take(np.random.default_rng(seed).permutation(len(half.cost)))
+
+
+def test_intervals_do_not_depend_on_the_order_of_rows():
+    prompts = tuple(str(i // 3) for i in range(200))
+    first, second = (
+        [Half(h.cost, h.quality, prompts, h.seeds) for h in map(noisy, pair)] for pair in ((0, 1), (2, 3))
+    )
+    again = [shuffled(half, number) for number, half in enumerate(first)]
+    assert bootstrap(*first) == bootstrap(*again)
+    before, after = (paired_bootstrap_difference(tuple(part), tuple(second)) for part in (first, again))
+    assert before.interval == after.interval and before.value == pytest.approx(after.value)
+
+
+def test_systems_that_differ_by_rounding_do_not_differ():
+    first = noisy(0), noisy(1)
+    second = tuple(Half(h.cost.astype(np.float32), h.quality.astype(np.float32), h.prompts, h.seeds) for h in first)
+    difference = paired_bootstrap_difference(first, second)
+    assert (difference.value, difference.interval) == (0.0, (0.0, 0.0)) and not difference.interval.excludes(0.0)
+    assert str(difference.value) == "0.0"
+    better = tuple(Half(h.cost, np.minimum(h.quality + 1e-3, 1.0), h.prompts, h.seeds) for h in first)
+    assert paired_bootstrap_difference(better, first).interval.excludes(0.0)

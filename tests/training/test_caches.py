@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
+from safetensors.torch import save_file
 from support.pairs import pair_row, png
 from support.pipelines import SIZE, tiny_pipeline
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, write_table
-from t2i_spo_plugin.errors import ImageError
+from t2i_spo_plugin.errors import ImageError, SPOError, UnreadableFileError
 from t2i_spo_plugin.training.data import caches
 from t2i_spo_plugin.training.data.dataset import images
 
@@ -138,6 +140,54 @@ def test_an_image_of_a_table_that_is_broken_is_named(vae, tmp_path):
     table = write_table(rows, tmp_path / "pairs.parquet", PAIR_COLUMNS)
     with pytest.raises(ImageError, match=r"row 1, jpg_1 of .*pairs.parquet: it cannot be decoded"):
         caches.build_latents(caches.ShardStore(tmp_path / "cache"), images(table), vae, SIZE, progress=False)
+
+
+def _lengths(prompts):
+    return {"text": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+
+
+def test_ranks_share_the_text_whoever_is_quicker(tmp_path):
+    prompts = [f"{'a' * number}" for number in range(9)]
+    late = caches.ShardStore(tmp_path)
+    caches.build_text(caches.ShardStore(tmp_path), prompts, _lengths, shard=(0, 2), progress=False)
+    late.refresh()
+    caches.build_text(late, prompts, _lengths, shard=(1, 2), progress=False)
+    assert not caches.ShardStore(tmp_path).missing(prompts)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
+def test_a_shard_that_is_cut_is_named_and_made_again(tmp_path, kept):
+    store = caches.ShardStore(tmp_path)
+    caches.build_text(store, ["a", "ab"], _lengths, progress=False)
+    caches.build_text(store, ["abc"], _lengths, progress=False)
+    shard = next(file for file in store._files if store._where["ab"][0] == store._files.index(file))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(len(content) * kept) if 0 < kept < 1 else kept])
+    with pytest.warns(UserWarning, match=f"{shard.name} is cut or damaged"):
+        again = caches.ShardStore(tmp_path)
+    assert again.missing(["a", "ab", "abc"]) == ["a", "ab"]
+    caches.build_text(again, ["a", "ab", "abc"], _lengths, progress=False)
+    assert caches.ShardStore(tmp_path).get(["ab", "abc", "a"])["text"].tolist() == [[2.0], [3.0], [1.0]]
+    assert shard.read_bytes() == content
+
+
+def test_a_file_that_is_no_shard_is_refused_and_stays(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(UnreadableFileError, match=r"adapter\.safetensors is no shard of a cache"):
+        caches.ShardStore(tmp_path)
+    assert (tmp_path / "adapter.safetensors").is_file()
+
+
+def test_latents_that_are_not_finite_are_refused_and_the_autoencoder_is_named(tmp_path):
+    vae = copy.deepcopy(tiny_pipeline("sd1").vae)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight[0, 0, 0, 0] = float("nan")
+    store = caches.ShardStore(tmp_path)
+    with pytest.raises(
+        SPOError, match=r"autoencoder \(AutoencoderKL, torch.float32\) gives NaN or Inf as mean of 2 of 2"
+    ):
+        caches.build_latents(store, [_image(0), _image(1)], vae, SIZE, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_cropped_to_the_central_square():

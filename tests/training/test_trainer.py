@@ -13,7 +13,7 @@ from support.pairs import changed, pair_table, train_config
 from support.pipelines import tiny_pipeline
 
 from t2i_spo_plugin.adapters import read_adapter
-from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
+from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, TableError
 from t2i_spo_plugin.training import TrainConfig, train
 from t2i_spo_plugin.training.data.caches import ShardStore
 from t2i_spo_plugin.training.families import family_of
@@ -250,3 +250,59 @@ def test_callbacks_see_the_beginning_every_step_and_the_end(config):
 
     train(replace(config, steps=2), tiny_pipeline("sd1"), callbacks=[Watch()])
     assert seen == [("begin", 0), ("step", 1, 1), ("step", 2, 2), ("end", 2)]
+
+
+def _steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+class Poison(Callback):
+    """Makes one weight of the adapter NaN after step 3."""
+
+    def on_step_end(self, run):
+        if run.step == 3:
+            with torch.no_grad():
+                next(iter(run.parameters.values())).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_nan_ends_a_run_before_a_checkpoint_holds_it(config, log_every):
+    made = changed(config, steps=8, checkpoint_every=2, keep_checkpoints=1, log_every=log_every)
+    with pytest.raises(SPOError, match="every input is finite: lower learning_rate or beta. Checkpoints of earlier"):
+        train(made, tiny_pipeline("sd1"), callbacks=[Poison()])
+    assert _steps(Path(made.output_dir)) == ["step-00000002"]
+    assert read_adapter(train(made, tiny_pipeline("sd1"))).rank == 2, "the same command goes on from it"
+
+
+def test_nan_in_an_input_is_named_by_row_and_tensor(config, tmp_path):
+    made = changed(config, cache_dir=str(tmp_path / "cache"), steps=2)
+    train(changed(made, output_dir=str(tmp_path / "first"), steps=1), tiny_pipeline("sd1"))
+    for folder in (tmp_path / "cache").iterdir():
+        store = ShardStore(folder)
+        keys = list(store._where)
+        rows = store.get(keys)
+        if "a ball number 3" in keys:
+            rows["text"][keys.index("a ball number 3")] = float("nan")
+        for file in folder.iterdir():
+            file.unlink()
+        store.append(keys, rows)
+    with pytest.raises(SPOError, match=r"row 3 \('a ball number 3'\) has NaN or Inf in text of the encoded caption"):
+        train(changed(made, steps=6), tiny_pipeline("sd1"))
+
+
+@pytest.mark.parametrize("cut", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_that_is_cut_is_named_and_the_older_one_is_taken(config, cut):
+    changes = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 2}
+    whole = _trained(config, "whole", **changes)
+    _trained(config, "cut", **changes)
+    checkpoints = Path(config.output_dir) / "cut" / "checkpoints"
+    file = checkpoints / "step-00000004" / cut
+    file.write_bytes(file.read_bytes()[:-20])
+    (checkpoints / ".step-00000003.part").mkdir()
+    with pytest.warns(UserWarning, match=rf"step-00000004 is damaged: cannot read {cut}"):
+        assert _same(whole, _trained(config, "cut", **changes))
+    assert _steps(checkpoints.parent) == ["step-00000002", "step-00000004"]
+    for folder in checkpoints.iterdir():
+        (folder / "state.json").unlink()
+    with pytest.warns(UserWarning, match="step-00000002 is damaged"):
+        assert _same(whole, _trained(config, "cut", **changes)), "with none left, the run begins again"

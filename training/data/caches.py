@@ -3,25 +3,26 @@
 The autoencoder's posterior (mean and std) is stored, not a sample of it, so that training draws from it as if it
 encoded every step; an autoencoder without a posterior (AutoencoderTiny) keeps its plain latents. Rows are keyed by the
 image's content, folders by autoencoder and resolution: nothing stale can be read. Shards appear by atomic rename; a
-killed build goes on where it was.
+killed build goes on where it was, and a shard that is cut is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_spo_plugin.errors import ImageError
-from t2i_spo_plugin.files import atomic
+from t2i_spo_plugin.errors import ImageError, SPOError, UnreadableFileError
+from t2i_spo_plugin.files import atomic, remove_leftovers
 from t2i_spo_plugin.images import open_image, to_tensor
 
 
@@ -53,18 +54,31 @@ class ShardStore:
     def __init__(self, folder: str | Path, in_memory: int = 2**31) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         self.in_memory = in_memory
         self.refresh()
 
     def refresh(self) -> None:
-        """Look at the folder again, for shards that other processes wrote."""
-        self._files = sorted(self.folder.glob("*.safetensors"))
+        """Look at the folder again, for shards that other processes wrote. One that is cut is removed.
+
+        Raises:
+            UnreadableFileError: a file is no shard of a cache.
+
+        Warns:
+            UserWarning: a shard was removed; its rows are missing.
+        """
+        self._files: list[Path] = []
         self._where: dict[str, tuple[int, int]] = {}
         self._loaded: dict[int, Rows] = {}
-        for number, file in enumerate(self._files):
-            with safe_open(file, framework="pt") as shard:
-                keys = json.loads(shard.metadata()["keys"])
-            self._where.update({key: (number, row) for row, key in enumerate(keys)})
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                keys = _keys(file)
+            except SafetensorError as error:
+                warnings.warn(f"the cache {file} is cut or damaged ({error}); its rows are made again", stacklevel=2)
+                file.unlink(missing_ok=True)
+                continue
+            self._where.update({key: (len(self._files), row) for row, key in enumerate(keys)})
+            self._files.append(file)
         self._whole = sum(file.stat().st_size for file in self._files) <= self.in_memory
 
     def __contains__(self, key: str) -> bool:
@@ -106,6 +120,15 @@ class ShardStore:
             return {name: values[row] for name, values in self._loaded[number].items()}
         with safe_open(self._files[number], framework="pt") as shard:
             return {name: shard.get_slice(name)[row] for name in shard.keys()}
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as shard:
+        metadata = shard.metadata() or {}
+    if "keys" not in metadata:
+        raise UnreadableFileError(f"{file} is no shard of a cache; move it elsewhere, or choose another cache_dir")
+    keys: list[str] = json.loads(metadata["keys"])
+    return keys
 
 
 def content_key(data: bytes) -> str:
@@ -174,6 +197,7 @@ def build_latents(
 
     Raises:
         ImageError: an image cannot be read; the sentence names it.
+        SPOError: the autoencoder gives NaN or Inf.
     """
     todo = (item for item in _unseen(store, images, mirrored, shard))
     bar = tqdm(desc="latents", unit="image", disable=not progress)
@@ -181,14 +205,27 @@ def build_latents(
         keys, parts = [], []
         for batch in (chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)):
             pixels = torch.cat([_decode_named(image, resolution) for image in batch])
-            keys += [image.key for image in batch]
-            parts.append(encode_latents(vae, pixels))
-            if mirrored:
-                keys += [image.key + MIRRORED for image in batch]
-                parts.append(encode_latents(vae, pixels.flip(-1)))
+            for suffix in ("", MIRRORED) if mirrored else ("",):
+                keys += [image.key + suffix for image in batch]
+                rows = encode_latents(vae, pixels.flip(-1) if suffix else pixels)
+                _check_finite([image.name for image in batch], rows, vae)
+                parts.append(rows)
             bar.update(len(batch))
         store.append(keys, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     bar.close()
+
+
+def _check_finite(names: Sequence[str], rows: Rows, vae: Any) -> None:
+    """Refuse latents with NaN or Inf: training on them would give NaN much later, and blame the learning rate."""
+    for tensor, values in rows.items():
+        finite = values.flatten(1).isfinite().all(1).tolist()
+        bad = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+        if bad:
+            model = f"{type(vae).__name__}, {next(vae.parameters()).dtype}"
+            raise SPOError(
+                f"the autoencoder ({model}) gives NaN or Inf as {tensor} of {len(bad)} of {len(names)} images, the "
+                f"first is {bad[0]}; load it in float32, or take one that was repaired for half precision"
+            )
 
 
 def build_text(
@@ -201,7 +238,8 @@ def build_text(
 ) -> None:
     """Encode the prompts that are missing, keyed by their text; `shard` as in `build_latents`."""
     rank, ranks = shard
-    todo = store.missing(prompts)[rank::ranks]
+    # Shared out before anyone asks what is missing, for the other ranks write meanwhile.
+    todo = store.missing(list(dict.fromkeys(prompts))[rank::ranks])
     bar = tqdm(total=len(todo), desc="text", unit="prompt", disable=not progress)
     for chunk in _chunks(todo, batch_size * 16):
         batches = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]

@@ -32,12 +32,14 @@ class Examples:
         images: S lists of N keys of images (content hashes).
         columns: `[N]` by name: `benign` (bool, the prompt is benign) always; `margin` and `target` of pairs.
         counts: rows read, kept, dropped, and kept of each kind.
+        rows: N numbers of their rows, for messages; by default those from 0 on.
     """
 
     captions: list[str]
     images: tuple[list[str], ...]
     columns: dict[str, Tensor]
     counts: dict[str, int]
+    rows: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -114,6 +116,7 @@ def read_pairs(path: str | Path, prefer: Prefer) -> Examples:
             "dropped": len(keys) - len(rows),
             **{f"kind {kind}": count for kind, count in sorted(kinds.items())},
         },
+        rows=tuple(rows),
     )
 
 
