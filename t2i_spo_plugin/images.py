@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,13 +190,18 @@ def split(images: Images) -> list[Any]:
 
 
 def image_size(image: Any) -> tuple[int, int]:
-    """Height and width of one upright image, unconverted, whatever its form."""
+    """Height and width of one upright image, whatever its form; unconverted unless it is a file."""
     if isinstance(image, Image.Image):
+        if image.format == "TIFF":
+            with suppress(ImageError), _opened(image):
+                image.load()  # Older versions of Pillow turn it, and its size, only then.
         lies = _orientation(image) >= 5
         return (image.width, image.height) if lies else (image.height, image.width)
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
-    return image.shape[-2], image.shape[-1]
+    if isinstance(image, Tensor):
+        return image.shape[-2], image.shape[-1]
+    return image_size(open_image(image))
 
 
 def resize(
@@ -210,21 +215,6 @@ def resize(
         return pixels
     resampled = torch.nn.functional.interpolate(pixels, size=target, mode=mode, antialias=True, align_corners=False)
     return resampled.clamp(0.0, 1.0)
-
-
-def pixelate(pixels: Tensor, grid: tuple[int, int], smooth: bool = False) -> Tensor:
-    """`[C, H, W]` with no more detail than a grid of cells, each of which has the mean colour of what it covers.
-
-    Args:
-        pixels: floating point.
-        grid: rows and columns of cells, at most H and W.
-        smooth: run from cell to cell without edges, instead of showing the cells.
-    """
-    cells = torch.nn.functional.adaptive_avg_pool2d(pixels, grid)[None]
-    size = pixels.shape[-2:]
-    if smooth:
-        return torch.nn.functional.interpolate(cells, size, mode="bilinear", align_corners=False)[0]
-    return torch.nn.functional.interpolate(cells, size, mode="nearest")[0]
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -162,7 +162,7 @@ def test_empty_frames_do_not_make_an_animation_empty(guard):
     stream = io.BytesIO()
     empty.save(stream, "PNG", save_all=True, append_images=[bad, empty], disposal=1)
     report = guard(stream.getvalue())
-    assert report.flagged == [True] and report.note(0) == "frame 2 of 3"
+    assert report.flagged == [True] and report.view(0).frame == 2 and not report.view(0).empty
 
 
 def test_an_image_that_lies_on_its_side_is_judged_and_drawn_upright(guard):
@@ -214,3 +214,20 @@ def test_a_transparent_image_is_blocked_in_its_form(block, form):
     assert report.flagged == [True, False] and type(blocked) is type(images)
     assert guard([blocked[0]]).flagged == ([False] if block == "black" else [True])
     assert report.overlays()[0].getpixel((8, 8)) != (255, 0, 0)
+
+
+def test_files_are_blocked_as_images(guard, tmp_path):
+    plain(RED).save(tmp_path / "red.png")
+    plain(GREY).save(tmp_path / "grey.png")
+    files = [tmp_path / "red.png", str(tmp_path / "grey.png")]
+    strict = Guard(guard.cost_model, guard.policy, block="black")
+    report = strict(files)
+    assert report.flagged == [True, False] and report.region(0).shape == (12, 16)
+    blocked, after = strict.apply_block(files, report)
+    assert blocked[1] is files[1] and blocked[0].getextrema() == ((0, 0),) * 3
+    assert after.overlays()[0].getextrema() != report.overlays()[0].getextrema()
+
+
+def test_the_second_image_of_a_phones_photograph_is_no_frame(guard):
+    # What MPO files carry beside the photograph is a depth map, or the brightness for other screens.
+    assert guard(animation(GREY, RED, form="MPO")).flagged == [False]
