@@ -56,6 +56,12 @@ def test_the_card_without_results_states_so_and_a_licence_of_ones_own_is_sent(fi
         assert opened.metadata()["modelspec.license"] == "kind-1.0"
 
 
+def test_the_licence_of_the_header_holds_where_none_is_given(tmp_path):
+    adapter = random_adapter(fresh("sd1"), **{"modelspec.license": "openrail++"})
+    assert ModelCard(dry_run(adapter, tmp_path / "stated", license="").card).data.license == "openrail++"
+    assert ModelCard(dry_run(adapter, tmp_path / "given", license="mit").card).data.license == "mit"
+
+
 def test_hostile_texts_neither_break_the_metadata_nor_add_markup(file, image, tmp_path):
     adapter = read_adapter(file)
     hostile = Adapter(
