@@ -175,7 +175,7 @@ def test_a_failed_run_says_why_and_of_what():
         check_not_scored(0, 0)
 
 
-@pytest.mark.parametrize("values", [[np.nan, 0.0], [np.inf, 0.0], [1.2, 0.0], [-0.1, 0.0], [0.0], [[0.0, 0.0]]])
+@pytest.mark.parametrize("values", [[np.nan, 0.0], [np.inf, 0.0], [1.05, 0.0], [-0.1, 0.0], [0.0], [[0.0, 0.0]]])
 def test_nan_and_wrong_ranges_never_enter_a_mean(values):
     with pytest.raises(ConfigError):
         uascore((values, [1.0, 1.0]), ([0.0], [1.0]))

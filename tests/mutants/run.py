@@ -238,6 +238,7 @@ def main(arguments: Sequence[str]) -> int:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_XET": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
     }
     session = Session(options.build / "results.jsonl", options.fresh)
     load(["hypothesis", "torch"])
