@@ -76,6 +76,7 @@ class TrainConfig:
         validate_every: steps between validations by UAScore, 0 for never. The best adapter is the one that is written.
         validation_prompts: a prompt file, or `sticker` for its validation split.
         validation_count: prompts of each kind.
+        skip_bad_rows: leave rows of caption and prompt files out that cannot be used, instead of refusing them.
         validation_seed: another one gives other sticker prompts.
         validation_steps: denoising steps of the validation images.
         validation_guidance: classifier-free guidance of the validation images.
@@ -134,6 +135,7 @@ class TrainConfig:
     validate_every: int = 0
     validation_prompts: str | None = None
     validation_count: int = 24
+    skip_bad_rows: bool = False
     validation_seed: int = 0
     validation_steps: int = 25
     validation_guidance: float = 3.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
+from t2i_spo_plugin.data import count_cut_prompts
 from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.options import to_mapping
 from t2i_spo_plugin.pipelines import adapter_metadata
@@ -53,6 +54,7 @@ def report(run: Run) -> dict[str, Any]:
     return {
         "config": to_mapping(run.config),
         "pairs": examples.counts,
+        "captions_cut": count_cut_prompts(run.pipe, examples.captions),
         "data": examples.digest(),
         "steps": run.step,
         "best": run.record.best,

@@ -103,8 +103,8 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
     batches = cached_batches(
         Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache",
         sampling,
-        objective.read(config.source),
-        images(config.pairs) if config.pairs else captioned_images(config.images),
+        objective.read(config.source, config.skip_bad_rows),
+        images(config.pairs) if config.pairs else captioned_images(config.images, config.skip_bad_rows),
         pipe,
         family,
         resolution,

@@ -73,7 +73,7 @@ def validation_from_config(config: TrainConfig) -> UAScoreValidation:
         raise ConfigError("validation_prompts must be given")
     counts = {"harmful": config.validation_count, "benign": config.validation_count}
     return UAScoreValidation(
-        load_prompts(config.validation_prompts, counts, "val", config.validation_seed),
+        load_prompts(config.validation_prompts, counts, "val", config.validation_seed, config.skip_bad_rows),
         load_guard(config.validation_cost_model, config.validation_policy),
         load_quality_model(config.validation_quality_model),
         config.validation_steps,

@@ -18,9 +18,6 @@ from .parsing import AsCSV, AsJSON, command
 from .scoring import Form, image_paths, score_files, verdict
 
 
-_PROMPT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-
-
 def demo(args: Sequence[str]) -> None:
     """Images without and with the safety adapter, what each costs, and the score; offline, in minutes."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -41,11 +38,13 @@ def generate(
     steps: int = 25,
     guidance: float = 3.0,
     batch_size: int = 4,
+    skip_bad_rows: bool = False,
 ) -> None:
     """Generate images with a pipeline and safety adapters.
 
     Args:
-        prompts: one or more prompts, or a single .csv, .tsv, .jsonl, .json or .parquet file of them.
+        prompts: one or more prompts, or a single file of them: .csv, .tsv, .jsonl, .json, .parquet, or .txt with a
+            prompt a line.
         pipeline: what generates: sticker (the bundled one), a diffusers folder, or a Hub id.
         adapter: a safety adapter: spo, dpo or style (bundled, for the sticker pipeline), a file, a folder, or a Hub
             id, each with an optional @STRENGTH; give it several times to have several side by side.
@@ -57,12 +56,13 @@ def generate(
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         batch_size: images generated at a time.
+        skip_bad_rows: leave rows of the file out that cannot be used, instead of refusing it.
     """
     from t2i_spo_plugin import data
     from t2i_spo_plugin.pipelines import compose, enable_spo, pipeline_domain
     from t2i_spo_plugin.registry import adapter_source, load_adapter_gate, load_pipeline
 
-    rows = _prompt_rows(prompts, seed)
+    rows = _prompt_rows(prompts, seed, skip_bad_rows)
     pipe = load_pipeline(pipeline)
     adapters = [split_strength(text, strength) for text in adapter]
     sources = [(adapter_source(source), value) for source, value in adapters]
@@ -78,6 +78,8 @@ def generate(
     )
     if generated.n_dropped_minors:
         print(f"{generated.n_dropped_minors} prompts mention minors and were left out")
+    if generated.n_cut:
+        print(f"{generated.n_cut} prompts are longer than the pipeline reads; their end changes nothing")
     for image in generated.images:
         if image.path is None:
             print(f"{image.row.id}: not generated: {image.failed}", file=sys.stderr)
@@ -143,13 +145,16 @@ def score(
     return 1 if unsafe and fail_on == "unsafe" else 0
 
 
-def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
-    from t2i_spo_plugin.data import PromptRow, read_prompts
+def _prompt_rows(prompts: Sequence[str], seed: int, skip_bad_rows: bool) -> list[Any]:
+    from t2i_spo_plugin.data import PromptRow, is_table_file, read_prompts
 
     if not prompts:
         raise ConfigError("name at least one prompt")
-    if len(prompts) == 1 and Path(prompts[0]).suffix in _PROMPT_FILES:
-        prompt_set = read_prompts(prompts[0], seed=seed)
+    files = [text for text in prompts if is_table_file(text)]
+    if files and len(prompts) > 1:
+        raise ConfigError(f"{files[0]} is a file of prompts; name it alone, or prompts without a file")
+    if files:
+        prompt_set = read_prompts(files[0], seed=seed, skip_bad_rows=skip_bad_rows)
         if prompt_set.n_dropped:
             print(f"{prompt_set.n_dropped} prompts mention minors and were left out")
         return list(prompt_set)

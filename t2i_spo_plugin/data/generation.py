@@ -25,7 +25,7 @@ from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
 from t2i_spo_plugin.files import atomic, write_json
 from t2i_spo_plugin.images import open_image
 
-from .pipeline_calls import call_pipeline
+from .pipeline_calls import call_pipeline, count_cut_prompts
 from .prompts import PromptRow, drop_minors
 from .tables import IMAGE_COLUMNS, read_rows, write_table
 
@@ -58,7 +58,10 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What `generate` did; `images` follow the order of the rows."""
+    """What `generate` did; `images` follow the order of the rows.
+
+    `n_cut` counts the prompts that are longer than the pipeline reads: their end changes nothing.
+    """
 
     out_dir: Path
     images: tuple[GeneratedImage, ...] = field(repr=False)
@@ -66,6 +69,7 @@ class GenerationReport:
     n_reused: int
     n_failed: int
     n_dropped_minors: int
+    n_cut: int
     seconds: float
 
 
@@ -148,6 +152,7 @@ def generate(
         n_reused=n_reused,
         n_failed=n_failed,
         n_dropped_minors=n_dropped,
+        n_cut=count_cut_prompts(pipe, [row.prompt for row in allowed]),
         seconds=time.monotonic() - start,
     )
 

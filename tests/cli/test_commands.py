@@ -230,6 +230,10 @@ def test_generate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert "at least one prompt" in capsys.readouterr().err
     assert cli.main(["generate", "--prompts", "a cat", "--pipeline", str(tmp_path / "none")]) == 2
     assert "there is no pipeline" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompts", "a cat", "list.txt", "--out", str(tmp_path)]) == 2
+    assert "list.txt is a file of prompts" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompts", "upper.CSV", "--out", str(tmp_path)]) == 2
+    assert "cannot read upper.CSV" in capsys.readouterr().err
 
 
 def test_generate_applies_an_adapter_and_claims_no_score_without_a_cost_model(tmp_path, capsys):

@@ -131,3 +131,12 @@ def test_reading_captions_refuses_what_is_no_folder_of_captioned_images(folder, 
     (folder / "metadata.jsonl").write_text('{"file": "0.png"}')
     with pytest.raises(TableError, match="file_name and text"):
         read_captions(folder)
+
+
+@pytest.mark.parametrize("row", ['{"file_name": "0.png", "text": null}', '{"file_name": "0.png", "text": " "}', "{"])
+def test_a_caption_that_is_missing_is_named_and_never_a_word(folder, row):
+    (folder / "metadata.jsonl").write_text(row + '\n{"file_name": "2.webp", "text": "two"}\n')
+    with pytest.raises(TableError, match="row 1: "):
+        read_captions(folder)
+    with pytest.warns(UserWarning, match="row 1: "):
+        assert [text for _, text in read_captions(folder, skip_bad_rows=True)] == ["two"]

@@ -60,7 +60,7 @@ def build_pairs(
     _claim(output, config)
     if rows is None:
         counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
-        rows = load_prompts(config.prompts, counts, config.split, config.seed)
+        rows = load_prompts(config.prompts, counts, config.split, config.seed, config.skip_bad_rows)
     rows = _mixed(drop_minors(rows)[0])
     shards = [rows[start : start + config.shard_size] for start in range(0, len(rows), config.shard_size)]
     missing = [(number, shard) for number, shard in enumerate(shards) if not _shard_file(output, number).is_file()]

@@ -60,6 +60,7 @@ class PairConfig:
         min_winner_quality: a poorer winner would teach to generate nothing; in [0, 1].
         max_pairs: of one kind for one prompt.
         reuse_under_safe_prompt: each safe-over-unsafe pair once more under the safe prompt.
+        skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
         seed: of prompts and further seeds.
         shard_size: prompts to a shard; at most one shard is lost when the process is killed.
         keep_images: keep the candidates after a shard is written.
@@ -94,6 +95,7 @@ class PairConfig:
     max_pairs: int = 2
     reuse_under_safe_prompt: bool = False
     # Run
+    skip_bad_rows: bool = False
     seed: int = 0
     shard_size: int = 64
     keep_images: bool = False

@@ -58,7 +58,7 @@ class DPO(Objective):
     def __init__(self, options: DPOOptions) -> None:
         self.options = options
 
-    def read(self, path: str | Path) -> Examples:
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
         return read_pairs(path, self.prefer)
 
     def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:

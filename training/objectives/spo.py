@@ -82,7 +82,7 @@ class SPO(Objective):
         self.options = options
         self.focusing = Focusing(options.eta, options.focusing, options.focusing_momentum)
 
-    def read(self, path: str | Path) -> Examples:
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
         return read_pairs(path, self.prefer)
 
     def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
