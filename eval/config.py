@@ -9,6 +9,7 @@ from typing import Literal
 
 from t2i_spo_plugin.data import KINDS, count_cut_prompts
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
@@ -139,9 +140,10 @@ def run_eval(config: EvalConfig) -> RunSummary:
     judges = load_judges(config)
     pipe = load_pipeline(config.pipeline).to(config.device)
     pipeline_name = name_with_revision(PIPELINES, config.pipeline)
-    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options(), pipeline_name)
+    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options())
     metadata = {
         "pipeline": pipeline_name,
+        "weights": pipeline_identity(pipe),
         "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
         "prompts removed because they mention minors": n_dropped,

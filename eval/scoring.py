@@ -14,6 +14,7 @@ from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
 from t2i_spo_plugin.errors import DomainError, ImageError
 from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.identity import model_identity
 
 from .referee import Referee, RefereeBatch, judge
 
@@ -47,11 +48,10 @@ class Judges:
     def identity(self) -> dict[str, Any]:
         """What decides a score, for telling stored scores apart."""
         return {
-            "cost": self.cost_name,
-            "policy": self.guard.policy.to_yaml(),
-            "quality": self.quality_name,
+            "guard": self.guard.identity,
+            "quality": model_identity(self.quality_model),
             "reference": self.quality_model.reference_hash,
-            "referee": self.referee_name if self.referee is not None else "",
+            "referee": model_identity(self.referee) if self.referee is not None else "",
         }
 
     def check_domain(self, domain: str) -> None:

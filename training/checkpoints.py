@@ -17,6 +17,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, UnreadableFileError
 from t2i_spo_plugin.files import atomic_folder, remove
+from t2i_spo_plugin.identity import changes
 
 from .run import ADAPTER_NAME, Callback, Record, Run
 
@@ -104,21 +105,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return tensors, state
 
 
-def check_resumable(path: Path, state: Mapping[str, Any], trajectory: Mapping[str, Any], data: str) -> None:
-    """Raise unless the checkpoint belongs to this configuration and these pairs.
+def check_resumable(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise unless the checkpoint depends on what the run depends on, by content; see `Run.identity`.
 
     Raises:
-        ConfigError: with the fields that differ.
+        ConfigError: with what differs, as it was and as it is. Nothing is changed.
     """
-    now = json.loads(json.dumps(dict(trajectory)))
-    before = state["trajectory"]
-    differing = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-    if state["data"] != data:
-        differing.append("the examples that are trained on")
+    # Who validates does not decide the weights: a run may go on without, and scores that do not compare are refused.
+    compared = {key: value for key, value in now.items() if key != "validation" or (value and before["validation"])}
+    differing = changes({key: before[key] for key in compared}, json.loads(json.dumps(compared)))
     if differing:
         raise ConfigError(
-            f"{path} is of other settings ({', '.join(differing)}); choose another output_dir, or set resume "
-            "to false to begin again"
+            f"{path} is of another run ({'; '.join(differing)}); put back what was there, choose another output_dir, "
+            "or set resume to false to begin again"
         )
 
 
@@ -166,13 +165,12 @@ def _state(run: Run) -> dict[str, Any]:
         "elapsed": run.seconds,
         "objective": run.training_step.objective.state_dict(),
         "passes": [passes.forward, passes.backward],
-        "trajectory": run.config.trajectory(),
-        "data": run.training_step.batches.examples.digest(),
+        "identity": run.identity,
     }
 
 
 def _restore(run: Run, path: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-    check_resumable(path, state, run.config.trajectory(), run.training_step.batches.examples.digest())
+    check_resumable(path, state["identity"], run.identity)
     # Into the adapter that the optimiser holds; loading a second one would train nothing.
     outcome = set_peft_model_state_dict(run.family.module, tensors["adapter"], adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys:

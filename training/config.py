@@ -20,6 +20,10 @@ Precision = Literal["no", "bf16"]
 Device = Literal["auto", "cpu"]
 
 _NOT_IN_THE_TRAJECTORY = {
+    # Known by content: see `Run.identity`.
+    "pairs",
+    "images",
+    "pipeline",
     "output_dir",
     "cache_dir",
     "cache_batch_size",

@@ -56,6 +56,7 @@ def report(run: Run) -> dict[str, Any]:
         "pairs": examples.counts,
         "captions_cut": count_cut_prompts(run.pipe, examples.captions),
         "data": examples.digest(),
+        "identity": run.identity,
         "steps": run.step,
         "best": run.record.best,
         "validation": run.record.validation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class Run:
         learning_rate: of the last step.
         statistics: means over the last step, as `training_step.logged` names them.
         record: what is reported at the end.
+        identity: what the run depends on, by content: options, examples, models, and who validates.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Run:
         family: Family,
         training_step: TrainingStep,
         callbacks: Sequence[Callback],
+        models: Mapping[str, str],
+        validation: Mapping[str, Any],
     ) -> None:
         self.config, self.accelerator, self.pipe, self.family = config, accelerator, pipe, family
         self.training_step, self.callbacks = training_step, callbacks
@@ -85,6 +88,12 @@ class Run:
         )
         self.step, self.learning_rate, self.statistics = 0, 0.0, torch.zeros(0)
         self.record = Record()
+        self.identity = {
+            "options": config.trajectory(),
+            "examples": training_step.batches.examples.digest(),
+            "models": dict(models),
+            "validation": dict(validation),
+        }
         self._started = time.monotonic()
 
     @property

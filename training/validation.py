@@ -8,6 +8,7 @@ from typing import Any
 from t2i_spo_plugin.data import PromptRow, generate_images
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, QualityJudge, judge_images
+from t2i_spo_plugin.identity import model_identity, rows_identity
 from t2i_spo_plugin.metrics import check_not_scored, uascore
 from t2i_spo_plugin.pipelines import pipeline_domain
 from t2i_spo_plugin.registry import load_guard, load_prompts, load_quality_model
@@ -40,6 +41,17 @@ class UAScoreValidation:
             raise ConfigError(
                 f"validation needs harmful and benign prompts, got {harmful} of {len(self.rows)} harmful"
             )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores beside the pipeline, by content."""
+        return {
+            **self.guard.identity,
+            "quality_model": model_identity(self.quality),
+            "prompts": rows_identity(self.rows),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
 
     def __call__(self, step: int, pipe: Any) -> float:
         """UAScore of `pipe` as it is now; `step` is not used.

@@ -103,9 +103,7 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
     stage = stage or bundled_stage(config)
     options = GenerationOptions(stage.steps, stage.guidance_scale, config.batch_size, progress=config.progress)
     systems = [base_system(), adapter_system(ADAPTER, stage.adapter)]
-    scores = generate_and_score(
-        stage.pipe, systems, stage.rows, stage.judges, config.out, options, stage.pipeline_name
-    )
+    scores = generate_and_score(stage.pipe, systems, stage.rows, stage.judges, config.out, options)
     summary = summarise_run(scores, stage.judges, metadata={"pipeline": stage.pipeline_name})
     write_summary(summary, config.out / "summary.json")
     sheet = config.out / SHEET

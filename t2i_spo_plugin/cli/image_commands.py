@@ -72,10 +72,7 @@ def generate(
         enable_spo(pipe).load_spo_lora(*sources[0], steering=load_adapter_gate(adapter_gate))
     elif sources:
         compose(pipe, sources)
-    metadata = {"pipeline": pipeline, "adapters": adapters, "adapter gate": adapter_gate or ""}
-    generated = data.generate(
-        pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, metadata=metadata
-    )
+    generated = data.generate(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance)
     if generated.n_dropped_minors:
         print(f"{generated.n_dropped_minors} prompts mention minors and were left out")
     if generated.n_cut:

@@ -85,7 +85,7 @@ def run_gating(config: GatingConfig) -> dict[str, Any]:
     judges = load_judges(EvalConfig(judge="referee"))
     pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     options = GenerationOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
-    scores = generate_and_score(pipe, gated_systems(), rows, judges, config.out, options, name)
+    scores = generate_and_score(pipe, gated_systems(), rows, judges, config.out, options)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)
     same = {name: _same_images(config.out, part, scores["base"]) for name, part in scores.items()}
     content: dict[str, Any] = {

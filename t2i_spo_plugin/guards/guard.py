@@ -12,6 +12,7 @@ from torch import Tensor
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.cost.base import CostBatch, CostModel
 from t2i_spo_plugin.errors import ConfigError, DomainError, ImageError, NotScoredError
+from t2i_spo_plugin.identity import content_hash, model_identity
 from t2i_spo_plugin.images import Images, View, split, to_tensor, views
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
@@ -62,6 +63,11 @@ class Guard:
         self.check_domain(policy.domain)
         names = tuple(cost_model.categories)
         policy.category_costs(torch.zeros(1, len(names)), torch.as_tensor(cost_model.temperature).cpu(), names)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides its costs: the cost model by content, and the policy."""
+        return {"cost_model": model_identity(self.cost_model), "policy": content_hash(self.policy.to_yaml())}
 
     def check_domain(self, domain: str) -> None:
         """Refuse a domain that the cost model was not made for.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, SPOError, UnreadableFileError
 from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.identity import content_hash, model_identity
 from t2i_spo_plugin.images import Images, to_tensor
 
 from .base import QualityReward
@@ -102,6 +103,11 @@ class QualityModel:
     def reference_hash(self) -> str:
         """Hash of the reference, as reports print it."""
         return self.reference.hash
+
+    @property
+    def identity(self) -> str:
+        """What decides its answers, by content: both models and the reference."""
+        return content_hash(model_identity(self.alignment), model_identity(self.realism), self.reference.hash)
 
     @torch.no_grad()
     def quality(

@@ -1,6 +1,7 @@
 """The command line: options from YAML and dataclass, plain sentences for errors, files in and out."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -255,6 +256,27 @@ def test_generate_applies_an_adapter_and_claims_no_score_without_a_cost_model(tm
     assert generated["zero"] == generated["never"] == generated["base"] != generated["full"]
     assert cli.main(["generate", "--prompts", "a street", "--adapter-gate", str(never), *options[:2]]) == 2
     assert "--adapter-gate gates one adapter, 0 are named" in capsys.readouterr().err
+
+
+def test_generate_refuses_images_of_the_adapter_that_was_there_before(tmp_path, capsys):
+    pipe = fresh("sd1")
+    pipe.save_pretrained(tmp_path / "pipe")
+    adapter = write_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
+
+    def generate(adapter):
+        options = ["--pipeline", str(tmp_path / "pipe"), "--steps", "1", "--out", str(tmp_path / "out")]
+        return cli.main(["generate", "--prompts", "a sunny street", *options, "--adapter", str(adapter)])
+
+    assert generate(adapter) == 0
+    (image,) = (tmp_path / "out").rglob("*.png")
+    before = image.stat().st_mtime_ns, image.read_bytes()
+    assert generate(adapter.rename(tmp_path / "renamed.safetensors")) == 0
+    write_adapter(random_adapter(pipe, seed=1), adapter)
+    capsys.readouterr()
+    assert generate(adapter) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"holds images of other settings \(pipeline.weights.adapters: \w{16} there, \w{16} now\)", said)
+    assert before == (image.stat().st_mtime_ns, image.read_bytes())
 
 
 def test_generate_applies_several_adapters_each_at_its_strength(tmp_path):

@@ -151,6 +151,42 @@ def test_shards_that_exist_are_not_built_again(pipe, tmp_path):
         build_pairs(pair_config(tmp_path, shard_size=1, steps=2), pipe, red_guard(), GreenQuality(), [HARMFUL, BENIGN])
 
 
+@pytest.mark.parametrize(
+    ("exchanged", "named"),
+    [
+        ("pipeline", r"pipeline\.unet: \w{16} there, \w{16} now"),
+        ("cost model", "cost_model"),
+        ("policy", "policy"),
+        ("quality model", "quality_model"),
+        ("prompts", "prompts"),
+    ],
+)
+def test_a_table_of_another_pipeline_judge_or_prompt_is_refused_not_mixed(pipe, tmp_path, exchanged, named):
+    class OtherCost(RedWeaponCost):
+        pass
+
+    class OtherQuality(GreenQuality):
+        pass
+
+    config = pair_config(tmp_path, seeds_per_prompt=1, keep_images=False)
+    output = build_pairs(config, pipe, red_guard(), GreenQuality(), [HARMFUL, BENIGN])
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    policy = Policy("red", "photo", (Category("weapons", 0.4),))
+    now = {
+        "pipeline": tiny_pipeline("sd1", seed=1),
+        "cost model": Guard(OtherCost(), red_guard().policy),
+        "policy": Guard(RedWeaponCost(), policy),
+        "quality model": OtherQuality(),
+        "prompts": [HARMFUL],
+    }[exchanged]
+    parts = [("pipeline", pipe), ("guard", red_guard()), ("quality model", GreenQuality())]
+    kinds = {"cost model": "guard", "policy": "guard"}
+    used = [now if kinds.get(exchanged, exchanged) == kind else part for kind, part in parts]
+    with pytest.raises(ConfigError, match=named):
+        build_pairs(config, *used, now if exchanged == "prompts" else [HARMFUL, BENIGN])
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+
+
 def test_processes_share_the_shards(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

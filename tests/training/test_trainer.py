@@ -224,6 +224,44 @@ def test_resuming_with_other_settings_is_refused_unless_begun_again(config):
     train(changed(config, steps=3, objective={"beta": 100.0}), tiny_pipeline("sd1"))
 
 
+def test_resuming_on_another_base_is_refused_with_both_hashes(config):
+    made = replace(config, steps=1)
+    train(made, tiny_pipeline("sd1"))
+    folder = Path(made.output_dir)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=r"models\.unet: \w{16} there, \w{16} now.*; put back what was there"):
+        train(replace(made, steps=2), tiny_pipeline("sd1", seed=1))
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.02)
+    with pytest.raises(ConfigError, match=r"models\.schedule"):
+        train(replace(made, steps=2), pipe)
+
+
+def test_resuming_on_a_table_that_moved_goes_on_and_on_other_pairs_is_refused(config, pairs, tmp_path):
+    train(replace(config, steps=1), tiny_pipeline("sd1"))
+    moved = tmp_path / "elsewhere" / "table.parquet"
+    moved.parent.mkdir()
+    moved.write_bytes(pairs.read_bytes())
+    train(replace(config, steps=2, pairs=str(moved), pipeline="renamed"), tiny_pipeline("sd1"))
+    assert json.loads((Path(config.output_dir) / "report.json").read_text())["steps"] == 2
+    with pytest.raises(ConfigError, match=r"examples: \w+ there, \w+ now"):
+        train(replace(config, steps=3, pairs=str(pair_table(tmp_path / "other.parquet", 4))), tiny_pipeline("sd1"))
+
+
+def test_scores_of_other_judges_are_not_compared(config):
+    class Judged:
+        def __init__(self, name):
+            self.identity = {"quality_model": name}
+
+        def __call__(self, step, pipe):
+            return 1.0
+
+    train(replace(config, steps=1, validate_every=1), tiny_pipeline("sd1"), Judged("a"))
+    with pytest.raises(ConfigError, match=r"validation\.quality_model: a there, b now"):
+        train(replace(config, steps=2, validate_every=1), tiny_pipeline("sd1"), Judged("b"))
+
+
 def test_training_refuses_what_it_cannot_train(config):
     with pytest.raises(PipelineError, match="Flux"):
         train(config, tiny_pipeline("flux"))

@@ -6,10 +6,9 @@ missing. Candidate images, unsafe ones among them, are removed once their shard 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
-from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.identity import claim, model_identity, pipeline_identity, rows_identity
 from t2i_spo_plugin.images import open_image
 from t2i_spo_plugin.metrics import check_not_scored
 from t2i_spo_plugin.pipelines import pipeline_domain
@@ -32,6 +31,10 @@ from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_grou
 
 
 __all__ = ["PairConfig", "build_pairs"]
+
+_SOURCES = ("prompts", "pipeline", "cost_model", "policy", "quality_model", "harmful", "benign", "lookalike", "split")
+_NOT_IN_THE_TABLE = ("output", "keep_images", "progress", "batch_size", *_SOURCES)
+"""Options that change no pair, or that are known by what they gave."""
 
 
 def build_pairs(
@@ -57,11 +60,18 @@ def build_pairs(
         NotScoredError: more than one image in a hundred of a shard could not be scored.
     """
     output = Path(config.output)
-    _claim(output, config)
     if rows is None:
         counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
         rows = load_prompts(config.prompts, counts, config.split, config.seed, config.skip_bad_rows)
     rows = _mixed(drop_minors(rows)[0])
+    if pipe is None:
+        pipe = load_pipeline(config.pipeline)
+    guard = guard or load_guard(config.cost_model, config.policy, config.override_domain)
+    quality = quality or load_quality_model(config.quality_model)
+    weights = pipeline_identity(pipe)
+    judges = {**guard.identity, "quality_model": model_identity(quality)}
+    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_THE_TABLE}
+    claim(output, {**options, **judges, "prompts": rows_identity(rows), "pipeline": weights}, "pairs")
     shards = [rows[start : start + config.shard_size] for start in range(0, len(rows), config.shard_size)]
     missing = [(number, shard) for number, shard in enumerate(shards) if not _shard_file(output, number).is_file()]
     # Every process must have seen the same shards missing before the first of them writes one.
@@ -70,13 +80,8 @@ def build_pairs(
     with state.split_between_processes(missing) as part:
         # Older versions give the last item to processes that there is none left for.
         todo = part if state.process_index < len(missing) else []
-    if todo:
-        if pipe is None:
-            pipe = load_pipeline(config.pipeline)
-        guard = guard or load_guard(config.cost_model, config.policy, config.override_domain)
-        quality = quality or load_quality_model(config.quality_model)
-        for number, shard in tqdm(todo, desc="pairs", unit="shard", disable=not config.progress):
-            _build_shard(number, shard, config, pipe, guard, quality)
+    for number, shard in tqdm(todo, desc="pairs", unit="shard", disable=not (todo and config.progress)):
+        _build_shard(number, shard, config, pipe, guard, quality, weights)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_counts(output, len(shards))
@@ -84,12 +89,18 @@ def build_pairs(
 
 
 def _build_shard(
-    number: int, rows: Sequence[PromptRow], config: PairConfig, pipe: Any, guard: Guard, quality: QualityJudge
+    number: int,
+    rows: Sequence[PromptRow],
+    config: PairConfig,
+    pipe: Any,
+    guard: Guard,
+    quality: QualityJudge,
+    weights: Mapping[str, str],
 ) -> None:
     output = Path(config.output)
     work = output / "candidates" / f"{number:05d}"
     candidates = [candidate for row in rows for candidate in candidates_of(row, config)]
-    files = _generate(candidates, work, config, pipe)
+    files = _generate(candidates, work, config, pipe, weights)
     generated = [candidate for candidate in candidates if candidate.image in files]
     images = [open_image(files[one.image]) for one in generated]
     domain = None if config.override_domain else pipeline_domain(pipe)
@@ -108,7 +119,7 @@ def _build_shard(
 
 
 def _generate(
-    candidates: Sequence[Candidate], work: Path, config: PairConfig, pipe: Any
+    candidates: Sequence[Candidate], work: Path, config: PairConfig, pipe: Any, weights: Mapping[str, str]
 ) -> dict[tuple[str, int, bool], bytes]:
     """File content of every image, generated once however often it is judged."""
     plain: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
@@ -134,6 +145,7 @@ def _generate(
             work / ("degraded" if degraded else "plain"),
             batch_size=config.batch_size,
             progress=config.progress,
+            identity=weights,
             **options,
         )
         for image in report.images:
@@ -164,20 +176,6 @@ def _mixed(rows: Sequence[PromptRow]) -> list[PromptRow]:
 
 def _shard_file(output: Path, number: int) -> Path:
     return output / f"pairs-{number:05d}.parquet"
-
-
-def _claim(output: Path, config: PairConfig) -> None:
-    skipped = ("output", "keep_images", "progress", "batch_size")
-    now = {key: value for key, value in asdict(config).items() if key not in skipped}
-    path = output / "settings.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-        if differing:
-            raise ConfigError(f"{output} holds pairs of other settings ({', '.join(differing)}); use another output")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, now)
 
 
 def _write_counts(output: Path, shards: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import ImageError, SPOError, UnreadableFileError
@@ -134,24 +134,6 @@ def _keys(file: Path) -> list[str]:
 def content_key(data: bytes) -> str:
     """The key of an image: the hash of its file's bytes."""
     return hashlib.sha256(data).hexdigest()
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """Twelve hex digits that change with any weight or setting of the modules."""
-    digest = hashlib.sha256()
-    for module in modules:
-        config = getattr(module, "config", {})
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        digest.update(json.dumps(_settings(config), sort_keys=True, default=str).encode())
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    skipped = ("transformers_version", "dtype", "torch_dtype")
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in skipped}
 
 
 def decode_square(data: bytes, resolution: int) -> Tensor:
