@@ -233,7 +233,7 @@ def test_resuming_on_another_base_is_refused_with_both_hashes(config):
         train(replace(made, steps=2), tiny_pipeline("sd1", seed=1))
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     pipe = tiny_pipeline("sd1")
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.02)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.03)
     with pytest.raises(ConfigError, match=r"models\.schedule"):
         train(replace(made, steps=2), pipe)
 
