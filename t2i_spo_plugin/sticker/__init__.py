@@ -47,11 +47,13 @@ def load_pipeline() -> StableDiffusionPipeline:
 
     pipe = StableDiffusionPipeline.from_pretrained(
         pipeline_path(),
-        torch_dtype=torch.float32,
         local_files_only=True,
         safety_checker=None,
         requires_safety_checker=False,
     )
+    # Cast here: from_pretrained's argument for it has one name in old versions and another in new ones.
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(model, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
