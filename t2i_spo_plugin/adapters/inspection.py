@@ -40,6 +40,7 @@ class Inspection:
         metadata: what else the header says about base and training.
         warnings: what a user should know before loading it; a sentence each.
         loads: whether `read_adapter` takes the file, all of it.
+        architectures_by_keys: the architectures whose modules these may be, by their names; several share some names.
     """
 
     file: str
@@ -60,6 +61,7 @@ class Inspection:
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     loads: bool = True
+    architectures_by_keys: list[str] = field(default_factory=list)
 
 
 def inspect_adapter(path: str | Path) -> Inspection:
@@ -76,10 +78,11 @@ def inspect_adapter(path: str | Path) -> Inspection:
         layout = layouts.layout_of(tensors, header, peft_config)
         foreign = layouts.foreign_keys(tensors, peft_config is not None)
         loras = {key: tensors[key] for key in sorted(set(tensors) - set(foreign))}
-        adapter = Adapter(layouts.decode(loras, header, peft_config), metadata_from_header(header))
+        metadata = metadata_from_header(header)
+        adapter = Adapter(layouts.decode(loras, header, peft_config, metadata.base_architecture), metadata)
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
-    pairs, metadata = adapter.modules.values(), adapter.metadata
+    pairs = adapter.modules.values()
     squares: dict[str, float] = {}
     for name, pair in adapter.modules.items():
         squares[block_of(name)] = squares.get(block_of(name), 0.0) + pair.norm() ** 2
@@ -109,6 +112,7 @@ def inspect_adapter(path: str | Path) -> Inspection:
             *_weight_warnings(adapter),
         ],
         loads=not flaws,
+        architectures_by_keys=layouts.denoiser.architectures_of(adapter.modules),
     )
 
 
@@ -170,7 +174,7 @@ def as_lines(inspection: Inspection) -> dict[str, Any]:
         "file": f"{inspection.file} ({inspection.bytes / 1e6:.2f} MB)",
         "title": inspection.title or "none",
         "layout": inspection.layout,
-        "architecture": inspection.base_architecture or "not stated",
+        "architecture": inspection.base_architecture or _by_keys(inspection.architectures_by_keys),
         "prediction": inspection.prediction_type or "not stated",
         "modules": f"{inspection.modules} in {', '.join(inspection.components)}",
         "rank": f"{_span(inspection.ranks)}, alpha {_span(inspection.alphas)}, alpha / rank {', '.join(short)}",
@@ -179,6 +183,10 @@ def as_lines(inspection: Inspection) -> dict[str, Any]:
         **{f"  {block}": f"{norm:.4g}" for block, norm in inspection.block_norms.items()},
         **inspection.metadata,
     }
+
+
+def _by_keys(architectures: Sequence[str]) -> str:
+    return f"not stated; by its keys {' or '.join(architectures)}" if architectures else "not stated"
 
 
 def _span(values: Sequence[float]) -> str:

@@ -22,7 +22,9 @@ _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
-def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
+def read_adapter(
+    path: str | Path, strict: bool = True, architecture: str = "", converter: layouts.Converter | None = None
+) -> Adapter:
     """Read and validate an adapter file, or the one adapter file of a folder. No pickle is ever opened.
 
     Args:
@@ -30,6 +32,8 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
             float16, which holds each of them exactly; where a scale stands beside them, float32.
         strict: refuse a file of which a part is no LoRA weight, or in which only some modules state an alpha; False
             leaves that part out, and takes those alphas to be the rank, with a warning.
+        architecture: of the model it is for, where that is known; it decides between names that several models share.
+        converter: asked about files whose layout, or whose model's names, are not known here.
 
     Raises:
         UnreadableAdapterError: no such file, a pickle, not a safetensors file, or its header does not add up.
@@ -40,21 +44,37 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
     header = read_header(path)
     try:
         config = _peft_config(path)
+        metadata = metadata_from_header(header.metadata)
         weights = weight_names(header.tensors)
-        layout, foreign = layouts.recognise(weights, config is not None)
+        layout, foreign = _recognised(weights, config, converter)
         names = sorted(set(weights) - set(foreign))
         problems = [layouts.foreign_weights(foreign, len(weights))] if foreign else []
         alphas, notes = stated_alphas(layout, names, header.metadata)
         problems += alphas
         if problems and strict:
             raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
-        modules = layouts.decode(read_weights(path, header.tensors, names), header.metadata, config)
-        adapter = Adapter(modules, metadata_from_header(header.metadata), (*problems, *notes)).validate()
+        tensors = read_weights(path, header.tensors, names)
+        modules = layouts.decode(
+            tensors, header.metadata, config, architecture or metadata.base_architecture, layout, converter
+        )
+        adapter = Adapter(modules, metadata, (*problems, *notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     if problems:
         warnings.warn(f"{path.name}: {'; '.join(problems)}", stacklevel=2)
     return adapter
+
+
+def _recognised(
+    weights: Sequence[str], config: Mapping[str, Any] | None, converter: layouts.Converter | None
+) -> tuple[str, list[str]]:
+    """As `layouts.recognise`; a LoRA of no known layout is of the layout `converted` where there is a converter."""
+    try:
+        return layouts.recognise(weights, config is not None)
+    except UnsupportedAdapterError:
+        if converter is None or config is not None or not layouts.is_plain_lora(weights):
+            raise
+        return "converted", []
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:

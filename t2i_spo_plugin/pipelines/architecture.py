@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from t2i_spo_plugin.adapters.architecture import (
     architecture_from_config,
@@ -31,6 +32,22 @@ def lora_components(pipe: Any) -> dict[str, Any]:
             f"({', '.join(names) or 'none'})"
         )
     return found
+
+
+def lora_converter(pipe: Any) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None:
+    """The pipeline's own reader of other programs' layouts, as `read_adapter` takes it.
+
+    None for UNets: all their names are known, and upstream's reader takes whatever begins like one of theirs.
+    """
+    if "unet" in lora_components(pipe):
+        return None
+
+    def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        result = type(pipe).lora_state_dict(tensors)
+        state: Mapping[str, Tensor] = result[0] if isinstance(result, tuple) else result
+        return state
+
+    return convert
 
 
 def architecture_of(pipe: Any) -> str:

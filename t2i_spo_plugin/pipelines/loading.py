@@ -25,7 +25,14 @@ from t2i_spo_plugin.errors import (
 from t2i_spo_plugin.files import quoted
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule, check_window
 
-from .architecture import architecture_of, base_fingerprint, base_model_of, lora_components, prediction_type_of
+from .architecture import (
+    architecture_of,
+    base_fingerprint,
+    base_model_of,
+    lora_components,
+    lora_converter,
+    prediction_type_of,
+)
 from .loaded import AttachedAdapter, LoadedAdapter, attached_adapters, is_safety, strengths_of
 from .lora_layers import pairs_of, tuner_layers
 from .step_control import check_steering
@@ -89,7 +96,7 @@ def load_spo_lora(
     components = lora_components(pipe)
     check_steering(pipe, window, steering)
     _check_ready(components, adapter_name, hotswap)
-    adapter, source = _resolve(src, hub_kwargs, strict)
+    adapter, source = _resolve(pipe, src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
     if isinstance(steering, AdapterGate):
         _check_gateable(matched)
@@ -228,7 +235,7 @@ def _check_unfused(components: Mapping[str, Any]) -> None:
             raise AdapterError("adapters are fused into the weights; call pipe.unfuse_lora() first")
 
 
-def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool) -> tuple[Adapter, str]:
+def _resolve(pipe: Any, src: str | Path | Adapter, options: Mapping[str, Any], strict: bool) -> tuple[Adapter, str]:
     if isinstance(src, Adapter):
         # The pipeline takes the tensors over as its parameters; the caller keeps their own.
         copies = {
@@ -246,11 +253,15 @@ def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool
     if exists:
         for part in (options.get("subfolder"), options.get("weight_name") if path.is_dir() else None):
             path = path / part if part else path
-        return read_adapter(path, strict), path.name
+        return _read(pipe, path, strict), path.name
     if isinstance(src, Path) or not is_repo_id(src):
         refuse_pickle(path.name if path.suffix else f"{path.name}.safetensors")
         raise UnreadableAdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
-    return read_adapter(download_adapter(src, **options), strict), src
+    return _read(pipe, download_adapter(src, **options), strict), src
+
+
+def _read(pipe: Any, path: Path, strict: bool) -> Adapter:
+    return read_adapter(path, strict, architecture_of(pipe), lora_converter(pipe))
 
 
 def _match(

@@ -121,8 +121,8 @@ def tensor_rows(valid, native):
 
     return {
         "XLabs' processors for Flux": {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 32)},
-        "names of another model's code": pair_at("diffusion_model.joint_blocks.0.x_block.attn.proj"),
-        "sd-scripts' names for Stable Diffusion 3": pair_at("lora_unet_joint_blocks_0_x_block_attn_proj"),
+        "names of another model's code": pair_at("diffusion_model.some_blocks.0.attn.proj"),
+        "names of another model's code, flat": pair_at("lora_unet_some_blocks_0_attn_proj"),
         "a block of Flux without such a module": pair_at("lora_unet_double_blocks_0_img_norm"),
         "a fused layer of other sizes": pair_at(qkv, 95),
         "a fused layer and one of its parts": pair_at(qkv, 96)
