@@ -203,7 +203,9 @@ class SafetyOverlay(io.ComfyNode):
                 io.Boolean.Input(
                     "boxes", default=True, tooltip="Draw a box around each part that reaches the threshold."
                 ),
-                io.Boolean.Input("labels", default=True, tooltip="Write the deciding category and its cost."),
+                io.Boolean.Input(
+                    "labels", default=True, tooltip="Write the cost, and on an unsafe image the deciding category."
+                ),
                 _threshold(),
             ],
             outputs=[io.Image.Output("image", tooltip="The images with their cost drawn over them.")],
