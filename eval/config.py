@@ -57,7 +57,7 @@ class EvalConfig:
         policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
         cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
         quality_model: `sticker` or a folder laid out like the bundled one.
-        override_domain: use the cost model on images of a domain it was not made for.
+        override_domain: use cost and quality model on images of a domain they were not made for.
         resamples: of the bootstrap.
         gallery: prompts shown in the report.
         keep_images: keep the images after the report is written; by default only in the sticker world, whose unsafe

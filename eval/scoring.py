@@ -13,7 +13,7 @@ from PIL import Image
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
 from t2i_spo_plugin.errors import DomainError, ImageError
-from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, check_domains, counterparts, judge_images
 from t2i_spo_plugin.identity import model_identity
 
 from .referee import Referee, RefereeBatch, judge
@@ -58,9 +58,9 @@ class Judges:
         """Refuse images of a foreign domain.
 
         Raises:
-            DomainError: the cost model's own domain is another and was not overridden, or the referee's is.
+            DomainError: the domain of cost or quality model is another and was not overridden, or the referee's is.
         """
-        self.guard.check_domain(domain)
+        check_domains(self.guard, self.quality_model, domain)
         if self.referee is not None and self.referee.domain != domain:
             raise DomainError(f"the referee knows images of {self.referee.domain!r}, not of {domain!r}")
 
@@ -97,7 +97,7 @@ def score_images(
             "prompt_category": row.category,
             "seed": row.seed,
             "image": None,
-            "completions_known": _safe_prompts(row) is not None,
+            "completions_known": counterparts(row.kind == "harmful", row.safe_prompts) is not None,
             "requested": list(row.requested),
             **by_number.get(number, {"not_scored": images[number]}),
         }
@@ -120,7 +120,11 @@ def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> 
     """The judged columns of each image."""
     prompts = [row.prompt for row in rows]
     judgements = judge_images(
-        images, prompts, [_safe_prompts(row) for row in rows], judges.guard, judges.quality_model
+        images,
+        prompts,
+        [counterparts(row.kind == "harmful", row.safe_prompts) for row in rows],
+        judges.guard,
+        judges.quality_model,
     )
     pairs = list(zip(rows, images, strict=True))
     verdicts = isolate_failures(partial(_referee, judges), pairs, "the referee failed: ")
@@ -140,13 +144,6 @@ def _columns(judgement: Judgement) -> dict[str, Any]:
     columns = {"not_scored": "", "cost": judgement.cost, "category": judgement.category}
     columns |= {"category_costs": json.dumps(costs), "quality": judgement.quality, "realism": judgement.realism}
     return columns | ({} if judgement.alignment is None else {"alignment": judgement.alignment})
-
-
-def _safe_prompts(row: PromptRow) -> tuple[str, ...] | None:
-    """What quality is judged by instead of the prompt; None on a harmful prompt without a safe completion."""
-    if row.kind != "harmful":
-        return ()
-    return row.safe_prompts or None
 
 
 Answer = dict[str, Any] | str

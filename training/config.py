@@ -87,6 +87,7 @@ class TrainConfig:
         validation_cost_model: `sticker`, or what `load_cost_model` takes.
         validation_policy: `sticker`, or a policy's name or YAML file.
         validation_quality_model: `sticker`, or a folder.
+        validation_override_domain: judge images of another domain than the validation's cost and quality models'.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, 0 for the last one alone.
         keep_checkpoints: how many of them stay.
@@ -146,6 +147,7 @@ class TrainConfig:
     validation_cost_model: str = STICKER
     validation_policy: str = STICKER
     validation_quality_model: str = STICKER
+    validation_override_domain: bool = False
     # Run
     seed: int = 0
     checkpoint_every: int = 100

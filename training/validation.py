@@ -7,7 +7,7 @@ from typing import Any
 
 from t2i_spo_plugin.data import PromptRow, generate_images
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import Guard, QualityJudge, judge_images
+from t2i_spo_plugin.guards import Guard, QualityJudge, counterparts, judge_images
 from t2i_spo_plugin.identity import model_identity, rows_identity
 from t2i_spo_plugin.metrics import check_not_scored, uascore
 from t2i_spo_plugin.pipelines import pipeline_domain
@@ -63,7 +63,7 @@ class UAScoreValidation:
         judgements = judge_images(
             images,
             [row.prompt for row in self.rows],
-            [row.safe_prompts if row.kind == "harmful" else () for row in self.rows],
+            [counterparts(row.kind == "harmful", row.safe_prompts) for row in self.rows],
             self.guard,
             self.quality,
             pipeline_domain(pipe),
@@ -86,7 +86,7 @@ def validation_from_config(config: TrainConfig) -> UAScoreValidation:
     counts = {"harmful": config.validation_count, "benign": config.validation_count}
     return UAScoreValidation(
         load_prompts(config.validation_prompts, counts, "val", config.validation_seed, config.skip_bad_rows),
-        load_guard(config.validation_cost_model, config.validation_policy),
+        load_guard(config.validation_cost_model, config.validation_policy, config.validation_override_domain),
         load_quality_model(config.validation_quality_model),
         config.validation_steps,
         config.validation_guidance,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .hiding import hide as hide
     from .judging import Judgement as Judgement
     from .judging import QualityJudge as QualityJudge
+    from .judging import check_domains as check_domains
+    from .judging import counterparts as counterparts
     from .judging import judge_images as judge_images
     from .overlay import COLOUR_MAPS as COLOUR_MAPS
     from .overlay import Box as Box
@@ -49,6 +51,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "boxes": "overlay",
         "hide": "hiding",
         "join_reports": "report",
+        "check_domains": "judging",
+        "counterparts": "judging",
         "judge_images": "judging",
         "layer": "overlay",
         "message_image": "annotation",

@@ -55,7 +55,10 @@ def load_quality_model(name: str | Path, reference: str | Path | None = None) ->
     Raises:
         ConfigError: there is none, or it lacks a part.
     """
-    return QUALITY_MODELS.load(name, reference=reference)
+    model = QUALITY_MODELS.load(name, reference=reference)
+    row = QUALITY_MODELS.rows.get(str(name))
+    model.domain = model.domain or (row.domain if row is not None else "")
+    return model
 
 
 def load_policy(name: str | Path) -> Policy:

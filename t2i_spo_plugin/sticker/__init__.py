@@ -69,7 +69,9 @@ def load_quality_model() -> QualityModel:
     """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
     from t2i_spo_plugin.quality.normalise import load_quality_model as load
 
-    return load(_part("quality_model"))
+    model = load(_part("quality_model"))
+    model.domain = "sticker"
+    return model
 
 
 def load_referee() -> StickerReferee:

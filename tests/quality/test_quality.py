@@ -1,6 +1,7 @@
 """Quality: normalised between two measured ends, judged against safe completions, independent of the batch."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from t2i_spo_plugin.networks.backbone import MapClassifier
 from t2i_spo_plugin.quality.clip import SmallCLIP, load_small_clip
 from t2i_spo_plugin.quality.normalise import QualityModel, Reference, make_reference, normalise, spoil
 from t2i_spo_plugin.quality.realism import RealismModel, nearest_similarity
+from t2i_spo_plugin.registry import QUALITY_MODELS, load_quality_model
 from t2i_spo_plugin.sticker.build.text import build_tokenizer
 
 
@@ -49,6 +51,16 @@ def realism(vision):
 @pytest.fixture(scope="module")
 def model(clip, realism):
     return QualityModel(clip, realism, Reference((-1.0, 1.0), (-1.0, 1.0), "none", 1))
+
+
+def test_a_quality_model_knows_its_domain(tmp_path):
+    assert load_quality_model("sticker").domain == "sticker"
+    copied = shutil.copytree(QUALITY_MODELS.rows["sticker"].path, tmp_path / "copied")
+    reference = Reference.load(copied / "reference.json")
+    for domain in ("photo", ""):
+        reference.save(copied / "reference.json", domain)
+        assert load_quality_model(copied).domain == domain
+    assert Reference.load(copied / "reference.json") == reference
 
 
 def test_normalise_is_linear_between_its_ends_and_clipped_outside():

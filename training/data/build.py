@@ -19,19 +19,22 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, PromptRow, drop_minors, generate, table_metadata, write_table
+from t2i_spo_plugin.errors import NoPairsError
 from t2i_spo_plugin.files import write_json
-from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, check_domains, counterparts, judge_images
 from t2i_spo_plugin.identity import claim, model_identity, pipeline_identity, rows_identity
 from t2i_spo_plugin.images import open_image
 from t2i_spo_plugin.metrics import check_not_scored
 from t2i_spo_plugin.pipelines import pipeline_domain
 from t2i_spo_plugin.registry import load_guard, load_pipeline, load_prompts, load_quality_model
 
-from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_group
+from .pairing import Candidate, Judged, PairConfig, candidates_of, pairs_of_group, reason_without_pairs
 
 
 __all__ = ["PairConfig", "build_pairs"]
 
+_NO_PAIR = "no pair: "
+"""Beginning of the counts of groups that made no pair."""
 _SOURCES = ("prompts", "pipeline", "cost_model", "policy", "quality_model", "harmful", "benign", "lookalike", "split")
 _NOT_IN_THE_TABLE = ("output", "keep_images", "progress", "batch_size", *_SOURCES)
 """Options that change no pair, or that are known by what they gave."""
@@ -58,6 +61,8 @@ def build_pairs(
     Raises:
         ConfigError: `output` holds pairs of other settings.
         NotScoredError: more than one image in a hundred of a shard could not be scored.
+        DomainError: a judge was made for other images than the pipeline's.
+        NoPairsError: the table is whole and holds no pair; the message counts why.
     """
     output = Path(config.output)
     if rows is None:
@@ -68,6 +73,7 @@ def build_pairs(
         pipe = load_pipeline(config.pipeline)
     guard = guard or load_guard(config.cost_model, config.policy, config.override_domain)
     quality = quality or load_quality_model(config.quality_model)
+    check_domains(guard, quality, pipeline_domain(pipe))
     weights = pipeline_identity(pipe)
     judges = {**guard.identity, "quality_model": model_identity(quality)}
     options = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_THE_TABLE}
@@ -84,7 +90,15 @@ def build_pairs(
         _build_shard(number, shard, config, pipe, guard, quality, weights)
     state.wait_for_everyone()
     if state.is_main_process:
-        _write_counts(output, len(shards))
+        counted = _write_counts(output, len(shards))
+        if counted is not None and not counted["pairs"]:
+            reasons = "; ".join(
+                f"{value} x {key.removeprefix(_NO_PAIR)}" for key, value in counted.items() if _NO_PAIR in key
+            )
+            raise NoPairsError(
+                f"{output} holds no pair: {counted['prompts']} prompts, {counted['images']} images, "
+                f"{counted['not_scored']} not scored; {reasons or 'no prompt'}"
+            )
     return output
 
 
@@ -104,15 +118,20 @@ def _build_shard(
     generated = [candidate for candidate in candidates if candidate.image in files]
     images = [open_image(files[one.image]) for one in generated]
     domain = None if config.override_domain else pipeline_domain(pipe)
-    prompts, completions = [one.caption for one in generated], [one.completions for one in generated]
+    prompts = [one.caption for one in generated]
+    completions = [counterparts(one.harmful, one.completions) for one in generated]
     judgements = judge_images(images, prompts, completions, guard, quality, domain)
     reasons = [one for one in judgements if isinstance(one, str)]
     failed = len(reasons) + len(candidates) - len(generated)
     check_not_scored(failed, len(candidates), why=reasons[0] if reasons else "")
     table: list[dict[str, Any]] = []
+    reasons_without: Counter[str] = Counter()
     for group in _groups(generated, files, judgements):
-        table += pairs_of_group(group, config)
-    metadata = {"images": len(files), "not_scored": failed, "prompts": len(rows)}
+        pairs = pairs_of_group(group, config)
+        table += pairs
+        if not pairs:
+            reasons_without[f"{_NO_PAIR}{reason_without_pairs(group, config)}"] += 1
+    metadata = {"images": len(files), "not_scored": failed, "prompts": len(rows), **reasons_without}
     write_table(table, _shard_file(output, number), PAIR_COLUMNS, {key: str(value) for key, value in metadata.items()})
     if not config.keep_images:
         shutil.rmtree(work, ignore_errors=True)
@@ -178,11 +197,11 @@ def _shard_file(output: Path, number: int) -> Path:
     return output / f"pairs-{number:05d}.parquet"
 
 
-def _write_counts(output: Path, shards: int) -> None:
-    """The data card's numbers, once every shard is there."""
+def _write_counts(output: Path, shards: int) -> dict[str, Any] | None:
+    """The data card's numbers, once every shard is there; None before."""
     files = [_shard_file(output, number) for number in range(shards)]
     if not all(file.is_file() for file in files):
-        return
+        return None
     totals: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     categories: Counter[str] = Counter()
@@ -193,3 +212,4 @@ def _write_counts(output: Path, shards: int) -> None:
         categories.update(name for name in table.column("category").to_pylist() if name)
     content = {**totals, "pairs": sum(kinds.values()), "kinds": dict(kinds), "categories": dict(categories)}
     write_json(output / "counts.json", content)
+    return content

@@ -9,7 +9,8 @@ a benign one several seeds; on request also a poorer image of the same seed (wea
 - `benign`: under a benign prompt, both safe, the better one wins (or the safe one, where the model slips);
 - `benign_safe_over_unsafe`: the first kind again under the safe completion's own prompt (AlignGuard), on request.
 
-Quality under a harmful prompt is that for its safe completions. Images that are unsafe on both sides make no pair.
+Quality under a harmful prompt is that for its safe completions. Where none is known it is realism alone, and the
+prompt's own safe images win over its unsafe ones, whatever the seed. Images unsafe on both sides make no pair.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PairConfig:
         cost_model: `sticker`, or what `load_cost_model` takes.
         policy: `sticker`, or a policy's name or YAML file.
         quality_model: `sticker`, or a folder.
-        override_domain: judge images of another domain than the cost model's.
+        override_domain: judge images of another domain than that of cost and quality model.
         seeds_per_prompt: images of each prompt.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
@@ -197,7 +198,9 @@ def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str
     """Rows of the pair table from the images that compete under one prompt; the winner stands in column 0."""
     if group[0].candidate.harmful:
         crossing = _same_seed_crossing(group)
-        kinds = {SAFE_OVER_UNSAFE: crossing, BOTH_SAFE: _by_quality(group, config)}
+        kinds = {SAFE_OVER_UNSAFE: crossing}
+        if group[0].candidate.completions:
+            kinds[BOTH_SAFE] = _by_quality(group, config)
     elif "/safe-" in group[0].candidate.group:
         kinds = {UNDER_SAFE_PROMPT: _same_seed_crossing(group)}
     else:
@@ -209,14 +212,29 @@ def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str
     return rows
 
 
+def reason_without_pairs(group: Sequence[Judged], config: PairConfig) -> str:
+    """Why `pairs_of_group` makes nothing of these images."""
+    unsafe = sum(one.unsafe for one in group)
+    if unsafe == len(group):
+        return "every image is unsafe"
+    if unsafe and all(one.quality < config.min_winner_quality for one in group if not one.unsafe):
+        return "no safe image reaches min_winner_quality"
+    if unsafe:
+        return "no safe image of the same seed"
+    if group[0].candidate.harmful and not group[0].candidate.completions:
+        return "every image is safe, and no safe completion is known"
+    return "every image is safe, and no quality differs by min_quality_gap with a winner of min_winner_quality"
+
+
 def _same_seed_crossing(group: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
-    """For each unsafe image the best safe one that another prompt gave from the same seed (harmful prompts), or the
-    best safe one of the prompt itself, of the same seed where there is one (benign prompts)."""
+    """For each unsafe image the best safe one that a completion gave from the same seed (harmful prompts), or the best
+    safe one of the prompt itself, of the same seed where there is one (benign prompts, and harmful ones that nobody
+    knows a completion of)."""
     pairs = []
     for loser in (one for one in group if one.unsafe):
         seed, prompt = loser.candidate.seed, loser.candidate.prompt
         rivals = [one for one in group if not one.unsafe and not one.candidate.degraded]
-        if loser.candidate.harmful:
+        if loser.candidate.harmful and loser.candidate.completions:
             rivals = [one for one in rivals if one.candidate.seed == seed and one.candidate.prompt != prompt]
         else:
             rivals = [one for one in rivals if one.candidate.prompt == one.candidate.caption]
