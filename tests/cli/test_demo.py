@@ -24,7 +24,7 @@ from t2i_spo_plugin.quality.normalise import QualityBatch
 class HalfQuality:
     """Finds everything half good."""
 
-    domain = "sticker"
+    domain = "photo"
     reference_hash = "0" * 12
 
     def quality(self, images, prompts, safe_completions=None):
