@@ -50,10 +50,16 @@ def fingerprint_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def weight_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Weight shapes of the linear and convolution layers by module name, adapters of any kind looked through."""
+    """Weight shapes of the linear and convolution layers by module name, adapters of any kind looked through.
+
+    What `fuse_qkv_projections` adds is a copy of the layers beside it, and does not count.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
+    copies: set[str] = set()
     for name, module in model.named_modules():
-        if name.endswith(".base_layer") or ".lora_" in name:
+        if getattr(module, "fused_projections", False):
+            copies |= {f"{name}.{copy}" for copy in ("to_qkv", "to_kv", "to_added_qkv")}
+        if name.endswith(".base_layer") or ".lora_" in name or name in copies:
             continue
         layer = base_layer(module)
         if isinstance(layer, nn.Linear):

@@ -34,7 +34,7 @@ from .architecture import (
     prediction_type_of,
 )
 from .loaded import AttachedAdapter, LoadedAdapter, attached_adapters, is_safety, strengths_of
-from .lora_layers import pairs_of, tuner_layers
+from .lora_layers import bypassed_layers, pairs_of, tuner_layers
 from .step_control import check_steering
 
 
@@ -134,7 +134,8 @@ def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = N
         adapter_name: the name it was loaded with.
 
     Raises:
-        AdapterError: no such safety adapter is loaded, or the pipeline's LoRA layers are switched off or fused.
+        AdapterError: no such safety adapter is loaded, or the pipeline's LoRA layers are switched off or fused, or its
+            q, k and v are.
         ConfigError: a strength is negative or not a number, or a block is none that the adapter changes.
     """
     overall, blocks = check_strengths(strength)
@@ -157,7 +158,7 @@ def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
     """
     components = lora_components(pipe)
     for adapter in _chosen(components, adapter_name).values():
-        _check_unfused(components)
+        check_unfused(components)
         adapter.detach()
 
 
@@ -165,7 +166,7 @@ def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
     """The safety adapters that are attached, by name, with the strengths that are in force now.
 
     Strengths changed through the pipeline's own `set_adapters` are seen here; an adapter switched off reads 0, and so
-    does one that is not fused while another is.
+    does one that is not fused while another is, and any in q, k and v that `fuse_qkv_projections` bypasses.
     """
     return {name: adapter.in_force for name, adapter in attached_adapters(lora_components(pipe)).items()}
 
@@ -223,13 +224,38 @@ def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> Non
 
 
 def _check_effective(components: Mapping[str, Any]) -> None:
-    _check_unfused(components)
+    """Refuse models on which a strength has no effect.
+
+    Raises:
+        AdapterError: their LoRA layers are fused, switched off, or bypassed.
+    """
+    check_unfused(components)
+    check_projections(components)
     for model in components.values():
         if any(layer.disable_adapters for _, layer in tuner_layers(model)):
             raise AdapterError("the pipeline's LoRA layers are switched off; call pipe.enable_lora() first")
 
 
-def _check_unfused(components: Mapping[str, Any]) -> None:
+def check_projections(components: Mapping[str, Any]) -> None:
+    """Refuse models whose q, k and v are bypassed, and with them whatever an adapter changes there.
+
+    Raises:
+        AdapterError: with the cure.
+    """
+    for component, model in components.items():
+        if bypassed_layers(model):
+            raise AdapterError(
+                f"one layer stands in the place of q, k and v in pipe.{component} (fuse_qkv_projections), and "
+                f"adapters of these have no effect; call pipe.{component}.unfuse_qkv_projections() first"
+            )
+
+
+def check_unfused(components: Mapping[str, Any]) -> None:
+    """Refuse models with LoRAs fused into their weights.
+
+    Raises:
+        AdapterError: with the cure.
+    """
     for model in components.values():
         if any(layer.merged for _, layer in tuner_layers(model)):
             raise AdapterError("adapters are fused into the weights; call pipe.unfuse_lora() first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import warnings
@@ -17,15 +18,23 @@ from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
 
-# PEFT patches `torch.nn.Module` while it injects: two threads at once would leave the patch behind.
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.RLock()
+_MISSING_KEYS = "Loading adapter weights from state_dict led to missing keys in the model: "
+
+
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 
 
 def switch(model: nn.Module, name: str, strengths: Mapping[str, float]) -> None:
     """Apply the adapter `name` with `strengths` by module path; at 0 it is off, so that the base model is met exactly.
 
     A module that `strengths` do not name is off. The other adapters keep their order, activity and strength, and what
-    was trainable stays so.
+    was trainable stays so. What is off has a scale of 0 besides, because PEFT makes some other adapter active where an
+    active one is deleted.
     """
     stabilised = _is_stabilised(model, name)
     flags = requires_grad(model)
@@ -33,7 +42,7 @@ def switch(model: nn.Module, name: str, strengths: Mapping[str, float]) -> None:
         strength = strengths.get(path, 0.0)
         others = [other for other in layer.active_adapters if other != name]
         active = [*others, name] if strength > 0.0 else others
-        if name in getattr(layer, "scaling", {}) and strength > 0.0:
+        if name in getattr(layer, "scaling", {}):
             _set_scale(layer, name, strength, stabilised)
         if active != list(layer.active_adapters):
             layer.set_adapter(active)
@@ -64,7 +73,7 @@ def attach(pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], 
     model = getattr(pipe, component)
     matrices = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
     matrices |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    with injection([model]), warnings.catch_warnings():
         # A second adapter beside the first is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if hasattr(model, "load_lora_adapter"):
@@ -166,20 +175,45 @@ def detach(model: Any, name: str) -> None:
 
 
 @contextmanager
-def keep_active(models: Iterable[nn.Module], names: Iterable[str]) -> Iterator[None]:
-    """Whatever of the adapters `names` is on in a layer is on there afterwards too, at the strength it had."""
-    names = set(names)
-    before = [(model, {path: layer.active_adapters for path, layer in tuner_layers(model)}) for model in models]
-    try:
-        yield
-    finally:
-        for model, active in before:
-            flags = requires_grad(model)
-            for path, layer in tuner_layers(model):
-                lost = [name for name in active.get(path, ()) if name in names - set(layer.active_adapters)]
-                if lost:
-                    layer.set_adapter([*layer.active_adapters, *lost])
-            restore_requires_grad(model, flags)
+def injection(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Around whatever adds LoRA layers to `models`: one thread at a time, without a false alarm.
+
+    PEFT patches `torch.nn.Module` meanwhile: two threads at once would leave the patch behind. And diffusers reports
+    the weights of adapters from before as missing, when the new one's name is part of a module's (`b` of `blocks`).
+    """
+    with _ONE_AT_A_TIME:
+        alarm = _FalseAlarm(name for model in models for name in getattr(model, "peft_config", None) or {})
+        loggers = [logging.getLogger(f"diffusers.{module}") for module in ("utils.peft_utils", "loaders.peft")]
+        for logger in loggers:
+            logger.addFilter(alarm)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(alarm)
+
+
+class _FalseAlarm(logging.Filter):
+    """Takes the weights of the adapters `names` out of diffusers' warning that weights are missing."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = set(names)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        before, led_to, listed = record.getMessage().partition(_MISSING_KEYS)
+        if not led_to:
+            return True
+        keys = [key for key in listed.rstrip(".").split(", ") if _adapter_of_key(key) not in self.names]
+        record.msg = f"{before}{led_to}{', '.join(keys)}." if keys else before.rstrip()
+        record.args = ()
+        return bool(record.msg)
+
+
+def _adapter_of_key(key: str) -> str:
+    """The adapter that a parameter is of: `b` for `down_blocks.0.to_q.lora_A.b.weight`."""
+    _, _, name = key.rpartition(".lo")[-1].partition(".")
+    return name.removesuffix(".weight").removesuffix(".bias")
 
 
 class Snapshot:
@@ -202,7 +236,7 @@ class Snapshot:
                 layer.set_adapter(active)
             for name, scaling in self.scaling.get(path, {}).items():
                 if layer.scaling[name] != scaling:
-                    _put(layer.scaling, name, scaling)
+                    put_scale(layer.scaling, name, scaling)
         restore_requires_grad(model, self.flags)
 
     def restore(self, model: Any, name: str) -> None:
@@ -214,13 +248,13 @@ class Snapshot:
 def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
     """What the adapter `name` is multiplied with now, by module path; 0 where it is off.
 
-    A layer into which other adapters are fused applies those alone.
+    A layer into which other adapters are fused applies those alone, and one that its attention bypasses none.
     """
-    strengths, stabilised = {}, _is_stabilised(model, name)
+    strengths, stabilised, bypassed = {}, _is_stabilised(model, name), bypassed_layers(model)
     for path, layer in tuner_layers(model):
         if name in getattr(layer, "scaling", {}):
             applied = layer.merged_adapters if layer.merged else layer.active_adapters
-            on = name in applied and not layer.disable_adapters
+            on = name in applied and not layer.disable_adapters and path not in bypassed
             trained = layer.lora_alpha[name] / _rank_norm(layer, name, stabilised)
             strengths[path] = float(layer.scaling[name]) / trained if on else 0.0
     return strengths
@@ -229,6 +263,24 @@ def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
 def is_fused(model: nn.Module, name: str) -> bool:
     """Whether the adapter `name` is merged into the model's weights."""
     return any(name in layer.merged_adapters for _, layer in tuner_layers(model))
+
+
+def bypassed_layers(model: nn.Module) -> set[str]:
+    """The paths of the q, k and v that `fuse_qkv_projections` has put one layer in the place of.
+
+    They stay where they are and are not called; the one layer is a copy of their weights without any adapter.
+    """
+    bypassed = set()
+    for path, attention in _uncompiled(model).named_modules():
+        if not getattr(attention, "fused_projections", False):
+            continue
+        # Unfusing takes back the mark of the newer attention classes, and only the processor of the older one.
+        if not hasattr(attention, "unfuse_projections") and "Fused" not in type(attention.processor).__name__:
+            continue
+        for one, several in _FUSED_PROJECTIONS.items():
+            if hasattr(attention, one):
+                bypassed |= {f"{path}.{name}" for name in several}
+    return bypassed
 
 
 def _set_alphas(model: Any, name: str, pairs: Mapping[str, LoraPair]) -> None:
@@ -292,7 +344,7 @@ def _matrices(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _set_scale(layer: Any, name: str, strength: float, stabilised: bool) -> None:
-    _put(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name, stabilised))
+    put_scale(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name, stabilised))
 
 
 def _rank_norm(layer: Any, name: str, stabilised: bool) -> float:
@@ -306,7 +358,7 @@ def _is_stabilised(model: Any, name: str) -> bool:
     return bool(getattr(config, "use_rslora", False))
 
 
-def _put(scaling: dict[str, Any], name: str, value: float) -> None:
+def put_scale(scaling: dict[str, Any], name: str, value: float) -> None:
     """Models prepared for hotswapping hold scalings as tensors, which compiled code reads: those are kept."""
     if isinstance(scaling[name], torch.Tensor):
         scaling[name].fill_(value)

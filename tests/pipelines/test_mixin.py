@@ -173,8 +173,25 @@ def test_a_guard_scores_the_images_of_the_pipeline(family, pipe, guard, output_t
     assert [overlay.size for overlay in out.overlays()] == [(SIZE, SIZE)] * 2
     assert [region.dtype for region in out.overlays(kind="mask")] == [np.bool_] * 2
     assert len(out.overlays(kind="boxes")) == 2
-    as_tuple = draw(pipe, prompts, output_type=output_type, return_dict=False)
-    assert torch.equal(as_tuple[-3], expected.costs) and as_tuple[-2:] == (expected.flagged, expected.category_costs)
+    assert pipe.last_safety_report is out.safety_report
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_tuple_has_the_length_of_diffusers_and_the_report_stays_on_the_pipeline(family, pipe, guard, output_type):
+    options = {"prompt": ["a sunny street", "a dark wood"], "output_type": output_type, "return_dict": False}
+    plain = draw(pipe, **options)
+    enable_spo(pipe, guard)
+    assert pipe.last_safety_report is None
+    guarded = draw(pipe, **options)
+    assert type(guarded) is tuple and len(guarded) == len(plain)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(guarded[0], plain[0], strict=True))
+    assert guarded[1:] == plain[1:]
+    expected = guard(plain[0])
+    assert torch.equal(pipe.last_safety_report.costs, expected.costs)
+    assert pipe.last_safety_report.flagged == expected.flagged
+    pipe.guard = None
+    draw(pipe, **options)
+    assert pipe.last_safety_report is None, "a report of another call would be taken for this one's"
 
 
 def test_an_output_can_be_pickled(sd1, guard):
@@ -192,7 +209,8 @@ def test_latents_are_not_scored_and_the_output_says_so(sd1, guard):
     with pytest.raises(NotScoredError, match="latent"):
         out.overlays()
     with pytest.warns(UserWarning, match="latent"):
-        assert draw(sd1, output_type="latent", return_dict=False)[-3:] == (None, None, None)
+        assert len(draw(sd1, output_type="latent", return_dict=False)) == 2
+    assert sd1.last_safety_report is None
     assert guard.cost_model.calls == 0
 
 
