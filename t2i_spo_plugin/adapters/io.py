@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from t2i_spo_plugin.errors import AdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
 
 from . import layouts
 from .adapter import Adapter
+from .alpha_statements import alpha_source
 from .dtypes import read_weights, weight_names
-from .metadata import FORMAT_KEY, metadata_from_header, metadata_to_header
+from .metadata import metadata_from_header, metadata_to_header
 from .safetensors_file import data_hash, read_config, read_header, write_tensors
 
 
@@ -38,7 +39,7 @@ def read_adapter(
     Raises:
         UnreadableAdapterError: no such file, a pickle, not a safetensors file, or its header does not add up.
         UnsupportedAdapterError: an unknown layout, another method than LoRA, a whole model, or foreign weights.
-        InvalidAdapterError: weights that `validate` refuses.
+        InvalidAdapterError: weights that `validate` refuses, or alphas or ranks that contradict each other.
     """
     path = find_adapter_file(path)
     header = read_header(path)
@@ -49,15 +50,22 @@ def read_adapter(
         layout, foreign = _recognised(weights, config, converter)
         names = sorted(set(weights) - set(foreign))
         problems = [layouts.foreign_weights(foreign, len(weights))] if foreign else []
-        alphas, notes = stated_alphas(layout, names, header.metadata)
-        problems += alphas
-        if problems and strict:
-            raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
+        _refuse(problems, strict)
         tensors = read_weights(path, header.tensors, names)
+        alphas = alpha_source(layout, tensors, header.metadata, config)
+        if alphas.conflicts:
+            raise InvalidAdapterError("; ".join(alphas.conflicts))
+        _refuse(alphas.problems, strict)
+        problems += alphas.problems
         modules = layouts.decode(
-            tensors, header.metadata, config, architecture or metadata.base_architecture, layout, converter
+            tensors | alphas.tensors,
+            header.metadata,
+            alphas.config,
+            architecture or metadata.base_architecture,
+            layout,
+            converter,
         )
-        adapter = Adapter(modules, metadata, (*problems, *notes)).validate()
+        adapter = Adapter(modules, metadata, (*problems, *alphas.notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     if problems:
@@ -172,21 +180,9 @@ def refuse_pickle(name: str) -> None:
         raise UnreadableAdapterError(f"{name} is not a .safetensors file")
 
 
-def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what is to be noted, about where the alphas of a file come from.
-
-    Args:
-        layout: as `layouts.recognise` or `layouts.layout_of` names it.
-        names: of the file's LoRA weights.
-        metadata: the file's header.
-    """
-    if layout == "peft" or layouts.diffusers.METADATA_KEY in metadata or FORMAT_KEY in metadata:
-        return [], []
-    stated = sum(name.endswith(".alpha") for name in names)
-    modules = (len(names) - stated) // 2
-    if stated == 0:
-        return [], ["the file states no alpha; it is taken to be the rank, as other programs do"]
-    return ([f"only {stated} of {modules} modules state an alpha"] if stated < modules else []), []
+def _refuse(problems: Sequence[str], strict: bool) -> None:
+    if problems and strict:
+        raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
 
 
 def _peft_config(path: Path) -> dict[str, Any] | None:
