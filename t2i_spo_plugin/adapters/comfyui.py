@@ -95,7 +95,7 @@ def fit_adapter(adapter: Adapter, base: ComfyBase, strict: bool = True) -> Fit:
         for name, place in places.items()
     }
     match = match_modules(adapter, target, weights, strict)
-    return Fit(adapter, match.places, match.missing, (*adapter.notes, *match.problems))
+    return Fit(adapter, match.places, match.missing, (*adapter.notes, *match.problems, *match.notes))
 
 
 def lora_tensors(fit: Fit) -> tuple[dict[str, Tensor], dict[str, PatchKey]]:

@@ -15,11 +15,12 @@ from t2i_spo_plugin.errors import AdapterError, ConfigError, InvalidAdapterError
 
 from .adapter import Adapter
 from .architecture import fingerprint_of_shapes
+from .architecture_names import normalise_architecture
 from .checkpoints import ModelFiles, Weights, find_model
 from .dtypes import check_dtype, rounded
 from .lora import LoraPair, block_of, canonical
 from .merging import balanced_pair, relative_error
-from .metadata import AdapterMetadata, normalise_architecture
+from .metadata import AdapterMetadata
 
 
 DEFAULT_ENERGY = 0.99

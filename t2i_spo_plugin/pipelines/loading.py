@@ -312,7 +312,7 @@ def _match(
     matched: dict[str, dict[str, LoraPair]] = {}
     for name, (component, path) in match.places.items():
         matched.setdefault(component, {})[path] = adapter.modules[name]
-    notes = [*adapter.notes, *match.problems]
+    notes = [*adapter.notes, *match.problems, *match.notes]
     trained_on, base = adapter.metadata.extra.get("base_model", ""), base_model_of(pipe)
     if trained_on and base and trained_on != base:
         notes.append(f"it was trained on {trained_on}, this is {base}: the same architecture, another checkpoint")
