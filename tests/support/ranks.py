@@ -38,7 +38,7 @@ def train_on_ranks(folder: Path, ranks: int = 2, count: int = 40) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*torchrun, "-m", "support.ranks", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -47,3 +47,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     config = train_config(folder, pairs=str(folder / "pairs.parquet"), cache_dir=str(folder / "cache"), steps=1)
     train(config, tiny_pipeline("sd1"), callbacks=[World()])
+    torch.distributed.destroy_process_group()

@@ -59,7 +59,7 @@ class DPO(Objective):
         self.options = options
 
     def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
-        return read_pairs(path, self.prefer)
+        return read_pairs(path, self.prefer, by_label=self.options.labels == "table")
 
     def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
         """The order of N pairs by the labels."""
