@@ -44,7 +44,7 @@ class TrainConfig:
 
     Attributes:
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
-        pairs: the pair table, a parquet file or a folder of them, or a csv, tsv, jsonl or json file with paths of images;
+        pairs: the pair table, a parquet file, a folder of them, or a csv, tsv, jsonl or json file with paths of images;
             for objectives over pairs.
         images: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each; for `sft`.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
