@@ -44,8 +44,8 @@ class TrainConfig:
 
     Attributes:
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
-        pairs: the pair table, a parquet file, a folder of them, or a csv, tsv, jsonl or json file with paths of images;
-            for objectives over pairs.
+        pairs: the pair table, for objectives over pairs: a parquet file, a folder of them, or a csv, tsv, jsonl or
+            json file with paths of images.
         images: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each; for `sft`.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         resolution: edge in pixels the images are encoded at; None takes the pipeline's own.
