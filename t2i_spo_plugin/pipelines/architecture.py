@@ -60,7 +60,11 @@ def architecture_of(pipe: Any) -> str:
         PipelineError: the pipeline cannot load a LoRA.
     """
     model = _denoiser(pipe)
-    return architecture_from_config(type(model).__name__, getattr(model, "config", {}))
+    config = dict(getattr(model, "config", {}))
+    if hasattr(model, "text_encoder_hid_proj"):
+        # An IP-Adapter has written its own kind of projection over that of Kolors.
+        config["encoder_hid_dim_type"] = "text_proj"
+    return architecture_from_config(type(model).__name__, config)
 
 
 def prediction_type_of(pipe: Any) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, canonical, read_adapter, refuse_pickle
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.compatibility import Target, match_modules
@@ -52,6 +54,8 @@ logger = logging.getLogger(__name__)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
 
 
+# Under `torch.inference_mode` the new weights would be tensors that can never again take part in ordinary calls.
+@torch.inference_mode(False)
 def load_spo_lora(
     pipe: Any,
     src: str | Path | Adapter,

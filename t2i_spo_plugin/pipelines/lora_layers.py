@@ -335,6 +335,17 @@ def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
 
 
+def caching_hooks(model: nn.Module) -> list[str]:
+    """The names of diffusers' hooks in `model` that keep results of one denoising step for another (step caches)."""
+    hooks = [
+        (name, hook)
+        for module in _uncompiled(model).modules()
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items()
+    ]
+    # Hooks of offloading, casting and layer skipping hold nothing from one step to the next.
+    return sorted({name for name, hook in hooks if getattr(hook, "_is_stateful", False)})
+
+
 def _layers_of(model: nn.Module, name: str) -> dict[str, Any]:
     return {path: layer for path, layer in tuner_layers(model) if name in getattr(layer, "lora_A", {})}
 
