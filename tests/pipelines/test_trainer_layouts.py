@@ -1,5 +1,7 @@
 """What the trainers of a base write, loads: every layout on every base, with the change of every weight exact."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
@@ -9,17 +11,26 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import save_file
-from support.pipelines import fresh
+from support.pipelines import fresh, random_adapter
 from support.transformers import ARCHITECTURES, base_pipeline
 
-from t2i_spo_plugin.adapters import read_adapter
+from t2i_spo_plugin.adapters import Adapter, read_adapter, write_adapter
 from t2i_spo_plugin.adapters.architecture import weight_shapes
+from t2i_spo_plugin.adapters.extract import extract_adapter
 from t2i_spo_plugin.adapters.inspection import inspect_adapter
 from t2i_spo_plugin.adapters.layouts import decode
 from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.pipelines.architecture import lora_components
-from t2i_spo_plugin.pipelines.loading import load_spo_lora, unload_spo_lora
+from t2i_spo_plugin.pipelines.loaded import strengths_of
+from t2i_spo_plugin.pipelines.loading import (
+    adapter_metadata,
+    adapter_of,
+    load_spo_lora,
+    set_spo_strength,
+    unload_spo_lora,
+)
 
 
 RANK, ALPHA = 4, 3.0
@@ -247,6 +258,91 @@ def test_diffusers_own_reader_gives_the_same_changes(architecture, names, spelli
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
     modules = read_adapter(tmp_path / "a.safetensors", architecture=architecture).modules
     assert_same({name: pair.delta() for name, pair in modules.items()}, changes_of(pipe), spelling)
+
+
+@pytest.mark.parametrize("architecture", ["wan", "ltxvideo", "cosmos"])
+def test_what_we_write_has_the_own_names_that_comfyui_knows_and_diffusers_reads_it(architecture, tmp_path):
+    pipe = base_pipeline(architecture)
+    layers = ("to_q", "to_out.0", "net.2", "mlp.2", "linear_2")
+    adapter = random_adapter(pipe, alpha=ALPHA, components=("transformer", "text_conditioner"), layers=layers)
+    if architecture == "ltxvideo":
+        adapter.modules.pop("transformer.time_embed.emb.timestep_embedder.linear_2")
+    path = write_adapter(adapter, tmp_path / "a.safetensors")
+    with safe_open(path, "pt") as file:
+        names = {key.partition(".lora_")[0].removeprefix("diffusion_model.") for key in file.keys()}  # noqa: SIM118
+    originals = {full(targets[0]): name for name, targets in ORIGINAL[architecture].items()}
+    shared = originals.keys() & adapter.modules.keys()
+    assert len(names) == len(adapter.modules) and shared and {originals[name] for name in shared} <= names
+    expected = {name: pair.delta() for name, pair in adapter.modules.items()}
+    load_spo_lora(pipe, path)
+    assert_same(changes_of(pipe), expected, "ours")
+    unload_spo_lora(pipe)
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    assert_same(changes_of(pipe), expected, "diffusers")
+
+
+def test_both_transformers_of_wan_stay_in_one_native_file(tmp_path):
+    pipe = base_pipeline("wan")
+    modules = random_adapter(pipe).modules
+    both = modules | {name.replace("transformer.", "transformer_2."): pair for name, pair in modules.items()}
+    path = write_adapter(Adapter(both, adapter_metadata(pipe)), tmp_path / "a.safetensors")
+    assert read_adapter(path).modules.keys() == both.keys()
+
+
+@pytest.mark.upstream
+def test_diffusers_puts_nothing_of_such_a_file_into_the_second_transformer(tmp_path):
+    pipe = base_pipeline("wan")
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    both = random_adapter(pipe, components=("transformer", "transformer_2"))
+    path = write_adapter(both, tmp_path / "a.safetensors")
+    assert {name.partition(".")[0] for name in both.modules} == {"transformer", "transformer_2"}
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    assert {name.partition(".")[0] for name in changes_of(pipe)} == {"transformer"}
+    fresh_pipe = base_pipeline("wan")
+    fresh_pipe.register_modules(transformer_2=copy.deepcopy(fresh_pipe.transformer))
+    load_spo_lora(fresh_pipe, path)
+    assert_same(changes_of(fresh_pipe), {name: pair.delta() for name, pair in both.modules.items()}, "ours")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["zimage", "qwen-image", "flux-2", "chroma", "krea2", "hi-dream-image", "ernie-image"]
+)
+def test_diffusers_reads_what_we_write_for_the_bases_of_2026(architecture, tmp_path):
+    pipe = base_pipeline(architecture)
+    adapter = random_adapter(pipe, alpha=ALPHA)
+    path = write_adapter(adapter, tmp_path / "a.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    assert_same(changes_of(pipe), {name: pair.delta() for name, pair in adapter.modules.items()}, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_is_saved_switched_to_0_taken_off_and_extracted_again(architecture, tmp_path):
+    pipe = base_pipeline(architecture)
+    adapter = random_adapter(pipe, alpha=ALPHA)
+    expected = {name: pair.delta() for name, pair in adapter.modules.items()}
+    before = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
+    load_spo_lora(pipe, write_adapter(adapter, tmp_path / "a.safetensors"))
+    saved = adapter_of(pipe, "spo").modules
+    assert_same({name: pair.delta() for name, pair in saved.items()}, expected, "saved")
+    set_spo_strength(pipe, 0.0)
+    assert all(not active for active in strengths_of(lora_components(pipe), "spo").values())
+    unload_spo_lora(pipe)
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    if architecture == "hi-dream-image":
+        return  # The gates of its experts are no layers, so that a file of weights has another fingerprint.
+    tuned = dict(before)
+    for name, change in expected.items():
+        key = f"{name.removeprefix('transformer.')}.weight"
+        tuned[key] = before[key] + change
+    save_file(before, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    files = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    extracted = extract_adapter(*files, rank=RANK, component="transformer", architecture=architecture).adapter
+    load_spo_lora(pipe, extracted)
+    assert changes_of(pipe).keys() == expected.keys()
+    for name, change in changes_of(pipe).items():
+        assert torch.allclose(change, expected[name], atol=1e-3), name
 
 
 CHECKPOINTS = {

@@ -19,6 +19,7 @@ from .bases import BASES
 __all__ = [
     "KOHYA_ARCHITECTURES",
     "LAYOUTS",
+    "OWN_NAMES_ARCHITECTURES",
     "Converter",
     "decode",
     "default_layout",
@@ -47,6 +48,9 @@ KOHYA_ARCHITECTURES = (
     "stable-diffusion-xl-v1-refiner",
 )
 """Architectures whose adapters are written in the kohya layout; all others in the native one."""
+
+OWN_NAMES_ARCHITECTURES = ("wan", "ltxvideo", "cosmos")
+"""Architectures of which ComfyUI knows the own code's names alone: their native files have those."""
 
 _OTHER_METHODS = {
     ".hada_": "LoHa",
@@ -279,7 +283,8 @@ def encode(modules: Mapping[str, LoraPair], architecture: str, layout: str = "")
         case "kohya":
             return kohya.encode(modules, two_text_encoders="-xl-" in architecture)
         case "native":
-            return native.encode(modules)
+            found = original.encode(modules, architecture) if architecture in OWN_NAMES_ARCHITECTURES else None
+            return native.encode(modules) if found is None else found
         case "diffusers":
             return diffusers.encode(modules)
         case "peft":

@@ -70,6 +70,29 @@ class Base:
             rules += [(name, found) for name, *found in zip(_expand(names), *expanded, strict=True)]
         return _by_key((name, tuple(found)) for name, found in rules)
 
+    def original_name(self, name: str) -> str | None:
+        """What the own code calls the module `name`, or None where it is none, or only a part of one, there."""
+        component, _, path = name.partition(".")
+        target = path if component == "transformer" else f"{component}:{path}"
+        key, numbers = _key(target.replace(".", "_"))
+        for template, found in self._inverse_rules.get(key, ()):
+            wild = _wildcards(template, numbers)
+            if wild is not None:
+                return _filled(found[0], wild)
+        return None
+
+    @cached_property
+    def _inverse_rules(self) -> dict[str, list[Rule]]:
+        single = [
+            (targets[0], (template,))
+            for rules in self.original_rules.values()
+            for template, targets in rules
+            if len(targets) == 1 and template not in self.swapped
+        ]
+        renamed = {target for target, _ in single}
+        same = [rule for rules in self.own_rules.values() for rule in rules if rule[0] not in renamed]
+        return _by_key([*single, *same])
+
     def find(self, flat: str, fused_only: bool = False) -> Rule | None:
         """The template of a flat path and diffusers' names for it, or None when this base has no such module."""
         key, numbers = _key(flat)
