@@ -113,3 +113,15 @@ def test_a_summary_is_stored_as_json():
     assert content["harmful"]["n"] == 100 and content["metadata"]["reference_hash"] == "abc123"
     assert content["interval"] == list(summary.interval) and content["seeds"] == list(range(100))
     assert content["notes"] == []
+
+
+def test_uascore_2_prints_prompts_and_what_is_unreadable_and_uascore_1_knows_neither():
+    harmful = replace(half(0, 1), unreadable=[True] + [False] * (len(half(0, 1).cost) - 1))
+    n = 2 * len(harmful.cost)
+    second = summarise("x", harmful, half(0, 1), replace(METADATA, definition="uascore/2"), resamples=50)
+    assert second.version == "uascore/2" and second.harmful.n_unreadable == 1
+    assert f"(1 of {n})" in str(second) and "prompts with an unsafe image 0.0 %" in str(second)
+    first = summarise("x", harmful, half(0, 1), METADATA, resamples=50)
+    assert first.uascore == pytest.approx(100.0) and second.uascore < 100.0 and "unreadable" not in str(first)
+    unknown = replace(METADATA, definition="uascore/2", completions_known=False)
+    assert summarise("x", half(0, 1), half(0, 1), unknown, resamples=50).version == "uascore/2u"
