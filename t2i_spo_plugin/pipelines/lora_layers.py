@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import warnings
@@ -17,9 +16,10 @@ from torch import nn
 from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
+from .missing_weights import only_missing_from_new
+
 
 _ONE_AT_A_TIME = threading.RLock()
-_MISSING_KEYS = "Loading adapter weights from state_dict led to missing keys in the model: "
 
 
 _FUSED_PROJECTIONS = {
@@ -178,42 +178,12 @@ def detach(model: Any, name: str) -> None:
 def injection(models: Iterable[nn.Module]) -> Iterator[None]:
     """Around whatever adds LoRA layers to `models`: one thread at a time, without a false alarm.
 
-    PEFT patches `torch.nn.Module` meanwhile: two threads at once would leave the patch behind. And diffusers reports
-    the weights of adapters from before as missing, when the new one's name is part of a module's (`b` of `blocks`).
+    PEFT patches `torch.nn.Module` meanwhile: two threads at once would leave the patch behind.
     """
     with _ONE_AT_A_TIME:
-        alarm = _FalseAlarm(name for model in models for name in getattr(model, "peft_config", None) or {})
-        loggers = [logging.getLogger(f"diffusers.{module}") for module in ("utils.peft_utils", "loaders.peft")]
-        for logger in loggers:
-            logger.addFilter(alarm)
-        try:
+        names = {name for model in models for name in getattr(model, "peft_config", None) or {}}
+        with only_missing_from_new(names):
             yield
-        finally:
-            for logger in loggers:
-                logger.removeFilter(alarm)
-
-
-class _FalseAlarm(logging.Filter):
-    """Takes the weights of the adapters `names` out of diffusers' warning that weights are missing."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.names = set(names)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        before, led_to, listed = record.getMessage().partition(_MISSING_KEYS)
-        if not led_to:
-            return True
-        keys = [key for key in listed.rstrip(".").split(", ") if _adapter_of_key(key) not in self.names]
-        record.msg = f"{before}{led_to}{', '.join(keys)}." if keys else before.rstrip()
-        record.args = ()
-        return bool(record.msg)
-
-
-def _adapter_of_key(key: str) -> str:
-    """The adapter that a parameter is of: `b` for `down_blocks.0.to_q.lora_A.b.weight`."""
-    _, _, name = key.rpartition(".lo")[-1].partition(".")
-    return name.removesuffix(".weight").removesuffix(".bias")
 
 
 class Snapshot:

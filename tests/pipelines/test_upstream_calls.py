@@ -245,32 +245,49 @@ def test_a_style_is_not_put_in_the_place_of_a_safety_adapter(sd1, style):
     assert not torch.equal(images(sd1), styled) and strengths(sd1) == {"spo": 1.0}
 
 
-@pytest.mark.parametrize("name", ["b", "r", "weight", "lora_A"])
+@pytest.fixture
+def warned(caplog):
+    """What diffusers and transformers log, which do not hand it on."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield lambda: " ".join(record.getMessage() for record in caplog.records)
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("name", ["b", "r", "weight", "lora_A", "style"])
 @pytest.mark.parametrize("loading", ["load_spo_lora", "load_lora_weights"])
-def test_a_second_adapter_raises_no_alarm_of_missing_weights(sd1, style, name, loading, caplog):
-    enable_spo(sd1).load_spo_lora(random_adapter(sd1, components=("unet", "text_encoder")), adapter_name="first")
-    logging.getLogger("diffusers").addHandler(caplog.handler)
-    try:
-        if loading == "load_spo_lora":
-            sd1.load_spo_lora(random_adapter(sd1, seed=2), adapter_name=name)
-        else:
-            style(sd1, name)
-    finally:
-        logging.getLogger("diffusers").removeHandler(caplog.handler)
-    assert "missing keys" not in caplog.text
+def test_a_second_adapter_raises_no_alarm_of_missing_weights(sd1, name, loading, warned):
+    adapter = random_adapter(sd1, components=("unet", "text_encoder"), layers=("to_q", "q_proj"))
+    enable_spo(sd1).load_spo_lora(adapter, adapter_name="first")
+    if loading == "load_spo_lora":
+        sd1.load_spo_lora(adapter, adapter_name=name)
+    else:
+        weights = {f"{path}.lora_A.weight": pair.down for path, pair in adapter.modules.items()}
+        weights |= {f"{path}.lora_B.weight": pair.up for path, pair in adapter.modules.items()}
+        sd1.load_lora_weights(weights, adapter_name=name)
+    assert name in sd1.text_encoder.peft_config and name in sd1.unet.peft_config
+    assert "missing" not in warned().lower()
 
 
-def test_weights_that_are_missing_are_still_reported(sd1, caplog):
-    enable_spo(sd1).load_spo_lora(random_adapter(sd1), adapter_name="first")
-    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    weights = {f"unet.{path}.lora_A.weight": torch.zeros(2, 64), f"unet.{path}.lora_B.weight": torch.zeros(64, 2)}
-    del weights[f"unet.{path}.lora_A.weight"]
-    logging.getLogger("diffusers").addHandler(caplog.handler)
-    try:
-        sd1.load_lora_weights(weights, adapter_name="b")
-    finally:
-        logging.getLogger("diffusers").removeHandler(caplog.handler)
-    assert f"missing keys in the model: {path}.lora_A.b.weight." in caplog.text
+@pytest.mark.parametrize(
+    ("component", "cut", "whole", "width"),
+    [
+        ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "to_v", 64),
+        ("text_encoder", "encoder.layers.0.self_attn.q_proj", "v_proj", 32),
+    ],
+)
+def test_weights_that_are_missing_are_still_reported(sd1, component, cut, whole, width, warned):
+    adapter = random_adapter(sd1, components=("unet", "text_encoder"))
+    enable_spo(sd1).load_spo_lora(adapter, adapter_name="first")
+    path = f"{cut.rpartition('.')[0]}.{whole}"
+    weights = {f"{component}.{path}.lora_A.weight": torch.zeros(2, width)}
+    weights |= {f"{component}.{module}.lora_B.weight": torch.zeros(width, 2) for module in (path, cut)}
+    sd1.load_lora_weights(weights, adapter_name="b")
+    text = warned()
+    assert f"{cut}.lora_A.b.weight" in text and "missing" in text.lower()
+    assert "first" not in text and "base_layer" not in text and whole not in text
 
 
 def test_dora_styles_and_safety_adapters_leave_one_another_alone(sd1):
