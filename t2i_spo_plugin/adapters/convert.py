@@ -34,7 +34,7 @@ def convert_adapter(adapter: Adapter, path: str | Path, layout: str, dtype: torc
         AdapterError: `write_adapter` would refuse it, the layout would lose a module, or `dtype` cannot hold a weight.
         ConfigError: adapters are not written in `dtype`.
     """
-    path, modules = Path(path), dict(sorted(adapter.modules.items()))
+    path, modules = Path(path).expanduser(), dict(sorted(adapter.modules.items()))
     if dtype is not None:
         if layout == "native":
             modules = {name: _folded(pair) for name, pair in modules.items()}

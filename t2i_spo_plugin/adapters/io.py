@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.files import quoted
 
 from . import layouts
 from .adapter import Adapter
@@ -111,7 +112,7 @@ def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
         AdapterError: the adapter is not valid, does not name its architecture, has a module that the layout cannot
             name, or `path` does not end in .safetensors.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise AdapterError(f"adapters are written as .safetensors, got {path.name}")
     adapter.validate()
@@ -130,14 +131,20 @@ def find_adapter_file(path: str | Path) -> Path:
     """`path` itself, or the one safetensors file in the folder `path`.
 
     Raises:
-        UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle.
+        UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle or a pipe.
     """
-    path = Path(path)
-    if path.is_dir():
-        return path / choose_adapter_file([file.name for file in path.iterdir()], str(path))
+    try:
+        path = Path(path).expanduser()
+        if path.is_dir():
+            return path / choose_adapter_file([file.name for file in path.iterdir()], str(path))
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnreadableAdapterError(f"{quoted(str(path))} is no path that can be read: {error}") from error
     refuse_pickle(path.name)
     if not path.is_file():
-        raise UnreadableAdapterError(f"there is no file {path}")
+        raise UnreadableAdapterError(
+            f"{path} is no regular file but a pipe or a device" if exists else f"there is no file {path}"
+        )
     return path
 
 

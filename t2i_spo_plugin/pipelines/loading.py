@@ -38,6 +38,7 @@ from .architecture import (
 from .loaded import AttachedAdapter, LoadedAdapter, attached_adapters, is_safety, strengths_of
 from .lora_layers import bypassed_layers, pairs_of, tuner_layers
 from .step_control import check_steering
+from .storage import check_casting, check_name, check_numbers, check_on_disk
 
 
 __all__ = [
@@ -97,11 +98,13 @@ def load_spo_lora(
         raise ConfigError(f"load_spo_lora has no option {', '.join(unknown)}; it has {', '.join(_HUB_OPTIONS)}")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a non-empty text without a dot, got {adapter_name!r}")
+    check_name(adapter_name)
     components = lora_components(pipe)
     check_steering(pipe, window, steering)
     _check_ready(components, adapter_name, hotswap)
     adapter, source = _resolve(pipe, src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
+    check_numbers(components, matched)
     if isinstance(steering, AdapterGate):
         _check_gateable(matched)
     check_blocks(blocks, [f"{component}.{path}" for component, pairs in matched.items() for path in pairs])
@@ -158,10 +161,14 @@ def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
     """Take one safety adapter off, or all when `adapter_name` is None; other adapters stay as they are.
 
     Raises:
-        AdapterError: no safety adapter called `adapter_name` is loaded, or adapters are fused into the weights.
+        AdapterError: no safety adapter called `adapter_name` is loaded, or the weights have adapters fused into them
+            or lie on the disk.
     """
     components = lora_components(pipe)
-    for adapter in _chosen(components, adapter_name).values():
+    chosen = _chosen(components, adapter_name)
+    if chosen:
+        check_on_disk(components, "nothing can be taken off it", "set_spo_strength(pipe, 0) switches it off exactly")
+    for adapter in chosen.values():
         check_unfused(components)
         adapter.detach()
 
@@ -224,6 +231,9 @@ def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> Non
         raise AdapterError(
             f"there is no safety adapter called {name!r} to put another one in the place of; load it without hotswap"
         )
+    if not hotswap:
+        check_casting(components)
+    check_on_disk(components, "nothing can be attached to it", "load the adapter first, then enable_group_offload()")
     _check_effective(components)
 
 
