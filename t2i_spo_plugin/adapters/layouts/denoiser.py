@@ -29,6 +29,12 @@ def is_original(path: str) -> bool:
     return owns(path) and not any(base.find(flat, fused_only=True) for base in BASES)
 
 
+def original_name(name: str, architecture: str) -> str | None:
+    """What the own code of `architecture` calls the module `name`; None where that is not known, or it is fused."""
+    base = next((base for base in BASES if base.architecture == architecture), None)
+    return base.original_name(name) if base else None
+
+
 def candidates(paths: Collection[str], fused_only: bool = False) -> list[Base]:
     """The bases that have the most of `paths`, in the order of `BASES`; none when no base has one."""
     flats = [path.replace(".", "_") for path in paths]

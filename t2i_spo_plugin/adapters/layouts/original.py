@@ -18,7 +18,6 @@ from t2i_spo_plugin.files import quoted
 from ..lora import LoraPair
 from . import denoiser, kohya, native
 from .alphas import configured_alphas
-from .bases import BASES
 from .diffusers import SUFFIXES
 
 
@@ -59,8 +58,7 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = Non
 
 def encode(modules: Mapping[str, LoraPair], architecture: str) -> dict[str, Tensor] | None:
     """The tensors of a file with alphas folded into B, or None where not every module has a name of its own code."""
-    base = next((base for base in BASES if base.architecture == architecture), None)
-    names = {name: base.original_name(name) if base else None for name in modules}
+    names = {name: denoiser.original_name(name, architecture) for name in modules}
     if not all(names.values()):
         return None
     return native.encode({f"diffusion_model.{names[name]}": pair for name, pair in modules.items()})
