@@ -6,11 +6,15 @@ Each builder gives a pipeline and the options of a call on two prompts, whose em
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from .pipelines import fresh
 
 
 SIZE = 16
@@ -37,6 +41,7 @@ def _vae(channels: int) -> AutoencoderKL:
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=SIZE,
+        shift_factor=0.1,
     ).eval()
 
 
@@ -121,7 +126,13 @@ def _qwen_image() -> tuple[Any, dict[str, Any]]:
         axes_dims_rope=(8, 4, 4),
     )
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
     pipe = diffusers.QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
     return pipe, _guided(16, "prompt_embeds_mask", true_cfg_scale=3.0)
@@ -212,8 +223,6 @@ def _wan() -> tuple[Any, dict[str, Any]]:
 
 
 def _instruct_pix2pix() -> tuple[Any, dict[str, Any]]:
-    from support.pipelines import fresh
-
     base = fresh("sd1")
     unet = diffusers.UNet2DConditionModel.from_config(base.unet.config, in_channels=8).eval()
     pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
@@ -226,11 +235,48 @@ def _instruct_pix2pix() -> tuple[Any, dict[str, Any]]:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    image = torch.rand(PROMPTS, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    return pipe, {"prompt": ["a knife", "a sunny street"], "image": image}
+    return pipe, {"prompt": ["a knife", "a sunny street"], "image": _image()}
 
 
-BUILDERS = {
+def _image() -> torch.Tensor:
+    return torch.rand(PROMPTS, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def _derived(base: Callable[[], tuple[Any, dict[str, Any]]], kind: str, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """Another pipeline of the models of `base`."""
+    pipe, options = base()
+    return getattr(diffusers, kind)(**pipe.components), options | more
+
+
+def _of_family(family: str, kind: str = "", **more: Any) -> tuple[Any, dict[str, Any]]:
+    """One of the four families, or another pipeline of its models, which is given texts."""
+    pipe = fresh(family)
+    if kind:
+        given = pipe.components | {"requires_safety_checker": False}
+        known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        pipe = getattr(diffusers, kind)(**{key: value for key, value in given.items() if key in known})
+    if hasattr(pipe, "tokenizer_2"):
+        more = {"max_sequence_length": 16} | more
+    known = inspect.signature(type(pipe).__call__).parameters
+    return pipe, {"prompt": ["a knife", "a sunny street"]} | {key: more[key] for key in more if key in known}
+
+
+BUILDERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "sd1": lambda: _of_family("sd1"),
+    "sdxl": lambda: _of_family("sdxl"),
+    "sd3": lambda: _of_family("sd3"),
+    "flux": lambda: _of_family("flux", true_cfg_scale=3.0, negative_prompt=["blurred", "dull"]),
+    "sd1_pag": lambda: _of_family("sd1", "StableDiffusionPAGPipeline", pag_applied_layers=["mid"]),
+    "sdxl_pag": lambda: _of_family("sdxl", "StableDiffusionXLPAGPipeline"),
+    "sd3_pag": lambda: _of_family("sd3", "StableDiffusion3PAGPipeline"),
+    "sdxl_img2img": lambda: _of_family("sdxl", "StableDiffusionXLImg2ImgPipeline", image=_image(), strength=1.0),
+    "sd3_img2img": lambda: _of_family("sd3", "StableDiffusion3Img2ImgPipeline", image=_image(), strength=1.0),
+    "z_image_img2img": lambda: _derived(_z_image, "ZImageImg2ImgPipeline", image=_image(), strength=1.0),
+    "z_image_inpaint": lambda: _derived(
+        _z_image, "ZImageInpaintPipeline", image=_image(), mask_image=_image()[:, :1].round(), strength=1.0
+    ),
+    "chroma_img2img": lambda: _derived(_chroma, "ChromaImg2ImgPipeline", image=_image(), strength=1.0),
+    "qwen_image_img2img": lambda: _derived(_qwen_image, "QwenImageImg2ImgPipeline", image=_image(), strength=1.0),
     "cogview4": _cogview4,
     "z_image": _z_image,
     "lumina2": _lumina2,
@@ -241,6 +287,11 @@ BUILDERS = {
     "wan": _wan,
     "instruct_pix2pix": _instruct_pix2pix,
 }
+
+
+USUAL = ("sd1", "flux", "instruct_pix2pix", "cogview4", "z_image", "lumina2", "aura_flow", "qwen_image", "sana", "wan")
+"""One of each way to count steps and to order a batch; the others are for the slow tests."""
+CASES = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS]
 
 
 def build(name: str) -> tuple[Any, dict[str, Any]]:
