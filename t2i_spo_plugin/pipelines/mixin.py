@@ -194,10 +194,10 @@ class SPOLoraLoaderMixin:
             warnings.warn(NOT_IMAGES, stacklevel=3)
             return output if is_tuple else with_report(output, None, NOT_IMAGES)
         images = output[0] if is_tuple else getattr(output, "images", None)
-        if images is None:
-            reason = f"{type(output).__name__} has no images, so the guard has scored nothing"
+        if images is None or _is_video(images):
+            reason = f"{type(self).__name__} returns no images, so the guard has scored nothing"
             warnings.warn(reason, stacklevel=3)
-            return with_report(output, None, reason)
+            return output if is_tuple else with_report(output, None, reason)
         report = guard(images, domain=pipeline_domain(self))
         images, report = guard.apply_block(images, report)
         self.last_safety_report = report
@@ -272,6 +272,11 @@ def _with_defaults(bound: inspect.BoundArguments) -> dict[str, Any]:
     complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     complete.apply_defaults()
     return complete.arguments
+
+
+def _is_video(images: Any) -> bool:
+    """Whether they are frames by video, `[B, F, ...]`: a tuple does not say what it holds."""
+    return isinstance(next(iter(images), None), list) if isinstance(images, list) else images.ndim == 5
 
 
 def _is_modular(kind: type) -> bool:

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig
+from support import guided_pipelines
 from support.cost_models import ColourCost, colour_policy
 from support.pipelines import SIZE, base_image, draw, fresh, images, random_adapter
 
@@ -212,6 +213,20 @@ def test_latents_are_not_scored_and_the_output_says_so(sd1, guard):
         assert len(draw(sd1, output_type="latent", return_dict=False)) == 2
     assert sd1.last_safety_report is None
     assert guard.cost_model.calls == 0
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
+def test_videos_are_not_scored_and_come_as_they_are(guard, output_type, return_dict):
+    pipe, options = guided_pipelines.build("wan")
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    options |= {"output_type": output_type, "return_dict": return_dict}
+    plain = guided_pipelines.call(pipe, options)
+    enable_spo(pipe, guard)
+    with pytest.warns(UserWarning, match="WanPipeline returns no images, so the guard has scored nothing"):
+        guarded = guided_pipelines.call(pipe, options)
+    assert len(guarded) == len(plain) and np.array_equal(np.asarray(guarded[0][0]), np.asarray(plain[0][0]))
+    assert guard.cost_model.calls == 0 and pipe.last_safety_report is None
 
 
 def test_images_are_blocked_only_when_asked():
