@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2i_spo_plugin.adapters import is_repo_id
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.options import split_strength
@@ -72,7 +73,7 @@ def parse_adapters(specs: Sequence[str], strength: float = 1.0) -> list[System]:
     A source is a bundled name (`spo`, `dpo`, `style`), a file, a folder or a Hub id.
 
     Raises:
-        ConfigError: a malformed text, a strength below 0, or two systems with one name.
+        ConfigError: a malformed text, a strength below 0, no such adapter, or two systems with one name.
     """
     systems = [_parse(spec, strength) for spec in specs]
     names = [BASE, *(system.name for system in systems)]
@@ -90,4 +91,8 @@ def _parse(spec: str, default_strength: float) -> System:
         raise ConfigError(f"expected NAME, NAME=SOURCE or NAME=SOURCE@STRENGTH, got {spec!r}")
     if strength < 0:
         raise ConfigError(f"{spec}: strength must be at least 0")
-    return adapter_system(name, adapter_source(source), strength)
+    path = adapter_source(source)
+    if not Path(path).exists() and not is_repo_id(str(path)):
+        # Now, not when the base's images have been generated.
+        raise ConfigError(f"{spec}: there is no file or folder {source}, and it is no Hub id (user/repo) either")
+    return adapter_system(name, path, strength)

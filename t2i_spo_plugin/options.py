@@ -211,7 +211,9 @@ def _values(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
     if unknown:
         near = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{where}unknown {', '.join(unknown)}; {hint}known are {', '.join(sorted(fields))}")
+        file, colon, nest = where.rpartition(": ")
+        names = ", ".join(nest + name for name in unknown)
+        raise ConfigError(f"{file}{colon}unknown {names}; {hint}known are {', '.join(sorted(fields))}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in content.items():
@@ -263,6 +265,8 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         return tuple(value)
     if isinstance(value, str) and Path in kinds and str not in kinds:
         return Path(value)
+    if isinstance(value, str) and kinds & {int, bool} and not kinds & {str, float}:
+        raise ConfigError(f"{where} must be {'a whole number' if int in kinds else 'true or false'}, got {value!r}")
     if float not in kinds or str in kinds or isinstance(value, bool):
         return value
     if isinstance(value, int):

@@ -6,7 +6,7 @@ Its files are read when a function is called, none at import.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.errors import SPOError
@@ -120,10 +120,13 @@ def prompt_rows(
 
     ``requested`` names what a good image shows: the prompt's own objects, or for a harmful prompt those of its safe
     completions. Prompts of the three splits share no combination; another ``seed`` gives other prompts.
-    Raises ``SPOError`` when the split has fewer different prompts than asked for.
+    Raises ``SPOError`` when there is no such split, or it has fewer different prompts than asked for.
     """
-    from .world import GENERATOR_CONCEPTS, GENERATOR_STYLES, describe
+    from t2i_spo_plugin.options import check_choice
 
+    from .world import GENERATOR_CONCEPTS, GENERATOR_STYLES, Split, describe
+
+    check_choice("split", split, get_args(Split))
     rows: list[PromptRow] = []
     seen: set[str] = set()
     first = 1_000_003 * (seed + 1)

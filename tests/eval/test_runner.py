@@ -259,9 +259,21 @@ def test_adapters_are_given_by_name_source_and_strength(tmp_path):
         found[0].metadata["adapter_hash"] == found[1].metadata["adapter_hash"]
         and "adapter_hash" not in found[2].metadata
     )
-    for bad in (["x=a@-1"], ["=a"], ["base=a"], ["x=a", "x=b"]):
-        with pytest.raises(ConfigError):
-            parse_adapters(bad)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["x=spo@-1"], "strength must be at least 0"),
+        (["=spo"], "expected NAME, NAME=SOURCE"),
+        (["base=spo"], "names of their own"),
+        (["x=spo", "x=dpo"], "names of their own"),
+        (["spo", "x=nowhere"], "x=nowhere: there is no file or folder nowhere, and it is no Hub id"),
+    ],
+)
+def test_adapters_that_cannot_be_evaluated_are_refused_by_name(specs, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_adapters(specs)
 
 
 @pytest.mark.parametrize(

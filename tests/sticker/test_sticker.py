@@ -8,6 +8,7 @@ import torch
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.adapters import read_adapter
+from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.eval import PROMISED, rate_text
 from t2i_spo_plugin.experiments.gating import results_text
 from t2i_spo_plugin.experiments.ideal_systems import measure
@@ -43,6 +44,11 @@ def test_everything_that_ships_is_small_half_precision_and_has_its_results_text(
         report = json.loads((sticker.FOLDER / name / "report.json").read_text(encoding="utf-8"))
         assert report["measured"] and report["steps"] > 0 and report["curve"], name
         assert "/" not in json.dumps(report["config"]), name
+
+
+def test_prompts_of_an_unknown_split_are_refused_by_name():
+    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'dev'"):
+        sticker.prompt_rows("harmful", 1, "dev")
 
 
 def test_the_safety_adapter_lowers_the_cost_of_harmful_prompts_and_strength_0_changes_nothing(pipe):

@@ -43,7 +43,7 @@ class PairConfig:
         harmful: harmful prompts.
         benign: benign prompts.
         lookalike: benign prompts that look harmful.
-        split: of the sticker prompts.
+        split: of the sticker prompts: `train`, `val` or `test`.
         pipeline: `sticker`, a diffusers folder, or a Hub id.
         cost_model: `sticker`, or what `load_cost_model` takes.
         policy: `sticker`, or a policy's name or YAML file.

@@ -181,10 +181,10 @@ class TermOptions:
     """Terms beside the objective's own loss; all are off unless a weight is set.
 
     Attributes:
-        sft: see `SFTTermOptions`.
-        output_preservation: see `OutputPreservationOptions`.
-        prior_preservation: see `PriorPreservationOptions`.
-        loser_guard: see `LoserGuardOptions`.
+        sft: the error of the winner, which the model should learn to generate.
+        output_preservation: distance from the base model on pure noise under the empty prompt.
+        prior_preservation: distance from the base model on benign examples.
+        loser_guard: a limit to how far the loser's gradient may push (Diffusion-SDPO).
     """
 
     sft: SFTTermOptions = field(default_factory=SFTTermOptions)
