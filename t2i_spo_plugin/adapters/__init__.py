@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .merging import METHODS as METHODS
     from .merging import merge_adapters as merge_adapters
     from .metadata import AdapterMetadata as AdapterMetadata
+    from .products import approximate_products as approximate_products
+    from .products import is_product as is_product
     from .strengths import check_strength as check_strength
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -49,7 +51,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "bypass_pairs": "comfyui",
         "canonical": "lora",
         "check_strength": "strengths",
+        "approximate_products": "products",
         "convert_adapter": "convert",
+        "is_product": "products",
         "describe": "comfyui",
         "download_adapter": "download",
         "download_folder": "download",

@@ -138,7 +138,7 @@ def extract_adapter(
             unexpressed[f"{name}.{key}"] = size / whole if whole else 1.0
             continue
         module = canonical(f"{name}.{key.removesuffix('.weight')}")
-        pair, (lost, total) = _decompose(change, rank, energy)
+        pair, (lost, total) = decompose(change, rank, energy)
         modules[module], off = rounded(pair, dtype, module)
         squares[module] = lost + off, total
     if not modules:
@@ -157,7 +157,7 @@ def extract_adapter(
     return ExtractionResult(Adapter(dict(sorted(modules.items())), metadata).validate(), *errors, unexpressed)
 
 
-def _decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
+def decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
     """The pair for a weight's change, and the squared norms of what it leaves out and of the whole change."""
     matrix = change.flatten(1)
     total = float(matrix.norm()) ** 2

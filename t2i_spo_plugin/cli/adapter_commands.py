@@ -47,8 +47,9 @@ def convert(
     out: Path,
     architecture: str = "",
     dtype: Dtype | None = None,
+    rank: int | None = None,
 ) -> None:
-    """Write an adapter in another file layout, without changing what it does.
+    """Write an adapter in another file layout, without changing what it does; LoHa and LoKr as the nearest LoRA.
 
     Args:
         file: an adapter in any layout that is read.
@@ -57,19 +58,35 @@ def convert(
         out: the .safetensors file to write; for peft, the folder.
         architecture: of the base model, such as stable-diffusion-v1, where the file does not say.
         dtype: what the weights are rounded to; when left out each keeps its own, float32 where folding needs it.
+        rank: for LoHa and LoKr alone, that of the LoRA; the relative error is printed.
     """
     import torch
 
-    from t2i_spo_plugin.adapters import Adapter, convert_adapter, normalise_architecture, read_adapter
-    from t2i_spo_plugin.errors import IncompatibleAdapterError
+    from t2i_spo_plugin.adapters import (
+        Adapter,
+        approximate_products,
+        convert_adapter,
+        is_product,
+        normalise_architecture,
+        read_adapter,
+    )
+    from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError
 
-    adapter = read_adapter(file)
-    stated, given = adapter.metadata.base_architecture, normalise_architecture(architecture)
+    given = normalise_architecture(architecture)
+    result = None
+    if rank is not None:
+        if not is_product(file):
+            raise ConfigError("--rank is for LoHa and LoKr; spo merge --method svd --rank cuts a LoRA to a rank")
+        result = approximate_products(file, rank, given)
+    adapter = result.adapter if result else read_adapter(file)
+    stated = adapter.metadata.base_architecture
     if stated and given and stated != given:
         raise IncompatibleAdapterError(f"{file.name} says that it was made for {stated}, not for {given}")
     metadata = dataclasses.replace(adapter.metadata, base_architecture=stated or given)
     rounded = getattr(torch, dtype) if dtype else None
     print(convert_adapter(Adapter(adapter.modules, metadata), out, layout, rounded))
+    if result:
+        _print_errors(result.error, result.module_errors)
 
 
 @command

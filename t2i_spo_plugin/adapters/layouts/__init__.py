@@ -64,6 +64,8 @@ _OTHER_METHODS = {
     ".processor.qkv_lora": "XLabs processor",
     ".processor.proj_lora": "XLabs processor",
 }
+_WITH_A_PLAIN_CHANGE = ("LoHa", "LoKr")
+"""Methods of which `products` computes the change."""
 _T5 = ("lora_te3_", "text_encoders.t5xxl.")
 
 
@@ -78,7 +80,10 @@ def recognise(keys: Collection[str], has_peft_config: bool = False) -> tuple[str
         raise InvalidAdapterError("the file holds no weights")
     method = other_method(keys)
     if method:
-        raise UnsupportedAdapterError(f"the file holds {method} weights; only plain LoRA is understood")
+        cure = ""
+        if method in _WITH_A_PLAIN_CHANGE:
+            cure = "; `spo convert FILE --layout LAYOUT --out OTHER --rank RANK` writes the nearest one"
+        raise UnsupportedAdapterError(f"the file holds {method} weights; only plain LoRA is understood{cure}")
     layouts = {key: _layout_of_key(key) for key in keys}
     if has_peft_config:
         layouts = {key: "peft" if layout == "bare" else layout for key, layout in layouts.items()}
