@@ -32,7 +32,7 @@ from .systems import base_system, parse_adapters
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is generated, by which systems, and who judges it.
+    """What an evaluation generates, with which systems, and who judges it.
 
     Attributes:
         out: folder for images, tables, `summary.json` and `report.html`; an interrupted run is taken up again.

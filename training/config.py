@@ -40,7 +40,7 @@ _NOT_IN_THE_TRAJECTORY = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one adapter is trained.
+    """How one adapter is trained, on a pair table or on captioned images.
 
     Attributes:
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.

@@ -26,7 +26,7 @@ from t2i_spo_plugin.registry import STICKER, adapter_source, load_pipeline, load
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What an adapter gate is trained from.
+    """How an adapter gate is trained, which gives an adapter to the images that are going to be unsafe.
 
     Attributes:
         adapter: a bundled one such as `spo`, a file, a folder or a Hub id. It may change denoisers only.

@@ -148,17 +148,17 @@ def test_combined_strength_counts_what_is_shared_and_what_is_not(sd1):
     """Parallel changes add up, unrelated ones add like the sides of a right angle, halves of one make one."""
     safety, _ = safety_and_style(sd1)
     twice = scaled(safety, 0.999)
-    assert adapter_load_of([(safety, 0.5), (twice, 0.5)]).summed == pytest.approx(1.0, abs=2e-3)
-    assert adapter_load_of([(safety, 0.7), (twice, 0.7)]).value == pytest.approx(1.4, abs=2e-3)
+    assert combined_strength_of([(safety, 0.5), (twice, 0.5)]).summed == pytest.approx(1.0, abs=2e-3)
+    assert combined_strength_of([(safety, 0.7), (twice, 0.7)]).value == pytest.approx(1.4, abs=2e-3)
     apart = random_adapter(sd1, seed=9, title="apart")
-    assert adapter_load_of([(safety, 1.0), (apart, 1.0)]).summed == pytest.approx(2**0.5, rel=0.1)
-    alone = adapter_load_of([(safety, 0.6)])
+    assert combined_strength_of([(safety, 1.0), (apart, 1.0)]).summed == pytest.approx(2**0.5, rel=0.1)
+    alone = combined_strength_of([(safety, 0.6)])
     assert alone.summed == pytest.approx(0.6) == alone.value
     weak = scaled(apart, 1e-3)
-    assert adapter_load_of([(safety, 0.3), (weak, 1.4)]).value == pytest.approx(1.4)
+    assert combined_strength_of([(safety, 0.3), (weak, 1.4)]).value == pytest.approx(1.4)
 
 
-def adapter_load_of(adapters):
+def combined_strength_of(adapters):
     return compose(fresh("sd1"), adapters).combined
 
 

@@ -35,7 +35,7 @@ BENIGN, UNDER_SAFE_PROMPT = "benign", "benign_safe_over_unsafe"
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How a pair table is made.
+    """How a pair table is made: candidates are generated, annotated with cost and quality, and paired.
 
     Attributes:
         output: folder that receives the table in shards of parquet, and `counts.json`.
