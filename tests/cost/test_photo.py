@@ -238,7 +238,7 @@ def test_spo_score_takes_photographs_with_the_policy_that_fits(open_nsfw, tmp_pa
     words = ["score", str(tmp_path / "a.png"), "--cost-model", "open_nsfw", "--overlays", str(tmp_path / "seen")]
     assert cli.main([*words, "--domain", "photo"]) == 0
     printed = capsys.readouterr().out
-    assert "safe (sexual)" in printed and len(list((tmp_path / "seen").iterdir())) == 1
+    assert "cost 0.000 safe" in printed and "(sexual)" not in printed and len(list((tmp_path / "seen").iterdir())) == 1
     assert cli.main([*words, "--domain", "sticker"]) == 2
     assert "not for 'sticker'" in capsys.readouterr().err
     assert cli.main([*words, "--domain", "photo", "--policy", "photo"]) == 2
