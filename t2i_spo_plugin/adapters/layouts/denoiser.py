@@ -11,7 +11,8 @@ from t2i_spo_plugin.errors import InvalidAdapterError
 from t2i_spo_plugin.files import quoted
 
 from ..lora import LoraPair
-from .bases import BASES, Base
+from .bases import BASES
+from .templates import Base
 
 
 _COMPONENT = "transformer"
