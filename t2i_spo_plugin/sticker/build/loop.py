@@ -1,7 +1,7 @@
 """The one training loop behind every bundled model: budgeted, checkpointed, resumable; no pickle on disk.
 
-A job is a callable ``step(batch_index) -> loss`` over modules; the loop owns the optimiser, the learning rate
-(warm-up, constant, linear decay over the last part of the steps), the checkpoint and the curve.
+A job is a callable `step(batch_index) -> loss` over modules; the loop owns the device and its precision, the optimiser,
+the learning rate (warm-up, constant, linear decay over the last part of the steps), the checkpoint and the curve.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from tqdm import tqdm
 
 @dataclass
 class LoopConfig:
-    """Steps and learning rate of one job. ``decay`` is the share of the steps over which the rate falls to zero."""
+    """Steps and learning rate of one job.
+
+    Attributes:
+        decay: share of the steps over which the rate falls to zero.
+        bf16: whether `step` runs under autocast to bfloat16; weights, optimiser and losses stay float32.
+    """
 
     steps: int
     learning_rate: float
@@ -30,6 +35,7 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     ema: float = 0.0
+    bf16: bool = True
     checkpoint_every: int = 200
     report_every: int = 50
 
@@ -44,22 +50,31 @@ class LoopState:
 
 
 def rate(step: int, config: LoopConfig) -> float:
-    """Learning-rate factor in [0, 1] at ``step``."""
+    """Learning-rate factor in [0, 1] at `step`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     left = (config.steps - step) / max(1.0, config.steps * config.decay)
     return warm * min(1.0, max(0.0, left))
 
 
 class Trainer:
-    """Runs a job from its last checkpoint in ``folder`` to its end.
+    """Runs a job from its last checkpoint in `folder` to its end.
 
-    ``modules``: everything with weights, by name. With ``ema`` > 0 an exponential moving average of the weights is
-    kept and is what :meth:`averaged` returns and what the checkpoint's consumers should ship.
+    `modules`: everything with weights, by name; they are moved to `device`. With `ema` > 0 an exponential moving average
+    of the weights is kept and is what `averaged` returns and what the checkpoint's consumers should ship.
     """
 
-    def __init__(self, folder: Path, modules: Mapping[str, torch.nn.Module], config: LoopConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        modules: Mapping[str, torch.nn.Module],
+        config: LoopConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.folder, self.modules, self.config = Path(folder), dict(modules), config
+        self.device = torch.device(device)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for module in self.modules.values():
+            module.to(self.device)
         self.named = {
             f"{name}.{key}": p
             for name, m in self.modules.items()
@@ -75,14 +90,14 @@ class Trainer:
             self._load()
 
     def _load(self) -> None:
-        tensors = load_file(self.folder / "checkpoint.safetensors")
+        tensors = load_file(self.folder / "checkpoint.safetensors", str(self.device))
         for name, module in self.modules.items():
             own = {k.removeprefix(f"model.{name}."): v for k, v in tensors.items() if k.startswith(f"model.{name}.")}
             module.load_state_dict(own)
         for key, p in self.named.items():
             if f"exp_avg.{key}" in tensors:
                 self.optimizer.state[p] = {
-                    "step": tensors[f"step.{key}"],
+                    "step": tensors[f"step.{key}"].cpu(),
                     "exp_avg": tensors[f"exp_avg.{key}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq.{key}"],
                 }
@@ -109,16 +124,17 @@ class Trainer:
         evaluate_every: int = 500,
         title: str = "",
     ) -> LoopState:
-        """Run ``step`` until the configured number of steps; ``evaluate``'s numbers join the curve."""
+        """Run `step` until the configured number of steps; `evaluate`'s numbers join the curve."""
         config, state = self.config, self.state
-        started, total, count = time.monotonic() - state.seconds, torch.zeros(()), 0
+        started, total, count = time.monotonic() - state.seconds, torch.zeros((), device=self.device), 0
         for module in self.modules.values():
             module.train()
         with tqdm(total=config.steps, initial=state.step, desc=title, mininterval=10) as bar:
             while state.step < config.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = config.learning_rate * rate(state.step, config)
-                loss = step(state.step)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+                    loss = step(state.step)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.named.values(), config.clip)
                 self.optimizer.step()
@@ -134,7 +150,7 @@ class Trainer:
                 bar.update()
                 if state.step % config.report_every == 0 or state.step == config.steps:
                     entry = {"step": state.step, "loss": float(total) / count}
-                    total, count = torch.zeros(()), 0
+                    total, count = torch.zeros((), device=self.device), 0
                     if evaluate is not None and (state.step % evaluate_every == 0 or state.step == config.steps):
                         entry |= evaluate()
                         for module in self.modules.values():
