@@ -32,20 +32,39 @@ class MapClassifier(nn.Module):
     ``config`` is a transformers vision configuration whose model returns a feature map ``[B, C, h, w]`` as its
     ``last_hidden_state`` (ResNet, RegNet, ConvNext, MobileNet, ...). Pictures come in as [0, 1] and are shifted to
     [-1, 1].
+
+    With ``fine`` > 0 the features are that wide and as fine as the backbone's first stage: a top-down path as in
+    feature pyramid networks (arXiv 1612.03144) adds what the deeper stages say to what the first one sees.
     """
 
-    def __init__(self, config: Any, outputs: int, pooling: Pooling = "mean") -> None:
+    def __init__(self, config: Any, outputs: int, pooling: Pooling = "mean", fine: int = 0) -> None:
         super().__init__()
         from transformers import AutoModel
 
-        self.pooling = pooling
+        self.pooling, self.fine = pooling, fine
         self.backbone = AutoModel.from_config(config)
-        width = config.hidden_sizes[-1]
-        self.head = nn.Conv2d(width, outputs, 1)
+        if fine:
+            self.lateral = nn.ModuleList(nn.Conv2d(width, fine, 1) for width in config.hidden_sizes)
+            self.smooth = nn.Sequential(
+                nn.BatchNorm2d(fine),
+                nn.ReLU(),
+                nn.Conv2d(fine, fine, 3, padding=1, bias=False),
+                nn.BatchNorm2d(fine),
+                nn.ReLU(),
+            )
+        self.head = nn.Conv2d(fine or config.hidden_sizes[-1], outputs, 1)
 
     def features(self, pixels: Tensor) -> Tensor:
         """``[B, 3, S, S]`` in [0, 1] -> ``[B, C, h, w]``."""
-        return self.backbone(pixels * 2 - 1).last_hidden_state
+        found = self.backbone(pixels * 2 - 1, output_hidden_states=bool(self.fine))
+        if not self.fine:
+            return found.last_hidden_state
+        *finer, coarsest = [
+            lateral(state) for lateral, state in zip(self.lateral, found.hidden_states[1:], strict=True)
+        ]
+        for states in reversed(finer):
+            coarsest = states + nn.functional.interpolate(coarsest, size=states.shape[-2:], mode="nearest")
+        return self.smooth(coarsest)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, 3, S, S]`` in [0, 1] -> logits ``[B, K]``, map ``[B, K, h, w]``."""
@@ -127,7 +146,7 @@ def load_map_classifier(folder: Path | str, *needed: str) -> tuple[MapClassifier
     except (OSError, ValueError) as error:
         found = str(error).strip().splitlines()[0]
         raise SPOError(f"cannot read the configuration of {folder}: {found}; {_COPY}") from error
-    network = MapClassifier(config, len(facts["outputs"]), facts.get("pooling", "mean"))
+    network = MapClassifier(config, len(facts["outputs"]), facts.get("pooling", "mean"), facts.get("fine", 0))
     load_weights(network, folder)
     return network, facts
 

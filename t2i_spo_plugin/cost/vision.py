@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SPOError
 from ..images import Images
 from .backbone import MapClassifier, batches, load_map_classifier, save_network
 from .base import CostBatch
 
 
 class VisionCostModel(nn.Module):
-    """Logits per category and where they come from; follows :class:`~t2i_spo_plugin.cost.base.CostModel`.
+    """Logits per category and where they come from; follows `t2i_spo_plugin.cost.base.CostModel`.
+
+    With a network that pools by its mean, the map's mean is the logit. With one that pools by its peak, the map says
+    of each cell how sure the model is that something of the category covers it, trained on exact masks, and the logit
+    is the soft maximum `logsumexp(map) - log(h w)`.
 
     Args:
-        network: backbone and head.
+        network: backbone and head. One output more than there are categories says whether anything is recognised.
         categories: the K names, in the order of the head's outputs.
         domain: what kind of pictures it was trained on.
         size: side in pixels that pictures are resampled to.
@@ -51,18 +56,35 @@ class VisionCostModel(nn.Module):
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
         """Score pictures; see :class:`CostBatch`. Raises ``ValueError`` on what is no picture."""
-        found = [self.network(batch) for batch in batches(images, self.size, self.device)]
-        return CostBatch(torch.cat([logits for logits, _ in found]), torch.cat([maps for _, maps in found]))
+        found = [self.score_tensor(batch) for batch in batches(images, self.size, self.device)]
+        return CostBatch(torch.cat([one.logits for one in found]), torch.cat([one.logit_map for one in found]))
 
     def score_tensor(self, pixels: Tensor) -> CostBatch:
-        """The same for ``[B, 3, size, size]`` in [0, 1], with gradients."""
-        return CostBatch(*self.network(pixels))
+        """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
+        logits, maps = self.network(pixels)
+        return CostBatch(logits[:, : len(self.categories)], maps[:, : len(self.categories)])
+
+    @torch.no_grad()
+    def readable(self, images: Images) -> Tensor:
+        """Probability `[B]` that anything the model knows, safe or not, is to be seen.
+
+        Raises:
+            SPOError: this model was not trained to say so.
+        """
+        if self.network.head.out_channels == len(self.categories):
+            raise SPOError("this cost model does not say whether it recognises anything in an image")
+        found = [self.network(batch)[0][:, -1] for batch in batches(images, self.size, self.device)]
+        return torch.cat(found).sigmoid()
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model into ``folder`` (fp16 safetensors, transformers config, ``facts.json``)."""
+        extra = ["anything"] * (self.network.head.out_channels - len(self.categories))
         facts: dict[str, Any] = {
             "kind": "cost_model",
-            "outputs": list(self.categories),
+            "outputs": [*self.categories, *extra],
+            "categories": len(self.categories),
+            "pooling": self.network.pooling,
+            "fine": self.network.fine,
             "domain": self.domain,
             "size": self.size,
             "temperature": [round(t, 6) for t in self.temperature.tolist()],
@@ -78,6 +100,10 @@ def load_cost_model(folder: Path | str) -> VisionCostModel:
     """
     network, facts = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(
-        network, facts["outputs"], facts["domain"], facts["size"], torch.tensor(facts["temperature"])
+        network,
+        facts["outputs"][: facts.get("categories")],
+        facts["domain"],
+        facts["size"],
+        torch.tensor(facts["temperature"]),
     )
     return model.eval().requires_grad_(False)

@@ -39,13 +39,16 @@ def pipeline_path() -> Path:
     return _part("pipeline")
 
 
-def load_pipeline() -> StableDiffusionPipeline:
-    """The bundled text-to-image pipeline, float32 on the CPU: 64 x 64 pictures of the declared subset of the world."""
+def load_pipeline(folder: Path | str | None = None) -> StableDiffusionPipeline:
+    """The bundled text-to-image pipeline, float32 on the CPU: 128 x 128 images of the declared subset of the world.
+
+    `folder` names another pipeline that was built as the bundled one.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        pipeline_path(),
+        folder or pipeline_path(),
         torch_dtype=torch.float32,
         local_files_only=True,
         safety_checker=None,

@@ -117,7 +117,7 @@ HELD_OUT_ORDER = (
 )
 HELD_OUT_NEGATION = (
     "{things}, and please leave out {other}",
-    "I want {things} without {other}",
+    "{things} minus {other}",
     "{things} with no {others} anywhere",
     "show {things}, there must not be {other}",
 )

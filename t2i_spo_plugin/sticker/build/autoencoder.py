@@ -26,8 +26,6 @@ from .store import as_pixels, rendered
 FACTOR = 16
 CHANNELS = 16
 WIDTH = 48
-BATCH = 32
-"""Crops of half the side in a step; of whole scenes, a quarter as many."""
 
 
 def model(seed: int = 0) -> AutoencoderTiny:
@@ -127,7 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("both", "decoder"), default="both")
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/autoencoder"))
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=24_000)
+    parser.add_argument("--batch", type=int, default=12, help="crops in a step; of whole scenes a quarter as many")
     parser.add_argument("--whole", type=float, default=0.15, help="last share of the steps, on whole scenes")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.3)
@@ -141,7 +140,7 @@ def main() -> None:
     def batch(n: int) -> Tensor:
         rng = torch.Generator().manual_seed(n)
         whole = n >= args.steps * (1 - args.whole)
-        index = torch.randint(len(images), (BATCH // 4 if whole else BATCH,), generator=rng)
+        index = torch.randint(len(images), (args.batch // 4 if whole else args.batch,), generator=rng)
         chosen = images[index] if whole else crop(images[index], SIZE // 2, rng)
         return as_pixels(chosen, args.device) * 2 - 1
 

@@ -1,7 +1,8 @@
 """The one training loop behind every bundled model: budgeted, checkpointed, resumable; no pickle on disk.
 
-A job is a callable `step(batch_index) -> loss` over modules; the loop owns the device and its precision, the optimiser,
-the learning rate (warm-up, constant, linear decay over the last part of the steps), the checkpoint and the curve.
+A job is a callable `step(batch_index) -> loss` over modules; the loop owns the device and its precision, the
+optimiser, the learning rate (warm-up, constant, linear decay over the last part of the steps), the checkpoint and the
+curve.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def rate(step: int, config: LoopConfig) -> float:
 class Trainer:
     """Runs a job from its last checkpoint in `folder` to its end.
 
-    `modules`: everything with weights, by name; they are moved to `device`. With `ema` > 0 an exponential moving average
-    of the weights is kept and is what `averaged` returns and what the checkpoint's consumers should ship.
+    `modules`: everything with weights, by name; they are moved to `device`. With `ema` > 0 an exponential moving
+    average of the weights is kept and is what `averaged` returns and what the checkpoint's consumers should ship.
     """
 
     def __init__(

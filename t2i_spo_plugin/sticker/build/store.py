@@ -1,4 +1,4 @@
-"""Scenes rendered once and kept on disk, so that a training step only reads them: on a GPU rendering would be slowest."""
+"""Scenes rendered once and kept on disk, and batches made ahead: on a GPU both would take longer than a step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -57,3 +59,25 @@ def rendered(path: Path, render: RenderImage, first_seed: int, count: int, jobs:
 def as_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 `[B, H, W, 3]` -> float32 `[B, 3, H, W]` in [0, 1], channels last in memory, on `device`."""
     return images.to(device).permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+class _Numbered(Dataset):
+    def __init__(self, make: Callable[[int], Any], first: int, last: int) -> None:
+        self.make, self.first, self.last = make, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, position: int) -> Any:
+        return self.make(self.first + position)
+
+
+def prefetched(make: Callable[[int], Any], first: int, last: int, jobs: int = 1) -> Callable[[int], Any]:
+    """A function that gives `make(n)` for n from `first` to `last - 1`, asked for in this order.
+
+    With more than one job, that many processes make the next ones meanwhile; what they make is the same.
+    """
+    if jobs <= 1 or last <= first:
+        return make
+    batches = iter(DataLoader(_Numbered(make, first, last), batch_size=None, num_workers=jobs, prefetch_factor=4))
+    return lambda _n: next(batches)

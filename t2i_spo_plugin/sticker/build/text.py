@@ -252,7 +252,7 @@ def main() -> None:
         longest = int((ids == tokenizer.eos_token_id).float().argmax(1).max()) + 1
         pooled = encoder(ids[:, :longest].to(args.device)).pooler_output
         asked = torch.cat([torch.stack([meaning(d, t) for t, d in fresh]), truth[index].float()]).to(args.device)
-        answer = torch.cat([stored["taught"][index], stored["general"][other]]).float().to(args.device)
+        answer = torch.cat([stored["taught"][index].float(), stored["general"][other].float()]).to(args.device)
         distance = 1 - F.cosine_similarity(probe.sentence(pooled[CAPTIONS:]).float(), answer).mean()
         named = F.binary_cross_entropy_with_logits(
             probe.meaning(pooled[: CAPTIONS + TAUGHT]).float(), asked, reduction="none"
