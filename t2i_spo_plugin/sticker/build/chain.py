@@ -2,7 +2,8 @@
 
 `python -m t2i_spo_plugin.sticker.build.chain`. Each stage is a command of its own that goes on where it stopped; what
 is done is noted in `--work` and not done again. On the CPU this takes a day, on a large GPU minutes: there the batches
-of the generator are larger and its steps fewer, and `--jobs` processes make the judges' images.
+of the generator are larger and its steps fewer, `--jobs` processes make each judge's images, and stages that do not
+need each other run side by side.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Stage:
         gpu: more arguments on a GPU.
         scenes: that are rendered for it, 0 for none.
         measures: whether it measures on `--count` scenes.
+        needs: stages that must be done before.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stage:
     gpu: tuple[str, ...] = ()
     scenes: int = 0
     measures: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def stages(work: Path, out: Path) -> tuple[Stage, ...]:
@@ -49,17 +52,19 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
     pipeline = ("--pipeline", str(out / "pipeline"))
     cost, referee = str(out / "cost_model"), str(out / "referee")
     quality = (*folder("quality"), "--out", str(out / "quality_model"), "--cost", cost, *text)
+    batch = ("--batch", "48")
     return (
-        Stage("autoencoder", "autoencoder", folder("autoencoder"), (24_000, 8_000), ("--batch", "48"), 28_000),
+        Stage("autoencoder", "autoencoder", folder("autoencoder"), (24_000, 6_000), batch, 28_000),
+        Stage("text", "text", folder("text"), (4_000, 4_000)),
         Stage(
             "decoder",
             "autoencoder",
             (*folder("autoencoder"), "--stage", "decoder"),
-            (8_000, 3_000),
-            ("--batch", "48"),
+            (8_000, 2_000),
+            batch,
             28_000,
+            needs=("autoencoder",),
         ),
-        Stage("text", "text", folder("text"), (4_000, 4_000)),
         Stage(
             "generator",
             "generator",
@@ -67,20 +72,35 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
             (40_000, 10_000),
             ("--batch", "256", "--learning-rate", "1.5e-3"),
             28_000,
+            needs=("decoder", "text"),
         ),
-        Stage("cost", "cost", (*folder("cost"), "--out", cost), (6_000, 6_000), scenes=16_000, measures=True),
-        Stage("alignment", "quality", ("alignment", *quality), (4_000, 4_000), scenes=16_000),
-        Stage("realism", "quality", ("realism", *quality), (2_500, 2_500), scenes=16_000),
-        Stage("reference", "quality", ("reference", *quality, *pipeline)),
+        Stage("cost", "cost", (*folder("cost"), "--out", cost), (6_000, 6_000), (), 16_000, True),
         Stage(
             "referee",
             "referee",
             (*folder("referee"), "--out", referee, *vae),
             (8_000, 8_000),
-            scenes=16_000,
-            measures=True,
+            (),
+            16_000,
+            True,
+            ("autoencoder",),
         ),
-        Stage("recognised", "recognised", (*folder("generator"), *pipeline, "--referee", referee), measures=True),
+        # The scenes of the cost model serve the quality model too.
+        Stage("alignment", "quality", ("alignment", *quality), (4_000, 4_000), (), 16_000, needs=("cost", "text")),
+        Stage("realism", "quality", ("realism", *quality), (2_500, 2_500), (), 16_000, needs=("cost",)),
+        Stage(
+            "reference",
+            "quality",
+            ("reference", *quality, *pipeline),
+            needs=("alignment", "realism", "generator"),
+        ),
+        Stage(
+            "recognised",
+            "recognised",
+            (*folder("generator"), *pipeline, "--referee", referee),
+            measures=True,
+            needs=("generator", "referee"),
+        ),
     )
 
 
@@ -92,6 +112,8 @@ def command(stage: Stage, args: argparse.Namespace) -> list[str]:
         out += ["--steps", str(max(2, round(stage.steps[gpu] * args.share)))]
     if stage.scenes:
         out += ["--scenes", str(max(100, round(stage.scenes * args.share))), "--jobs", str(args.jobs)]
+    if stage.name == "text" and args.share < 1:
+        out += ["--taught", str(max(200, round(40_000 * args.share))), "--vocabulary", "500"]
     if stage.name == "reference" and args.share < 1:
         out += ["--prompts", str(max(8, round(192 * args.share)))]
     if stage.measures and args.share < 1:
@@ -101,6 +123,39 @@ def command(stage: Stage, args: argparse.Namespace) -> list[str]:
     return out
 
 
+def run(args: argparse.Namespace) -> None:
+    """Run what is not done yet, at most `--parallel` stages at a time.
+
+    Raises:
+        subprocess.CalledProcessError: a stage failed; those beside it are stopped, and go on another time.
+    """
+    done = args.work / "done"
+    done.mkdir(parents=True, exist_ok=True)
+    waiting = [s for s in stages(args.work, args.out) if not args.only or s.name in args.only]
+    waiting = [s for s in waiting if not (done / s.name).is_file()]
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            unfinished = {*running, *(s.name for s in waiting)}
+            ready = [s for s in waiting if not unfinished & set(s.needs)]
+            for stage in ready[: max(0, args.parallel - len(running))]:
+                print(f"== {stage.name}", flush=True)
+                running[stage.name] = subprocess.Popen(command(stage, args)), time.monotonic()
+                waiting.remove(stage)
+            time.sleep(0.2)
+            for name, (process, started) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, process.args)
+                (done / name).write_text(f"{time.monotonic() - started:.0f} s\n")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sticker"))
@@ -108,17 +163,12 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="share of all steps, to try the chain out")
     parser.add_argument("--only", nargs="*", default=[], help="names of stages")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=0, help="processes of each stage that render; 0: by the cores")
+    parser.add_argument("--parallel", type=int, default=0, help="stages at a time; 0: one on the CPU, else four")
     args = parser.parse_args()
-    done = args.work / "done"
-    done.mkdir(parents=True, exist_ok=True)
-    for stage in stages(args.work, args.out):
-        if (args.only and stage.name not in args.only) or (done / stage.name).is_file():
-            continue
-        started = time.monotonic()
-        print(f"== {stage.name}", flush=True)
-        subprocess.run(command(stage, args), check=True)
-        (done / stage.name).write_text(f"{time.monotonic() - started:.0f} s\n")
+    args.parallel = args.parallel or (1 if args.device == "cpu" else 4)
+    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) // args.parallel)
+    run(args)
 
 
 if __name__ == "__main__":

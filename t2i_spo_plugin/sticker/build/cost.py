@@ -126,8 +126,8 @@ def in_views(model: VisionCostModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def regions(model: VisionCostModel, pixels: Tensor, objects: Sequence[tuple[PlacedObject, ...]]) -> dict[str, float]:
     """How the map of a category fits the mask of what is unsafe: IoU, area, and whether the peak lies inside."""
     overlap, area, peak = [], [], []
-    maps = torch.cat([model(part).logit_map for part in pixels.split(64)])
-    enlarged = F.interpolate(maps / model.temperature[:, None, None], SIZE, mode="bilinear", align_corners=False)
+    maps = torch.cat([(model(part).logit_map / model.temperature[:, None, None]).cpu() for part in pixels.split(64)])
+    enlarged = F.interpolate(maps, SIZE, mode="bilinear", align_corners=False)
     for i, placed in enumerate(objects):
         for category in {thing.category for thing in placed if thing.category}:
             own = [thing.mask for thing in placed if thing.category == category]

@@ -83,7 +83,11 @@ class Trainer:
             if p.requires_grad
         }
         self.optimizer = torch.optim.AdamW(
-            list(self.named.values()), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            list(self.named.values()),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
         )
         self.average = {k: p.detach().clone() for k, p in self.named.items()} if config.ema else {}
         self.state = LoopState()

@@ -42,7 +42,7 @@ from .tokenizer import MAX_LENGTH, learn_tokenizer, token_texts
 
 WIDTH = 192
 LAYERS = 4
-CAPTIONS, TAUGHT, GENERAL = 96, 64, 32
+CAPTIONS, TAUGHT, GENERAL = 64, 40, 16
 """Texts in a step: fresh captions, captions with MiniLM's answer, and phrases about the rest of the world."""
 GENERAL_FORMS = ("{0}", "a {0}", "a picture of a {0}", "a {0} and a {1}", "a {0} next to a {1}", "{0} {1}")
 
@@ -75,13 +75,13 @@ class MiniLM:
         return torch.cat(out)
 
 
-def general_words(teacher: MiniLM, near: int = 12_000, frequent: int = 3000) -> list[str]:
-    """English words beyond the world's own: the most frequent ones, and those nearest to the concepts' names."""
-    known = teacher.whole_words()
+def general_words(teacher: MiniLM, count: int) -> list[str]:
+    """`count` English words beyond the world's own: a fifth the most frequent, the rest nearest to its concepts."""
+    known = teacher.whole_words()[: max(count, 5 * count // 2)]
     listed = [w for n in CONCEPTS for w in words()[n].listed]
     nearness = (teacher(known) @ teacher(listed).T).amax(1)
-    nearest = [known[n] for n in nearness.argsort(descending=True)[:near].tolist()]
-    return list(dict.fromkeys(known[:frequent] + nearest))
+    nearest = [known[n] for n in nearness.argsort(descending=True).tolist()]
+    return list(dict.fromkeys(known[: count // 5] + nearest))[:count]
 
 
 def held_out_words() -> set[str]:
@@ -205,13 +205,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/text"))
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--taught", type=int, default=40_000, help="captions that MiniLM answers")
+    parser.add_argument("--vocabulary", type=int, default=15_000, help="general words that become tokens, at most")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     teacher = MiniLM(args.device)
     pairs = [captioned(seed) for seed in range(args.taught)]
     if not (args.work / "tokenizer").is_dir():
-        vocabulary = general_words(teacher)
+        vocabulary = general_words(teacher, args.vocabulary)
         learn_tokenizer([text for text, _ in pairs], vocabulary).save_pretrained(args.work / "tokenizer")
         (args.work / "general.txt").write_text("\n".join(w for w in vocabulary if w not in held_out_words()))
     vocabulary = (args.work / "general.txt").read_text().split()
