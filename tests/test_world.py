@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.policy import Policy
 from t2i_spo_plugin.sticker import FOLDER, prompt_rows, world
 from t2i_spo_plugin.sticker.atlas import atlas_index, sticker
@@ -87,7 +88,8 @@ def test_the_same_concept_twice_is_counted_in_the_caption():
 @pytest.mark.parametrize(
     ("one", "many"),
     [("bomb", "bombs"), ("pile of poo", "piles of poo"), ("kitchen knife", "kitchen knives"), ("key", "keys"),
-     ("game die", "game dice"), ("wine glass", "wine glasses"), ("candy", "candies"), ("two swords", "two swords")],
+     ("game die", "game dice"), ("wine glass", "wine glasses"), ("candy", "candies"),
+     ("cake with candles", "cakes with candles"), ("two swords", "two swords")],
 )  # fmt: skip
 def test_plurals(one, many):
     assert world.plural(one) == many
@@ -158,3 +160,16 @@ def test_prompt_rows_are_distinct_deterministic_and_know_their_completions():
         assert row.category in world.CATEGORIES and row.safe_prompts and row.requested
     assert {r.prompt for r in rows} != {r.prompt for r in prompt_rows("harmful", 50, "test", seed=1)}
     assert not any(world.CONCEPTS[n].category for r in prompt_rows("lookalike", 30) for n in r.requested)
+
+
+@pytest.mark.parametrize("wording", ["trained", "sentences", "new words", "order", "negation", "language", "typos"])
+def test_prompt_rows_of_every_wording_know_what_they_ask_for(wording):
+    rows = prompt_rows("harmful", 30, "test", wording=wording)
+    assert len({r.prompt for r in rows}) == 30 and rows == prompt_rows("harmful", 30, "test", wording=wording)
+    assert {r.prompt for r in rows}.isdisjoint(r.prompt for r in prompt_rows("harmful", 60, "test"))
+    assert all(wording.replace(" ", "_") in r.id and r.category and r.safe_prompts and r.requested for r in rows)
+
+
+def test_an_unknown_wording_is_refused():
+    with pytest.raises(SPOError, match="there are trained, grammar"):
+        prompt_rows("benign", 3, wording="slang")

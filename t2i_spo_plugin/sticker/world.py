@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -144,7 +145,7 @@ class Scene(Description):
 
 def plural(word: str) -> str:
     """The plural of a concept's name or synonym: "piles of poo", "kitchen knives", "wine glasses"."""
-    head, of, rest = word.partition(" of ")
+    head, *rest = re.split(r"(?= (?:of|for|with|in|on|that|up)\b)", word, maxsplit=1)
     if head.endswith(("ss", "x", "ch", "sh")):
         head += "es"
     elif head.endswith("knife"):
@@ -155,7 +156,7 @@ def plural(word: str) -> str:
         head = head[:-1] + "ce"
     elif not head.endswith("s"):
         head += "s"
-    return head + of + rest
+    return head + "".join(rest)
 
 
 def with_article(phrase: str) -> str:

@@ -51,7 +51,7 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
     vae, text = ("--autoencoder", str(work / "autoencoder" / "vae")), ("--text", str(work / "text"))
     pipeline = ("--pipeline", str(out / "pipeline"))
     cost, referee = str(out / "cost_model"), str(out / "referee")
-    quality = (*folder("quality"), "--out", str(out / "quality_model"), "--cost", cost, *text)
+    quality = (*folder("quality"), "--out", str(out / "quality_model"), "--cost", cost, *text, *vae)
     batch = ("--batch", "48")
     return (
         Stage("autoencoder", "autoencoder", folder("autoencoder"), (24_000, 6_000), batch, 28_000),
@@ -74,7 +74,16 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
             28_000,
             needs=("decoder", "text"),
         ),
-        Stage("cost", "cost", (*folder("cost"), "--out", cost), (6_000, 6_000), (), 16_000, True),
+        Stage(
+            "cost",
+            "cost",
+            (*folder("cost"), "--out", cost, *vae),
+            (6_000, 6_000),
+            (),
+            16_000,
+            True,
+            ("autoencoder",),
+        ),
         Stage(
             "referee",
             "referee",

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import ResNetConfig
 
@@ -36,7 +37,7 @@ from ..world import (
     PlacedObject,
     Split,
 )
-from .data import NAMES, Judged, JudgedScenes, draw
+from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
@@ -211,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/cost"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "cost_model")
+    parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--scenes", type=int, default=16_000)
@@ -225,8 +227,13 @@ def main() -> None:
 
     batch = prefetched(lambda n: scenes.batch(n, BATCH, CELLS), trainer.state.step, args.steps, args.jobs)
 
+    vae = AutoencoderTiny.from_pretrained(args.autoencoder).eval().to(args.device)
+
     def step(n: int) -> Tensor:
-        return loss_of(net, concepts, batch(n).to(args.device))
+        made = batch(n).to(args.device)
+        if n % 3 == 0:
+            made.images[: BATCH // 3] = through_autoencoder(vae, made.images[: BATCH // 3], n)
+        return loss_of(net, concepts, made)
 
     def evaluate() -> dict[str, float]:
         net.eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class JudgedScenes:
     """Training scenes of the judges, rendered once into the file `path`; a batch is a pure function of its number.
 
     Of the images a share `disguised` is changed so that it still shows what it shows, `spoilt` so that nothing can be
-    recognised, `malformed` as a poor generator draws, and `empty` are blank; of the last three `readable` is false.
+    recognised, `malformed` as a poor generator draws, and `empty` are blank; the last three are not `readable`.
     Every third row shows the cover of the row before it, so that twins stand beside what they replace.
     """
 
@@ -158,6 +159,22 @@ class JudgedScenes:
             described.append(d)
         x, m = wear(torch.stack(images), torch.stack(masks), number, worn)
         return Judged(x, by_concept(m, described, cells), truth_of(described) * readable[:, None], readable, described)
+
+
+@torch.no_grad()
+def through_autoencoder(
+    vae: AutoencoderTiny, images: Tensor, number: int, weakest: float = 0.0, strongest: float = 0.4
+) -> Tensor:
+    """What the autoencoder makes of images `[B, 3, S, S]` in [0, 1] when their latents are jittered.
+
+    The jitter of each image is between `weakest` and `strongest` of the latents' spread. Up to 0.4 the flaws are a
+    good generator's, from about 1 on a poor one's: the image melts.
+    """
+    rng = torch.Generator().manual_seed(number)
+    latents = vae.encoder(images * 2 - 1).float()
+    strength = weakest + (strongest - weakest) * torch.rand(len(images), 1, 1, 1, generator=rng)
+    noise = torch.randn(latents.shape, generator=rng) * strength * float(latents.std())
+    return (vae.decoder(latents + noise.to(latents.device)).float() / 2 + 0.5).clamp(0, 1)
 
 
 def _one_of(names: tuple[str, ...], rng: torch.Generator) -> str:

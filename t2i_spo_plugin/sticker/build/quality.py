@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, ResNetConfig
 
@@ -37,7 +38,7 @@ from ..world import (
     describe,
     render,
 )
-from .data import JudgedScenes, draw, pixels
+from .data import Judged, JudgedScenes, draw, pixels, through_autoencoder
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
@@ -122,6 +123,17 @@ def malformed(count: int, first_seed: int) -> Tensor:
     return torch.stack(out)
 
 
+def flawed(vae: AutoencoderTiny, batch: Judged, number: int) -> Judged:
+    """The batch with a quarter of its images as a generator draws them: half of these with small flaws, half melted."""
+    eighth = len(batch.images) // 8
+    few, many = slice(0, eighth), slice(eighth, 2 * eighth)
+    batch.images[few] = through_autoencoder(vae, batch.images[few], number)
+    batch.images[many] = through_autoencoder(vae, batch.images[many], number + 1, 1.2, 2.0)
+    batch.readable[many] = False
+    batch.truth[many] = 0
+    return batch
+
+
 def train_alignment(args: argparse.Namespace) -> None:
     """Sigmoid loss over images and prompts, where every image also meets its own prompt with one thing changed.
 
@@ -141,6 +153,7 @@ def train_alignment(args: argparse.Namespace) -> None:
 
     def step(n: int) -> Tensor:
         batch, rng = batches(n).to(args.device), random.Random(n)
+        batch = flawed(vae, batch, n) if n % 2 else batch
         captions = [d.caption if i % 2 else training_caption(d, rng) for i, d in enumerate(batch.described)]
         others = [altered(d, rng) for d in batch.described]
         image = model.embed_pixels(batch.images.contiguous(memory_format=torch.channels_last))
@@ -161,6 +174,7 @@ def train_alignment(args: argparse.Namespace) -> None:
             F.softplus(-logits[same]).mean() + F.softplus(logits[hard]).mean() + 4 * F.softplus(logits[other]).mean()
         )
 
+    vae = AutoencoderTiny.from_pretrained(args.autoencoder).eval().to(args.device)
     state = trainer.run(step, title="alignment")
     model.to("cpu").eval()
     model.save_pretrained(args.out / "alignment")
@@ -211,15 +225,16 @@ def train_realism(args: argparse.Namespace) -> None:
     )
 
     def step(n: int) -> Tensor:
-        batch = batches(n)
+        batch = flawed(vae, batches(n).to(args.device), n) if n % 2 else batches(n).to(args.device)
         x, poor, truth = batch.images, ~batch.readable, batch.truth
         # A part of the batch as the lower end of the scale is measured: blurred a little, or noised.
-        x[: BATCH // 5], poor[: BATCH // 5] = spoil(x[: BATCH // 5], n), True
-        target = torch.cat([truth, poor[:, None].float()], 1).to(args.device)
-        logits = net(x.to(args.device).contiguous(memory_format=torch.channels_last))[0].float()
+        x[-BATCH // 5 :], poor[-BATCH // 5 :] = spoil(x[-BATCH // 5 :].cpu(), n).to(args.device), True
+        target = torch.cat([truth, poor[:, None].float()], 1)
+        logits = net(x.contiguous(memory_format=torch.channels_last))[0].float()
         named = F.binary_cross_entropy_with_logits(logits[:, :-1], target[:, :-1], reduction="none").sum(1).mean()
         return named + 3 * F.binary_cross_entropy_with_logits(logits[:, -1], target[:, -1])
 
+    vae = AutoencoderTiny.from_pretrained(args.autoencoder).eval().to(args.device)
     state = trainer.run(step, title="realism")
     net.to("cpu").eval()
     width = vision.hidden_sizes[-1]
@@ -274,6 +289,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/quality"))
     parser.add_argument("--text", type=Path, default=Path("runs/sticker/text"))
     parser.add_argument("--cost", type=Path, default=Path(__file__).parents[1] / "cost_model")
+    parser.add_argument("--autoencoder", type=Path, default=Path("runs/sticker/autoencoder/vae"))
     parser.add_argument("--pipeline", type=Path, default=Path(__file__).parents[1] / "pipeline")
     parser.add_argument("--prompts", type=int, default=192, help="benign prompts of the reference")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "quality_model")

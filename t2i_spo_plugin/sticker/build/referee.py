@@ -22,7 +22,7 @@ from ...cost.backbone import MapClassifier, save_network
 from ..disguises import DISGUISES, SPOILINGS, STATED, Layers, disguises_for
 from ..referee import StickerReferee
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, HELD_OUT_STYLE, SIZE, STYLES
-from .data import NAMES, Judged, JudgedScenes, draw, truth_of
+from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder, truth_of
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
@@ -133,9 +133,7 @@ def main() -> None:
         batch = batches(n).to(args.device)
         images = batch.images.contiguous(memory_format=torch.channels_last)
         if vae is not None and n % 3 == 0:
-            with torch.no_grad():
-                half = BATCH // 2
-                images[:half] = (vae.decoder(vae.encoder(images[:half] * 2 - 1)).float() / 2 + 0.5).clamp(0, 1)
+            images[: BATCH // 3] = through_autoencoder(vae, images[: BATCH // 3], n)
         return loss_of(net(images)[0], batch)
 
     def evaluate() -> dict[str, float]:
