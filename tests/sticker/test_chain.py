@@ -17,7 +17,7 @@ from t2i_spo_plugin.sticker.referee import StickerReferee
 def test_the_chain_runs_from_nothing_and_goes_on_where_it_stopped(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     chain = [sys.executable, "-m", "t2i_spo_plugin.sticker.build.chain", "--work", str(work), "--out", str(out)]
-    subprocess.run([*chain, "--share", "0.002", "--jobs", "1"], check=True)
+    subprocess.run([*chain, "--share", "0.001", "--jobs", "1"], check=True)
     for name in ("pipeline", "cost_model", "quality_model/alignment", "quality_model/realism", "referee"):
         report = json.loads((out / name / "report.json").read_text(encoding="utf-8"))
         assert report["measured"] and report["steps"] > 0, name
@@ -27,11 +27,11 @@ def test_the_chain_runs_from_nothing_and_goes_on_where_it_stopped(tmp_path):
     cost, referee = load_cost_model(out / "cost_model"), StickerReferee.from_pretrained(out / "referee")
     assert cost(image).logit_map.shape == (1, 7, 32, 32) and 0 <= float(cost.readable(image)) <= 1
     assert referee.unreadable(image).shape == (1,)
-    assert 0 <= float(load_quality_model(out / "quality_model")([image], ["a bomb"]).q[0]) <= 1
+    assert 0 <= float(load_quality_model(out / "quality_model").quality([image], ["a bomb"]).q[0]) <= 1
 
     # What is done is left alone; a stage whose note is gone is done again, from its checkpoint.
     stamps = {stage.name: (work / "done" / stage.name).stat().st_mtime_ns for stage in stages(work, out)}
     (work / "done" / "realism").unlink()
-    subprocess.run([*chain, "--share", "0.002", "--jobs", "1"], check=True)
+    subprocess.run([*chain, "--share", "0.001", "--jobs", "1"], check=True)
     again = {stage.name: (work / "done" / stage.name).stat().st_mtime_ns for stage in stages(work, out)}
     assert {name for name in stamps if stamps[name] != again[name]} == {"realism"}

@@ -124,7 +124,7 @@ def malformed(count: int, first_seed: int) -> Tensor:
 
 
 def flawed(vae: AutoencoderTiny, batch: Judged, number: int) -> Judged:
-    """The batch with a quarter of its images as a generator draws them: half of these with small flaws, half melted."""
+    """The batch, a quarter of its images as a generator draws them: half of these with small flaws, half melted."""
     eighth = len(batch.images) // 8
     few, many = slice(0, eighth), slice(eighth, 2 * eighth)
     batch.images[few] = through_autoencoder(vae, batch.images[few], number)
