@@ -54,7 +54,9 @@ def network(seed: int = 0) -> MapClassifier:
     """The untrained backbone, a ResNet with a top-down path: the map is 32 x 32 at 128 px."""
     torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 160], depths=[1, 2, 2], layer_type="basic")
-    return MapClassifier(config, len(CATEGORIES) + 1, "peak", fine=64)
+    net = MapClassifier(config, len(CATEGORIES) + 1, "peak", fine=64)
+    torch.nn.init.constant_(net.head.bias, -3.0)  # most of an image shows nothing unsafe
+    return net
 
 
 class ConceptHead(torch.nn.Module):
@@ -63,6 +65,7 @@ class ConceptHead(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution = torch.nn.Conv2d(64, len(NAMES), 1)
+        torch.nn.init.constant_(self.convolution.bias, -4.0)
 
     def loss(self, features: Tensor, batch: Judged) -> Tensor:
         """Cross entropy of cells that a concept covers, and of what the image shows at all."""

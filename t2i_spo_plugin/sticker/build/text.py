@@ -120,16 +120,19 @@ def token_embedding(encoder: CLIPTextModel) -> torch.nn.Embedding:
     return getattr(encoder, "text_model", encoder).embeddings.token_embedding
 
 
-def set_token_vectors(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, teacher: MiniLM) -> None:
-    """MiniLM's embedding of each token's text, by principal components; the two special tokens keep their own."""
+def token_vectors(tokenizer: CLIPTokenizer, teacher: MiniLM, seed: int = 0) -> Tensor:
+    """MiniLM's embedding of each token's text, by principal components, unit length: `[vocabulary, WIDTH]`.
+
+    Special tokens, and bytes that are no text of their own, get random ones.
+    """
     texts = token_texts(tokenizer)
     known = [n for n, text in enumerate(texts) if text]
-    vectors = teacher([texts[n] for n in known])
-    vectors = vectors - vectors.mean(0)
-    _, _, components = torch.pca_lowrank(vectors, WIDTH, center=False, niter=4)
-    table = token_embedding(encoder).weight.data
-    table[known] = F.normalize(vectors @ components, dim=-1)
-    token_embedding(encoder).weight.requires_grad_(False)
+    found = teacher([texts[n] for n in known])
+    found = found - found.mean(0)
+    _, components = torch.linalg.eigh(found.T @ found)
+    table = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(seed))
+    table[known] = found @ components[:, -WIDTH:]
+    return F.normalize(table, dim=-1)
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -217,8 +220,12 @@ def main() -> None:
         (args.work / "general.txt").write_text("\n".join(w for w in vocabulary if w not in held_out_words()))
     vocabulary = (args.work / "general.txt").read_text().split()
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    vectors = args.work / "vectors.safetensors"
+    if not vectors.is_file():
+        save_file({"vectors": token_vectors(tokenizer, teacher)}, vectors)
     encoder, probe = build_text_encoder(tokenizer), Probe()
-    set_token_vectors(encoder, tokenizer, teacher)
+    token_embedding(encoder).weight.data.copy_(load_file(vectors)["vectors"])
+    token_embedding(encoder).weight.requires_grad_(False)
 
     general = [general_phrase(seed, vocabulary) for seed in range(args.taught // 2)]
     answers = args.work / "answers.safetensors"
