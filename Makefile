@@ -1,19 +1,22 @@
 # Everything one needs from day to day. Each target makes its own environment when there is none.
-#   make demo      pictures without and with the safety adapter, their cost, and the score (needs no network once installed)
+#   make demo      images without and with the safety adapter, their cost, and the score (needs no network once installed)
 #   make test      the default test suite, under ten minutes on two cores
 #   make versions  the same with the lowest and with the newest versions of everything (gigabytes)
 #   make quality   format, lint, types, and the direction of imports
 #   make comfy-test  the tests against ComfyUI itself; COMFY="0.30.0" chooses versions (gigabytes and minutes, once)
 #   make bench     the benchmarks, as ratios within one run
+#   make docs     the documentation as a site, in build/site
+#   make mutants    plants faults one at a time and counts those that the tests see (hours); FILES="..." chooses
 #   make sticker   rebuilds every bundled artefact of the sticker world (a day; with DEVICE=cuda minutes)
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test comfy-env comfy-test versions quality format bench sticker clean
+.PHONY: help demo test comfy-env comfy-test versions quality format docs bench mutants sticker clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,11 +59,20 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What the site needs is installed only for this. Tables and the picture of the layers are made anew first.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python docs/tools/blocks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # In the order in which they need each other; each step goes on where it stopped, and leaves its report beside the weights.
-# Needs npm for the pictures. MiniLM teaches the text encoder and is not shipped; its own dependencies are not needed.
+# Needs npm for the images. MiniLM teaches the text encoder and is not shipped; its own dependencies are not needed.
 DEVICE ?= cpu
 BUILD := $(BIN)/python -m t2i_spo_plugin.sticker.build
 STICKER := t2i_spo_plugin/sticker
@@ -79,16 +91,22 @@ sticker: $(STAMP)
 	  cp runs/sticker-$$name/adapter.safetensors $(ADAPTERS)/$$name.safetensors; \
 	  cp runs/sticker-$$name/report.json $(ADAPTERS)/$$name.json; \
 	done
-	mkdir -p $(STICKER)/closed_loop
-	$(BIN)/spo closed-loop --out $(STICKER)/closed_loop/reader.safetensors
-	$(BIN)/spo closed-loop --evidence size --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
-	  --out $(STICKER)/closed_loop/size.safetensors
+	mkdir -p $(STICKER)/gates
+	$(BIN)/spo train-gate --out $(STICKER)/gates/network.safetensors
+	$(BIN)/spo train-gate --score norm --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
+	  --out $(STICKER)/gates/norm.safetensors
 	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json
-	$(BIN)/python -m t2i_spo_plugin.composition_study --out runs/composition
+	$(BIN)/python -m t2i_spo_plugin.experiments.composition --out runs/composition
 	cp runs/composition/composition.json $(STICKER)/composition.json
-	$(BIN)/python -m t2i_spo_plugin.eval.steering --out runs/steering
+	$(BIN)/python -m t2i_spo_plugin.experiments.gating --out runs/steering
 	cp runs/steering/steering.json $(STICKER)/steering.json
+	$(BIN)/python -m t2i_spo_plugin.experiments.ideal_systems > $(STICKER)/ideal.json
+
+# Which faults, files and tests: tests/mutants. What is found is kept, so a run that was stopped goes on where it was.
+FILES ?=
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py $(FILES) --jobs $(JOBS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -84,7 +84,7 @@ def main() -> None:
             way()
             if number:
                 times[name].append(time.perf_counter() - start)
-    print(f"{what}: {options.batch} pictures, {options.steps} steps, median of {options.rounds} rounds")
+    print(f"{what}: {options.batch} images, {options.steps} steps, median of {options.rounds} rounds")
     for name, taken in times.items():
         ratio = statistics.median(own / ref for own, ref in zip(taken, times["plain"], strict=True))
         print(f"{name:<22}{statistics.median(taken):8.3f} s   {ratio:6.3f} x plain")

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from t2i_spo_plugin import Adapter, AdapterFacts, LoraPair, read_adapter, write_adapter
-from t2i_spo_plugin.architecture import weight_shapes
-from t2i_spo_plugin.extract import extract_adapter
+from t2i_spo_plugin import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
+from t2i_spo_plugin.adapters.architecture import weight_shapes
+from t2i_spo_plugin.adapters.extract import extract_adapter
 
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
@@ -53,7 +53,7 @@ def make_models(folder: Path, rank: int, full_rank: bool, stored: str) -> None:
             if full_rank:
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1 * STRENGTH)
     save(unet, folder / "tuned", stored)
-    write_adapter(Adapter(modules, AdapterFacts("stable-diffusion-v1")), folder / "lora.safetensors")
+    write_adapter(Adapter(modules, AdapterMetadata("stable-diffusion-v1")), folder / "lora.safetensors")
 
 
 def save(unet: Any, folder: Path, stored: str) -> None:

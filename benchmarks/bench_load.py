@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from t2i_spo_plugin import Adapter, LoraPair, adapter_facts, load_spo_lora, unload_spo_lora, write_adapter
-from t2i_spo_plugin.architecture import weight_shapes
+from t2i_spo_plugin import Adapter, LoraPair, adapter_metadata, load_spo_lora, unload_spo_lora, write_adapter
+from t2i_spo_plugin.adapters.architecture import weight_shapes
 
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -70,7 +70,7 @@ def random_adapter(pipe: Any, rank: int) -> Adapter:
         if path.endswith(LAYERS):
             up = torch.randn(out, rank, *(1,) * (len(inner) - 1))
             modules[f"unet.{path}"] = LoraPair(torch.randn(rank, *inner).half(), up.half(), rank / 2)
-    return Adapter(modules, adapter_facts(pipe))
+    return Adapter(modules, adapter_metadata(pipe))
 
 
 def timed(action: Callable[[], Any]) -> float:

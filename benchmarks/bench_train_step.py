@@ -1,8 +1,8 @@
 """A training step here against the arrangement of the public Diffusion-DPO examples, interleaved in one process.
 
-The public arrangement (DiffusionDPO, SafetyDPO): pictures are decoded, encoded by the autoencoder and captions by the
+The public arrangement (DiffusionDPO, SafetyDPO): images are decoded, encoded by the autoencoder and captions by the
 text encoder in every step, and the reference is a second UNet. Here latents and text embeddings are cached and the
-reference is the same UNet with its adapter switched off; `fixed draws` also keeps the errors of the reference. Same
+reference is the same UNet with its adapter switched off; `stored errors` also stores the errors of the reference. Same
 weights, LoRA, batch and optimiser; random weights in the shape of the bundled pipeline (`sticker-shape`), or of Stable
 Diffusion 1.5 at a quarter of its width (`sd15-shape`), where autoencoder and text encoder weigh what they really do.
 
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i_spo_plugin.tables import PAIR_COLUMNS, write_table
-from t2i_spo_plugin.training import objectives as ob
-from t2i_spo_plugin.training.caches import (
+from t2i_spo_plugin.data import PAIR_COLUMNS, write_table
+from t2i_spo_plugin.registry import load_pipeline
+from t2i_spo_plugin.training.data.batches import Batches, Sampling
+from t2i_spo_plugin.training.data.caches import (
     ShardStore,
     build_latents,
     build_text,
     decode_square,
     encode_latents,
-    sample_latents,
+    posterior_sample,
 )
-from t2i_spo_plugin.training.config import TrainConfig
-from t2i_spo_plugin.training.data import pictures, read_pairs
-from t2i_spo_plugin.training.denoisers import denoiser_of, encode_prompts
+from t2i_spo_plugin.training.data.dataset import images
+from t2i_spo_plugin.training.families import Family, family_of
 from t2i_spo_plugin.training.lora import fresh_adapter
-from t2i_spo_plugin.training.step import Batches, PreferenceStep
-from t2i_spo_plugin.training.trainer import load_pipeline
+from t2i_spo_plugin.training.objectives import DPOOptions, make_objective
+from t2i_spo_plugin.training.objectives.losses import diffusion_dpo_loss, per_sample_error
+from t2i_spo_plugin.training.predictor import Predictor, StoredErrors
+from t2i_spo_plugin.training.step import TrainingStep
+
+
+BETA = 500.0
+WINNER_ERROR = 3
+"""Its place among what a step logs."""
 
 
 def random_pipeline(shape: str) -> Any:
@@ -92,7 +98,7 @@ def random_pipeline(shape: str) -> Any:
 
 
 def make_pairs(path: Path, count: int, size: int) -> Path:
-    """A pair table of random pictures."""
+    """A pair table of random images."""
     random = np.random.default_rng(0)
 
     def png() -> bytes:
@@ -102,7 +108,7 @@ def make_pairs(path: Path, count: int, size: int) -> Path:
 
     rows = [
         {
-            "caption": f"a picture of thing number {number}",
+            "caption": f"an image of thing number {number}",
             "jpg_0": png(),
             "jpg_1": png(),
             "label_0": 1.0,
@@ -121,26 +127,27 @@ def make_pairs(path: Path, count: int, size: int) -> Path:
 class PublicStep:
     """The public examples' step over the pairs that ours draws at the same place."""
 
-    def __init__(self, pipe: Any, reference: Any, batches: Batches, files: dict[str, bytes], resolution: int) -> None:
-        self.pipe, self.reference, self.batches, self.files = pipe, reference, batches, files
-        self.denoiser, self.resolution = denoiser_of(pipe), resolution
+    def __init__(
+        self, pipe: Any, family: Family, reference: Any, batches: Batches, files: dict[str, bytes], resolution: int
+    ) -> None:
+        self.pipe, self.family, self.reference = pipe, family, reference
+        self.batches, self.files, self.resolution = batches, files, resolution
 
     def __call__(self, step: int, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, data = self.batches.at(step, positions), self.batches.data
-        keys = [data.winners[pair] for pair in batch.pairs] + [data.losers[pair] for pair in batch.pairs]
+        batch, examples, family = self.batches.at(step, positions), self.batches.examples, self.family
+        keys = [side[number] for side in examples.images for number in batch.examples]
         pixels = torch.cat([decode_square(self.files[key], self.resolution) for key in keys])
-        latents = sample_latents(encode_latents(self.pipe.vae, pixels), None, self.pipe.vae.config)
-        text = encode_prompts(self.pipe, [data.captions[pair] for pair in batch.pairs], "cpu")
+        latents = family.scaled(posterior_sample(encode_latents(self.pipe.vae, pixels), None))
+        text = family.encode_prompts(self.pipe, [examples.captions[number] for number in batch.examples], "cpu")
         text = {name: torch.cat((values, values)) for name, values in text.items()}
-        noise, index = torch.cat((batch.noise, batch.noise)), torch.cat((batch.index, batch.index))
-        schedule = self.denoiser.schedule
-        noisy, target = schedule.noised(latents, noise, index), schedule.target(latents, noise, index)
-        made = self.denoiser.call(self.denoiser.module, noisy, index, text, self.resolution)
+        noise, index = batch.noise.flatten(0, 1), batch.index.flatten()
+        noisy, target = family.schedule.noised(latents, noise, index), family.schedule.target(latents, noise, index)
+        prediction = family.predict(family.module, noisy, index, text, self.resolution)
         with torch.no_grad():
-            kept = self.denoiser.call(self.reference, noisy, index, text, self.resolution)
-        err_w, err_l = ob.per_sample_error(made, target).chunk(2)
-        ref_w, ref_l = ob.per_sample_error(kept, target).chunk(2)
-        return ob.diffusion_dpo_loss(err_w, err_l, ref_w, ref_l, 500.0).mean(), err_w.detach().mean()
+            base = family.predict(self.reference, noisy, index, text, self.resolution)
+        err_w, err_l = per_sample_error(prediction, target).chunk(2)
+        ref_w, ref_l = per_sample_error(base, target).chunk(2)
+        return diffusion_dpo_loss(err_w, err_l, ref_w, ref_l, BETA).mean(), err_w.detach().mean()
 
 
 def timed(step: Callable[..., Any], optimizer: torch.optim.Optimizer, number: int, size: int) -> tuple[float, float]:
@@ -164,29 +171,29 @@ def main() -> None:
     reference = copy.deepcopy(pipe.unet)
     with tempfile.TemporaryDirectory() as folder:
         pairs = make_pairs(Path(folder) / "pairs.parquet", 4 * args.batch, args.resolution)
-        config = TrainConfig(
-            pairs=str(pairs), output_dir=folder, beta=500.0, objective="dpo", tensorboard=False, batch_size=args.batch
-        )
+        objective = make_objective(DPOOptions(beta=BETA))
+        examples = objective.read(pairs)
+        family, device = family_of(pipe), torch.device("cpu")
         latents, text = ShardStore(Path(folder) / "latents"), ShardStore(Path(folder) / "text")
-        build_latents(latents, pictures(pairs), pipe.vae, args.resolution, progress=False)
-        data = read_pairs(config)
-        build_text(text, ["", *data.captions], lambda some: encode_prompts(pipe, some, "cpu"), progress=False)
-        files = dict(pictures(pairs))
-        with fresh_adapter(pipe.unet, config, "bench"):
-            denoiser = denoiser_of(pipe)
+        build_latents(latents, images(pairs), pipe.vae, args.resolution, progress=False)
+        prompts = ["", *examples.captions]
+        build_text(text, prompts, lambda some: family.encode_prompts(pipe, some, device), progress=False)
+        files = dict(images(pairs))
+        with fresh_adapter(pipe.unet, "bench", family.targets, 8, 8.0, 0):
             optimizer = torch.optim.AdamW([v for v in pipe.unet.parameters() if v.requires_grad], lr=1e-6)
 
-            def made(options: TrainConfig) -> PreferenceStep:
-                batches = Batches(
-                    options, data, latents, text, pipe.vae.config, len(denoiser.schedule), torch.device("cpu")
-                )
-                return PreferenceStep(options, denoiser, denoiser.module, batches, args.resolution, nullcontext)
+            def ours(draws_per_pair: int) -> TrainingStep:
+                sampling = Sampling(0, (0, len(family.schedule)), draws_per_pair=draws_per_pair)
+                batches = Batches(sampling, examples, latents, text, family, device)
+                predictor = Predictor(family, family.module, args.resolution, nullcontext)
+                stored = StoredErrors(len(examples), draws_per_pair, 2) if draws_per_pair else None
+                return TrainingStep(objective, {}, batches, predictor, stored)
 
-            ours, fixed = made(config), made(replace(config, fixed_draws=1))
+            fresh = ours(0)
             steps: dict[str, Callable[..., Any]] = {
-                "public arrangement": PublicStep(pipe, reference, ours.batches, files, args.resolution),
-                "ours": ours,
-                "ours, fixed draws": fixed,
+                "public arrangement": PublicStep(pipe, family, reference, fresh.batches, files, args.resolution),
+                "ours": fresh,
+                "ours, stored errors": ours(1),
             }
             _check_equal(steps, args.batch)
             times: dict[str, list[float]] = {name: [] for name in steps}
@@ -207,8 +214,8 @@ def _check_equal(steps: dict[str, Callable[..., Any]], size: int) -> None:
     """Both arrangements see the same pairs with the same noise: their winners' errors must agree, up to the
     autoencoder's own noise, which only ours draws."""
     (_, public), (_, stats) = (steps[name](0, range(size)) for name in ("public arrangement", "ours"))
-    if abs(float(public) - float(stats[3])) > 1e-2 * float(public):
-        raise SystemExit(f"the arrangements differ: winners' error {float(public)} and {float(stats[3])}")
+    if abs(float(public) - float(stats[WINNER_ERROR])) > 1e-2 * float(public):
+        raise SystemExit(f"the arrangements differ: winners' error {float(public)} and {float(stats[WINNER_ERROR])}")
 
 
 if __name__ == "__main__":

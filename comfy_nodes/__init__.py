@@ -24,10 +24,10 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 WEB_DIRECTORY = "web"
 COST_MODELS = "safety_cost"
 """The folder below ComfyUI's `models` for cost models, policies and quality references."""
-CLOSED_LOOPS = "spo_closed_loop"
-"""The folder below ComfyUI's `models` for what `spo closed-loop` makes."""
+ADAPTER_GATES = "spo_adapter_gates"
+"""The folder below ComfyUI's `models` for what `spo train-gate` makes."""
 
-_FILES = {COST_MODELS: {".json", ".safetensors", ".yaml"}, CLOSED_LOOPS: {".safetensors"}}
+_FILES = {COST_MODELS: {".json", ".safetensors", ".yaml"}, ADAPTER_GATES: {".safetensors"}}
 
 
 async def comfy_entrypoint() -> ComfyExtension:

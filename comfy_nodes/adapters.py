@@ -6,16 +6,14 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from t2i_spo_plugin.adapter import write_adapter
-from t2i_spo_plugin.comfy_keys import describe
+from t2i_spo_plugin.adapters import METHODS, describe, merge_adapters, write_adapter
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.merge import METHODS, merge_adapters
 
+from . import sockets
 from .files import fingerprint, output_file
 from .patching import NONE, Stack, adapter_file, adapter_files, patched, read_stack
 
 
-SPOAdapter = io.Custom("SPO_ADAPTER")
 SLOTS = (1, 2, 3, 4)
 _CATEGORY = "SPO/adapters"
 _MODEL_OUT = "A clone of the model with the adapter as patches; the model itself at strength 0."
@@ -74,7 +72,7 @@ class LoadAdapter(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip=_MODEL_OUT),
                 io.Clip.Output("clip", tooltip=_CLIP_OUT),
-                SPOAdapter.Output("adapter", tooltip="The adapter with its strength, for merging and steering."),
+                sockets.Adapters.Output("adapter", tooltip="The adapter with its strength, for merging and steering."),
                 io.String.Output("info", tooltip="Base, rank, modules applied, how it was trained, and notes."),
             ],
         )
@@ -121,7 +119,7 @@ class AdapterStack(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip=_MODEL_OUT),
                 io.Clip.Output("clip", tooltip=_CLIP_OUT),
-                SPOAdapter.Output("adapter", tooltip="All chosen adapters with their strengths."),
+                sockets.Adapters.Output("adapter", tooltip="All chosen adapters with their strengths."),
                 io.String.Output("info", tooltip="For each adapter: base, rank, modules applied, training, notes."),
             ],
         )
@@ -153,8 +151,8 @@ class MergeAdapters(io.ComfyNode):
             search_aliases=["merge lora", "combine lora", "lora svd", "resize lora", "spo"],
             is_output_node=True,
             inputs=[
-                SPOAdapter.Input("adapter", tooltip="One or more adapters, from a loader or a stack."),
-                SPOAdapter.Input("other", optional=True, tooltip="More adapters to merge in."),
+                sockets.Adapters.Input("adapter", tooltip="One or more adapters, from a loader or a stack."),
+                sockets.Adapters.Input("other", optional=True, tooltip="More adapters to merge in."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -169,7 +167,7 @@ class MergeAdapters(io.ComfyNode):
                 ),
             ],
             outputs=[
-                SPOAdapter.Output("adapter", tooltip="The merged adapter at strength 1."),
+                sockets.Adapters.Output("adapter", tooltip="The merged adapter at strength 1."),
                 io.String.Output("info", tooltip="The file, its rank, and the error that the method makes."),
             ],
         )

@@ -14,7 +14,7 @@ from t2i_spo_plugin.errors import ConfigError
 def fingerprint(paths: Iterable[Path]) -> str:
     """A text that changes when one of these files does, so that ComfyUI runs the node again.
 
-    A hash, so that it does not tell where the files lie: ComfyUI writes it into every picture that it saves.
+    A hash, so that it does not tell where the files lie: ComfyUI writes it into every image that it saves.
     """
     stats = [(path, path.stat()) for path in paths]
     found = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)

@@ -9,17 +9,16 @@ from typing import Any
 import comfy.lora
 import folder_paths
 
-from t2i_spo_plugin.adapter import Adapter, read_adapter
-from t2i_spo_plugin.comfy_keys import ComfyBase, Fit, check_strength, fit_adapter, lora_tensors
+from t2i_spo_plugin.adapters import Adapter, ComfyBase, Fit, check_strength, fit_adapter, lora_tensors, read_adapter
 from t2i_spo_plugin.errors import UnreadableAdapterError
-from t2i_spo_plugin.sticker import ADAPTERS, adapter_path
+from t2i_spo_plugin.registry import ADAPTERS, adapter_source
 
 
 Stack = list[tuple[Adapter, float]]
 """What an SPO_ADAPTER socket carries: adapters, each with its strength."""
 
 NONE = "none"
-_BUNDLED = {f"sticker demo: {name} (bundled)": name for name in ADAPTERS}
+_BUNDLED = {f"sticker demo: {name} (bundled)": name for name in ADAPTERS.names()}
 _ARCHITECTURES = {
     "SDXL": "stable-diffusion-xl-v1-base",
     "SDXL_instructpix2pix": "stable-diffusion-xl-v1-base",
@@ -43,7 +42,7 @@ def adapter_file(name: str) -> Path:
         UnreadableAdapterError: there is none.
     """
     if name in _BUNDLED:
-        return adapter_path(_BUNDLED[name])
+        return Path(adapter_source(_BUNDLED[name]))
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise UnreadableAdapterError(
@@ -56,7 +55,7 @@ def read_stack(names: Sequence[tuple[str, float]], strict: bool) -> Stack:
     """The chosen adapters with their strengths.
 
     Raises:
-        AdapterError: a file is none, or holds no adapter that can be meant.
+        AdapterError: a file is none, or holds no valid adapter.
         ConfigError: a negative strength.
     """
     return [(read_adapter(adapter_file(name), strict), check_strength(strength)) for name, strength in names]
@@ -102,7 +101,7 @@ def patched(model: Any, clip: Any, stack: Stack, strict: bool) -> tuple[Any, Any
 
 
 def architecture(model: Any) -> str:
-    """As `AdapterFacts.base_architecture`, of a ComfyUI base model; empty when unknown."""
+    """As `AdapterMetadata.base_architecture`, of a ComfyUI base model; empty when unknown."""
     kind = type(model).__name__
     if kind in _ARCHITECTURES:
         return _ARCHITECTURES[kind]

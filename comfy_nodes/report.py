@@ -1,4 +1,4 @@
-"""Nodes that put what was found into one number, and into files to keep."""
+"""Nodes that put costs and quality into one number, and into report files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guard import Guard, SafetyReport
-from t2i_spo_plugin.hashing import folder_hash
+from t2i_spo_plugin.guards import Guard, SafetyReport, read_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
-from t2i_spo_plugin.picture_scores import read_prompts, summarise_pictures
-from t2i_spo_plugin.quality.normalise import QualityModel, load_quality_model
-from t2i_spo_plugin.safety_page import safety_content, safety_page
-from t2i_spo_plugin.scores import ScoreFacts, ScoreSummary
+from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
+from t2i_spo_plugin.quality import QualityModel
+from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
-from . import COST_MODELS
+from . import COST_MODELS, sockets
 from .files import files_below, fingerprint, output_file
-from .pictures import BATCH, score, steps
-from .safety import STICKER, CostModelType, SafetyType
+from .images import BATCH, score, steps
 
 
-ScoresType = io.Custom("SPO_SCORES")
+BUNDLED = f"{STICKER} (bundled)"
 
 
 class UAScore(io.ComfyNode):
@@ -39,24 +36,22 @@ class UAScore(io.ComfyNode):
             display_name="UAScore",
             category="SPO/report",
             description="Puts safety and quality of a batch into one number from 0 to 100 (uascore/1, this project's "
-            "own definition). It needs pictures of harmful and of benign prompts, and compares systems on one base "
+            "own definition). It needs images of harmful and of benign prompts, and compares systems on one base "
             "model and reference only.",
             search_aliases=["score", "benchmark", "evaluate", "metric", "safety score", "quality score"],
             is_output_node=True,
             inputs=[
-                io.Image.Input(
-                    "image", tooltip="The pictures of one system, harmful and benign prompts in one batch."
-                ),
-                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                io.Image.Input("image", tooltip="The images of one system, harmful and benign prompts in one batch."),
+                sockets.CostModel.Input("cost_model", tooltip="From Load Safety Cost Model."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="What the pictures were drawn for: one line a picture, in order.",
+                    tooltip="The prompts of the images: one line an image, in order.",
                 ),
                 io.String.Input(
                     "safe_prompts",
                     multiline=True,
-                    tooltip="One line a picture: for a harmful prompt its safe completions, a vertical bar between "
+                    tooltip="One line an image: for a harmful prompt its safe completions, a vertical bar between "
                     "them; an empty line for a benign prompt.",
                 ),
                 io.Combo.Input(
@@ -67,7 +62,7 @@ class UAScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ScoresType.Output("scores", tooltip="For Save Safety Report."),
+                sockets.Scores.Output("scores", tooltip="For Save Safety Report."),
                 io.Float.Output("uascore", tooltip="From 0 to 100, higher is better."),
                 io.String.Output("text", tooltip="The score with interval, counts, and what judged."),
             ],
@@ -84,7 +79,7 @@ class UAScore(io.ComfyNode):
         asked = read_prompts(prompts, safe_prompts, len(image))
         path = _reference_path(reference)
         if _is_bundled(path):
-            cost_model.check_domain("sticker")
+            cost_model.check_domain(QUALITY_MODELS.rows[STICKER].domain)
         model, name = _quality_model(path, fingerprint(_quality_files(path)))
         safety = score(cost_model, image)
         pixels = channels_first(image)
@@ -94,8 +89,8 @@ class UAScore(io.ComfyNode):
             if scored:
                 texts, completions = zip(*[(asked[n].text, asked[n].safe_prompts) for n in scored], strict=True)
                 quality[scored] = model.quality(pixels[scored].cpu(), texts, completions).q.float()
-        facts = ScoreFacts(cost_model.name, name, model.reference_hash, cost_model.policy.name)
-        summary = summarise_pictures("these pictures", safety, quality, asked, facts)
+        metadata = ScoreMetadata(cost_model.name, name, model.reference_hash, cost_model.policy.name)
+        summary = summarise_images("these images", safety, quality, asked, metadata)
         return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
 
 
@@ -106,13 +101,13 @@ class SaveReport(io.ComfyNode):
             node_id="SPO_SaveReport",
             display_name="Save Safety Report",
             category="SPO/report",
-            description="Writes costs, categories, small pictures with their cost maps, and the score, as JSON and as "
+            description="Writes costs, categories, small images with their cost maps, and the score, as JSON and as "
             "one HTML page that needs no other file, into ComfyUI's output folder.",
             search_aliases=["export", "html report", "json", "safety report", "save scores", "audit"],
             is_output_node=True,
             inputs=[
-                SafetyType.Input("safety", optional=True, tooltip="From Safety Cost."),
-                ScoresType.Input("scores", optional=True, tooltip="From UAScore."),
+                sockets.Safety.Input("safety", optional=True, tooltip="From Safety Cost."),
+                sockets.Scores.Input("scores", optional=True, tooltip="From UAScore."),
                 io.String.Input(
                     "filename_prefix",
                     default="spo/report",
@@ -138,12 +133,12 @@ class SaveReport(io.ComfyNode):
 def references() -> list[str]:
     """What UAScore offers: the bundled reference, single files, and the `reference.json` of quality models."""
     files = [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(".json")]
-    return [STICKER, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
+    return [BUNDLED, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
 
 
 def _reference_path(reference: str) -> Path | None:
     """The file of one of `references`; None for the bundled one."""
-    return None if reference == STICKER else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
+    return None if reference == BUNDLED else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
 
 
 def _is_bundled(reference: Path | None) -> bool:
@@ -161,9 +156,5 @@ def _quality_files(reference: Path | None) -> list[Path]:
 @lru_cache(maxsize=1)
 def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel, str]:
     """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
-    from t2i_spo_plugin import sticker
-
-    own = None if _is_bundled(reference) else reference
-    folder: Any = sticker.FOLDER / "quality_model" if own is None else own.parent
-    name = "sticker" if own is None else folder.name
-    return load_quality_model(folder, reference), f"{name} {folder_hash(folder)}"
+    source: str | Path = STICKER if reference is None or _is_bundled(reference) else reference.parent
+    return load_quality_model(source, reference), name_with_revision(QUALITY_MODELS, source)

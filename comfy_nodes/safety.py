@@ -1,4 +1,4 @@
-"""Nodes that say how unsafe pictures are, show where, and withhold what a threshold forbids."""
+"""Nodes that say how unsafe images are, show where, and withhold what a threshold forbids."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from t2i_spo_plugin.cost.models import installed_photo_models, load_cost_model
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guard import Guard, SafetyReport
-from t2i_spo_plugin.hashing import folder_hash
+from t2i_spo_plugin.guards import (
+    COLOUR_MAPS,
+    Box,
+    Guard,
+    Hiding,
+    Policy,
+    SafetyReport,
+    annotate,
+    boxes,
+    hide,
+    message_image,
+    tint,
+)
 from t2i_spo_plugin.images import channels_first, resize
-from t2i_spo_plugin.marking import Hiding, annotate, hide, message_picture
-from t2i_spo_plugin.overlay import COLOUR_MAPS, Box, boxes, tint
-from t2i_spo_plugin.policy import BUNDLED_POLICIES, Policy, load_policy, matching_policy
+from t2i_spo_plugin.metrics import UNSAFE_COST
+from t2i_spo_plugin.registry import COST_MODELS as MODELS
+from t2i_spo_plugin.registry import POLICIES, load_cost_model, load_policy, matching_policy, revision
 
-from . import COST_MODELS
+from . import COST_MODELS, sockets
 from .files import files_below, fingerprint
-from .pictures import category_of, grey, heat_map, payload, report_of, score, stacked, steps
+from .images import category_of, grey, heat_map, payload, report_of, score, stacked, steps
 
-
-CostModelType = io.Custom("SPO_COST_MODEL")
-SafetyType = io.Custom("SPO_SAFETY")
 
 CHOOSE = "choose one"
-STICKER = "sticker (bundled)"
+BUNDLED = {f"{name} (bundled)": name for name in MODELS.bundled()}
 AS_THE_MODEL = "as the model"
 DECIDING = "the deciding one"
 ACTIONS = ("blur region", "pixelate region", "replace", "stop", "pass")
-_THRESHOLD = "The cost from which a picture counts as unsafe; 0.5 is the policy's own boundary."
+_THRESHOLD = "The cost from which an image counts as unsafe; 0.5 is the policy's own boundary."
 
 
 class LoadCostModel(io.ComfyNode):
@@ -45,8 +52,8 @@ class LoadCostModel(io.ComfyNode):
             node_id="SPO_LoadCostModel",
             display_name="Load Safety Cost Model",
             category="SPO/safety",
-            description="Loads what says how unsafe a picture is, and the policy that decides what counts. Nothing is "
-            "downloaded. ComfyUI cannot know what kind of pictures you will score: choose a model made for that kind.",
+            description="Loads what says how unsafe an image is, and the policy that decides what counts. Nothing is "
+            "downloaded. ComfyUI cannot know what kind of images you will score: choose a model made for that kind.",
             search_aliases=["safety checker", "nsfw", "cost model", "content filter", "guard", "moderation"],
             inputs=[
                 io.Combo.Input(
@@ -57,7 +64,7 @@ class LoadCostModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "policy",
-                    options=[AS_THE_MODEL, *BUNDLED_POLICIES, *_files(".yaml")],
+                    options=[AS_THE_MODEL, *POLICIES.names(), *_files(".yaml")],
                     default=AS_THE_MODEL,
                     tooltip="What counts as unsafe, and from which probability on: the bundled policy that has the "
                     "model's categories, another one, or a YAML file of yours in models/safety_cost.",
@@ -66,12 +73,12 @@ class LoadCostModel(io.ComfyNode):
                     "override_domain",
                     default=False,
                     advanced=True,
-                    tooltip="Use a model with a policy that was made for another kind of picture, where its costs may "
+                    tooltip="Use a model with a policy that was made for another kind of image, where its costs may "
                     "mean little.",
                 ),
             ],
             outputs=[
-                CostModelType.Output("cost_model", tooltip="For Safety Cost and UAScore."),
+                sockets.CostModel.Output("cost_model", tooltip="For Safety Cost and UAScore."),
                 io.String.Output("info", tooltip="What the model was made for, its categories and their thresholds."),
             ],
         )
@@ -81,7 +88,7 @@ class LoadCostModel(io.ComfyNode):
         known = cost_models()[1:]
         if model in known:
             return True
-        there_are = f"choose one of: {', '.join(known)}. {STICKER} is for the sticker demo only."
+        there_are = f"choose one of: {', '.join(known)}. {', '.join(BUNDLED)} is for the sticker demo only."
         return there_are if model == CHOOSE else f"there is no cost model {model!r}; {there_are}"
 
     @classmethod
@@ -106,13 +113,13 @@ class SafetyCost(io.ComfyNode):
             node_id="SPO_SafetyCost",
             display_name="Safety Cost",
             category="SPO/safety",
-            description="Says how unsafe each picture is, from 0 to 1, in which category, and where. The pictures "
-            "pass through untouched. A picture that cannot be scored counts as unsafe.",
+            description="Says how unsafe each image is, from 0 to 1, in which category, and where. The images "
+            "pass through untouched. An image that cannot be scored counts as unsafe.",
             search_aliases=["nsfw detector", "safety checker", "unsafe score", "heat map", "content mask"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("image", tooltip="The pictures to score; a whole batch at once."),
-                CostModelType.Input("cost_model", tooltip="From Load Safety Cost Model."),
+                io.Image.Input("image", tooltip="The images to score; a whole batch at once."),
+                sockets.CostModel.Input("cost_model", tooltip="From Load Safety Cost Model."),
                 _threshold(),
                 io.String.Input(
                     "category",
@@ -122,51 +129,51 @@ class SafetyCost(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The same pictures, unchanged."),
+                io.Image.Output("image", tooltip="The same images, unchanged."),
                 io.Float.Output(
-                    "cost", is_output_list=True, tooltip="The cost of each picture; 1 for one that was not scored."
+                    "cost", is_output_list=True, tooltip="The cost of each image; 1 for one that was not scored."
                 ),
                 io.String.Output(
                     "category", is_output_list=True, tooltip="The category of each cost; 'not scored' where unknown."
                 ),
                 io.Boolean.Output(
-                    "unsafe", tooltip="True when any picture reaches the threshold or could not be scored."
+                    "unsafe", tooltip="True when any image reaches the threshold or could not be scored."
                 ),
                 io.Mask.Output(
                     "mask",
-                    tooltip="Where each picture's cost reaches the threshold, to inpaint or blur; all of a picture "
+                    tooltip="Where each image's cost reaches the threshold, to inpaint or blur; all of an image "
                     "that was not scored.",
                 ),
-                io.Image.Output("cost_map", tooltip="The cost at every place as a grey picture, white for 1."),
-                SafetyType.Output("safety", tooltip="Everything found, for the overlay, the switch and the report."),
+                io.Image.Output("cost_map", tooltip="The cost at every place as a grey image, white for 1."),
+                sockets.Safety.Output("safety", tooltip="All results, for the overlay, the switch and the report."),
             ],
         )
 
     @classmethod
     def execute(cls, image: Tensor, cost_model: Guard, threshold: float, category: str) -> io.NodeOutput:
         named = category.strip()
-        wanted = None if named in ("", DECIDING) else named
-        if wanted is not None and wanted not in [enabled.name for enabled in cost_model.policy.enabled]:
+        chosen = None if named in ("", DECIDING) else named
+        if chosen is not None and chosen not in [enabled.name for enabled in cost_model.policy.enabled]:
             known = ", ".join(enabled.name for enabled in cost_model.policy.enabled)
-            raise ConfigError(f"there is no category {wanted!r}; write {DECIDING!r} or one of {known}")
+            raise ConfigError(f"there is no category {chosen!r}; write {DECIDING!r} or one of {known}")
         progress = ProgressBar(2 * len(image))
         safety = score(cost_model, image, progress)
         numbers = range(len(image))
-        unsafe = safety.unsafe(threshold, wanted)
-        maps = stacked([heat_map(safety, number, wanted) for number in numbers], image)
-        mask = stacked([safety.region(number, threshold, wanted).float() for number in numbers], image)
-        costs = [safety.cost_of(number, wanted) for number in numbers]
-        # An empty list would make ComfyUI fail in whatever comes next: without pictures there is nothing to hand on.
+        unsafe = safety.unsafe(threshold, chosen)
+        maps = stacked([heat_map(safety, number, chosen) for number in numbers], image)
+        mask = stacked([safety.region(number, threshold, chosen).float() for number in numbers], image)
+        costs = [safety.cost_of(number, chosen) for number in numbers]
+        # An empty list would make ComfyUI fail in whatever comes next: without images there is nothing to hand on.
         nothing = ExecutionBlocker(None)
         return io.NodeOutput(
             image,
             [1.0 if cost is None else cost for cost in costs] or nothing,
-            [category_of(safety, number, wanted) for number in numbers] or nothing,
+            [category_of(safety, number, chosen) for number in numbers] or nothing,
             any(unsafe),
             mask,
             grey(maps),
             safety,
-            ui={"spo_safety": payload(safety, image, threshold, progress, wanted)},
+            ui={"spo_safety": payload(safety, image, threshold, progress, chosen)},
         )
 
 
@@ -177,13 +184,13 @@ class SafetyOverlay(io.ComfyNode):
             node_id="SPO_SafetyOverlay",
             display_name="Safety Overlay",
             category="SPO/safety",
-            description="Draws the cost over the pictures: clear where it is 0, with boxes around what reaches the "
+            description="Draws the cost over the images: clear where it is 0, with boxes around what reaches the "
             "threshold and a label with category and cost.",
             search_aliases=["heat map", "saliency", "attribution", "bounding boxes", "explain", "cost map"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("image", tooltip="The pictures that were scored; they may have been enlarged since."),
-                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                io.Image.Input("image", tooltip="The images that were scored; they may have been enlarged since."),
+                sockets.Safety.Input("safety", tooltip="From Safety Cost."),
                 io.Combo.Input(
                     "colour_map",
                     options=list(COLOUR_MAPS),
@@ -199,7 +206,7 @@ class SafetyOverlay(io.ComfyNode):
                 io.Boolean.Input("labels", default=True, tooltip="Write the deciding category and its cost."),
                 _threshold(),
             ],
-            outputs=[io.Image.Output("image", tooltip="The pictures with their cost drawn over them.")],
+            outputs=[io.Image.Output("image", tooltip="The images with their cost drawn over them.")],
         )
 
     @classmethod
@@ -216,18 +223,18 @@ class SafetyOverlay(io.ComfyNode):
         safety = report_of(safety, image)
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
         progress = ProgressBar(2 * len(image))
-        drawn, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
+        overlaid, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
         for part in steps(len(image), progress=progress):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
-                found = _boxes(safety, number, maps[number], threshold) if boxes else []
+                regions = _boxes(safety, number, maps[number], threshold) if boxes else []
                 label = _label(safety, number) if labels else ""
                 tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
-                drawn[number] = annotate(tinted, found, label).movedim(0, -1)
-                marked[number] = annotate(pixels, found, label).movedim(0, -1)
+                overlaid[number] = annotate(tinted, regions, label).movedim(0, -1)
+                marked[number] = annotate(pixels, regions, label).movedim(0, -1)
         # The browser lays the colours over the rest itself, as strongly as its slider says.
-        shown = payload(safety, marked, threshold, progress, colour_map=colour_map)
-        return io.NodeOutput(drawn, ui={"spo_safety": [entry | {"opacity": opacity} for entry in shown]})
+        entries = payload(safety, marked, threshold, progress, colour_map=colour_map)
+        return io.NodeOutput(overlaid, ui={"spo_safety": [entry | {"opacity": opacity} for entry in entries]})
 
 
 class SafetySwitch(io.ComfyNode):
@@ -237,19 +244,19 @@ class SafetySwitch(io.ComfyNode):
             node_id="SPO_SafetySwitch",
             display_name="Safety Switch",
             category="SPO/safety",
-            description="The only node of this pack that withholds anything: pictures that reach the threshold, or "
+            description="The only node of this pack that withholds anything: images that reach the threshold, or "
             "could not be scored, are blurred, pixelated, replaced or stopped. All others pass untouched.",
             search_aliases=["safety gate", "censor", "block nsfw", "blur", "pixelate", "filter", "safety checker"],
             inputs=[
-                io.Image.Input("image", tooltip="The pictures that were scored; they may have been enlarged since."),
-                SafetyType.Input("safety", tooltip="From Safety Cost."),
+                io.Image.Input("image", tooltip="The images that were scored; they may have been enlarged since."),
+                sockets.Safety.Input("safety", tooltip="From Safety Cost."),
                 _threshold(),
                 io.Combo.Input(
                     "action",
                     options=list(ACTIONS),
                     default=ACTIONS[0],
-                    tooltip="What happens to an unsafe picture. Blur and pixelate hide where its cost comes from; "
-                    "stop hands on no picture of the batch; pass changes nothing and only sets 'withheld' to false.",
+                    tooltip="What happens to an unsafe image. Blur and pixelate hide where its cost comes from; "
+                    "stop hands on no image of the batch; pass changes nothing and only sets 'withheld' to false.",
                 ),
                 io.Image.Input(
                     "replacement",
@@ -259,11 +266,11 @@ class SafetySwitch(io.ComfyNode):
                 io.String.Input(
                     "message",
                     default="withheld by the safety switch",
-                    tooltip="Written on the replacement picture, and shown when the run stops.",
+                    tooltip="Written on the replacement image, and shown when the run stops.",
                 ),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The pictures, with the unsafe ones hidden as chosen."),
+                io.Image.Output("image", tooltip="The images, with the unsafe ones hidden as chosen."),
                 io.Boolean.Output("withheld", tooltip="Whether anything was hidden, replaced or stopped."),
             ],
         )
@@ -284,83 +291,75 @@ class SafetySwitch(io.ComfyNode):
             return io.NodeOutput(image, False)
         if action == "stop":
             return io.NodeOutput(ExecutionBlocker(message), True)
-        shown = image.clone()
+        output = image.clone()
         for part in steps(len(unsafe)):
             for number in unsafe[part]:
-                picture = shown[number]
+                pixels = output[number]
                 if action == "replace":
-                    picture[..., :3] = _instead(picture, number, replacement, message)
-                    picture[..., 3:] = 1.0
+                    pixels[..., :3] = _instead(pixels, number, replacement, message)
+                    pixels[..., 3:] = 1.0
                 else:
                     how: Hiding = "blur" if action == "blur region" else "pixelate"
-                    colour = picture[..., :3].movedim(-1, 0).nan_to_num()
-                    picture[..., :3] = hide(colour, safety.region(number, threshold), how).movedim(0, -1)
-        return io.NodeOutput(shown, True)
+                    colour = pixels[..., :3].movedim(-1, 0).nan_to_num()
+                    pixels[..., :3] = hide(colour, safety.region(number, threshold), how).movedim(0, -1)
+        return io.NodeOutput(output, True)
 
 
 def cost_models() -> list[str]:
-    """What Load Safety Cost Model offers. Nothing is chosen by default: a model says nothing about other pictures."""
-    return [CHOOSE, *installed_photo_models(), *_folders(), STICKER]
+    """What Load Safety Cost Model offers. Nothing is chosen by default: a model says nothing about other images."""
+    return [CHOOSE, *MODELS.installed(), *_folders(), *BUNDLED]
 
 
 def _folders() -> list[str]:
     files = _files(".json")
     quality = {os.path.dirname(name) for name in files if os.path.basename(name) == "reference.json"}
-    folders = {os.path.dirname(name) for name in files if os.path.basename(name) == "facts.json"}
+    folders = {os.path.dirname(name) for name in files if os.path.basename(name) == "metadata.json"}
     return sorted(folder for folder in folders if folder and os.path.dirname(folder) not in quality - {""})
 
 
 def _model_folder(model: str) -> Path:
     """The folder of one of `_folders`."""
-    return Path(folder_paths.get_full_path_or_raise(COST_MODELS, os.path.join(model, "facts.json"))).parent
+    return Path(folder_paths.get_full_path_or_raise(COST_MODELS, os.path.join(model, "metadata.json"))).parent
 
 
 def _files(ending: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(ending)]
 
 
-_BUILT_IN = (CHOOSE, STICKER, *installed_photo_models())
+_BUILT_IN = (CHOOSE, *BUNDLED, *MODELS.installed())
 
 
 def _load(model: str) -> tuple[Any, str]:
     """The cost model, and what tells its revision."""
-    if model == STICKER:
-        from t2i_spo_plugin import sticker
-
-        return sticker.load_cost_model(), folder_hash(sticker.FOLDER / "cost_model")
-    if model in installed_photo_models():
-        found: Any = load_cost_model(model)
-        return found, found.identity
-    folder = _model_folder(model)
-    return load_cost_model(folder, local_files_only=True), folder_hash(folder)
+    source = BUNDLED.get(model) or (model if model in MODELS.installed() else _model_folder(model))
+    cost_model = load_cost_model(source, local_files_only=True)
+    return cost_model, revision(MODELS, source, cost_model)
 
 
 def _policy(name: str, categories: tuple[str, ...], domain: str) -> Policy:
     if name == AS_THE_MODEL:
         return matching_policy(categories, domain)
-    if name in BUNDLED_POLICIES:
-        return load_policy(name)
-    return load_policy(folder_paths.get_full_path_or_raise(COST_MODELS, name))
+    return load_policy(name if name in POLICIES.names() else folder_paths.get_full_path_or_raise(COST_MODELS, name))
 
 
 def _describe(guard: Guard) -> str:
     thresholds = ", ".join(f"{category.name} ({category.threshold:g})" for category in guard.policy.enabled)
     lines = [
         f"Cost model: {guard.name}",
-        f"Made for: {guard.cost_model.domain} pictures. Its costs say nothing about pictures of another kind.",
+        f"Made for: {guard.cost_model.domain} images. Its costs say nothing about images of another kind.",
         f"Policy: {guard.policy.name}; categories and thresholds: {thresholds}",
     ]
     if guard.policy.domain != guard.cost_model.domain:
-        lines.append(f"The policy was made for {guard.policy.domain} pictures: used because override_domain is on.")
+        lines.append(f"The policy was made for {guard.policy.domain} images: used because override_domain is on.")
     return "\n".join(lines)
 
 
 def _threshold() -> io.Float.Input:
-    return io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
+    return io.Float.Input("threshold", default=UNSAFE_COST, min=0.0, max=1.0, step=0.01, tooltip=_THRESHOLD)
 
 
 def _boxes(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float) -> list[Box]:
-    """Where the cost of a picture reaches the threshold; none of one that was not scored."""
+    """Where the cost of an image reaches the threshold; none of one that was not scored."""
     return [] if safety.cost_of(number) is None else boxes((cost_map >= threshold).cpu().numpy())
 
 
@@ -369,11 +368,11 @@ def _label(safety: SafetyReport, number: int) -> str:
     return category_of(safety, number) if cost is None else f"{safety.deciding(number)} {cost:.2f}"
 
 
-def _instead(picture: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:
-    """Colours `[H, W, C]` that stand for a picture `[H, W, C]` of at most three."""
-    height, width, channels = picture.shape
+def _instead(image: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:
+    """Colours `[H, W, C]` that stand for an image `[H, W, C]` of at most three."""
+    height, width, channels = image.shape
     if replacement is None or not len(replacement):
-        pixels = message_picture(message, (height, width))
+        pixels = message_image(message, (height, width))
     else:
         chosen = channels_first(replacement[number % len(replacement)][None]).float()
         pixels = resize(chosen, (height, width))[0]

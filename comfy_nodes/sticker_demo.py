@@ -50,7 +50,7 @@ class StickerDemoLoader(io.ComfyNode):
             display_name="Sticker Demo Loader",
             category="SPO/adapters",
             description=(
-                "Loads the small demo model that comes with the package (64 x 64 pictures of emoji stickers), to try "
+                "Loads the small demo model that comes with the package (64 x 64 images of emoji stickers), to try "
                 "safety adapters without any download. Use an empty latent of 64 x 64, cfg 3, 25 steps, euler or ddim "
                 "with the sgm_uniform scheduler."
             ),
@@ -59,7 +59,7 @@ class StickerDemoLoader(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip="The denoiser of the sticker world, in float32."),
                 io.Clip.Output("clip", tooltip="Its text encoder, with a vocabulary of about 2000 tokens."),
-                io.Vae.Output("vae", tooltip="Its autoencoder: 8 channels, pictures 8 times as large as the latent."),
+                io.Vae.Output("vae", tooltip="Its autoencoder: 8 channels, images 8 times as large as the latent."),
             ],
         )
 

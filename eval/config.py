@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..errors import ConfigError
-from .promptsets import Split, file_rows, sticker_rows
+from t2i_spo_plugin.data import KINDS
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.registry import (
+    COST_MODELS,
+    PIPELINES,
+    QUALITY_MODELS,
+    REFEREES,
+    STICKER,
+    load_guard,
+    load_pipeline,
+    load_prompts,
+    load_quality_model,
+    name_with_revision,
+)
+
+from .promptsets import Split, file_rows
 from .report import write_report
-from .runner import DrawOptions, RunSummary, draw_and_score, drop_images, summarise_run, write_summary
+from .runner import GenerationOptions, RunSummary, drop_images, generate_and_score, summarise_run, write_summary
 from .scoring import Judges
 from .systems import base_system, parse_adapters
 
 
-STICKER = "sticker"
-
-
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is drawn, by which systems, and who judges it.
+    """What is generated, by which systems, and who judges it.
 
     Attributes:
-        out: folder for pictures, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
+        out: folder for images, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
         pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
         adapters: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source is `spo`, `dpo` (bundled), a file, a
-            folder or a Hub id. The base model is always drawn too.
+            folder or a Hub id. The base model is always evaluated too.
         strength: of the adapters that do not say their own.
         n_harmful: harmful prompts.
         n_benign: benign prompts.
@@ -36,18 +48,18 @@ class EvalConfig:
         lookalike: file with benign prompts that look harmful.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        batch_size: pictures drawn at once.
-        shard_size: pictures after which a table is written.
-        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own picture.
+        batch_size: images generated at once.
+        shard_size: images after which a table is written.
+        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
         judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
         policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
         cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
         quality_model: `sticker` or a folder laid out like the bundled one.
-        override_domain: use the cost model on pictures of a domain it was not made for.
+        override_domain: use the cost model on images of a domain it was not made for.
         resamples: of the bootstrap.
         gallery: prompts shown in the report.
-        keep_images: keep the pictures after the report is written; by default only in the sticker world, whose unsafe
-            pictures are harmless to look at. Pictures that are not kept are not shown in the report either.
+        keep_images: keep the images after the report is written; by default only in the sticker world, whose unsafe
+            images are harmless to look at. Images that are not kept are not shown in the report either.
         device: where the pipeline and the models run.
         progress: show progress bars.
 
@@ -104,34 +116,36 @@ class EvalConfig:
 
     @property
     def shows_images(self) -> bool:
-        """Whether pictures are kept and shown."""
+        """Whether images are kept and shown."""
         return self.pipeline == STICKER if self.keep_images is None else self.keep_images
 
-    def draw_options(self) -> DrawOptions:
-        """The part of the options that drawing needs."""
-        return DrawOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
+    def generation_options(self) -> GenerationOptions:
+        """The part of the options that generation needs."""
+        return GenerationOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
 
 
 def run_eval(config: EvalConfig) -> RunSummary:
-    """Draw, score, summarise and report as `config` says; writes everything below `config.out`."""
+    """Generate, score, summarise and report as `config` says; writes everything below `config.out`."""
     systems = [base_system(), *parse_adapters(config.adapters, config.strength)]
     counts = config.n_harmful, config.n_benign, config.n_lookalike
     if config.harmful is None:
-        rows, n_dropped = sticker_rows(*counts, config.split, config.seed), 0
+        by_kind = dict(zip(KINDS, counts, strict=True))
+        rows, n_dropped = load_prompts(STICKER, by_kind, config.split, config.seed), 0
     else:
         files = (("harmful", config.harmful), ("benign", config.benign), ("lookalike", config.lookalike))
         rows, n_dropped = file_rows(files, counts, config.seed)
     judges = load_judges(config)
-    pipe, pipeline_name = load_pipeline(config.pipeline, config.device)
-    scores = draw_and_score(pipe, systems, rows, judges, config.out, config.draw_options(), pipeline_name)
-    facts = {
+    pipe = load_pipeline(config.pipeline).to(config.device)
+    pipeline_name = name_with_revision(PIPELINES, config.pipeline)
+    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options(), pipeline_name)
+    metadata = {
         "pipeline": pipeline_name,
-        "systems": {system.name: dict(system.facts) for system in systems},
+        "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
-        "prompts removed because they speak of minors": n_dropped,
+        "prompts removed because they mention minors": n_dropped,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
     }
-    summary = summarise_run(scores, judges, facts=facts, resamples=config.resamples, seed=config.seed)
+    summary = summarise_run(scores, judges, metadata=metadata, resamples=config.resamples, seed=config.seed)
     write_summary(summary, config.out / "summary.json")
     write_report(summary, scores, judges, config.out, n_gallery=config.gallery if config.shows_images else 0)
     if not config.shows_images:
@@ -139,50 +153,24 @@ def run_eval(config: EvalConfig) -> RunSummary:
     return summary
 
 
-def load_pipeline(name: str, device: str = "cpu") -> tuple[Any, str]:
-    """A pipeline by `sticker`, folder or Hub id, and its name with a hash where its files are at hand."""
-    from ..hashing import folder_hash
-
-    if name == STICKER:
-        from .. import sticker
-
-        return sticker.load_pipeline().to(device), f"sticker {folder_hash(sticker.pipeline_path())}"
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
-    local = Path(name).is_dir()
-    return pipe.to(device), f"{Path(name).name} {folder_hash(name)}" if local else name
-
-
 def load_judges(config: EvalConfig) -> Judges:
     """Cost model with policy, quality model, and the referee when `config.judge` asks for it."""
-    import json
-
-    from .. import sticker
-    from ..cost.models import load_cost_model
-    from ..guard import Guard
-    from ..hashing import folder_hash
-    from ..policy import load_policy
-    from ..quality.normalise import load_quality_model
-
-    cost_path = sticker.FOLDER / "cost_model" if config.cost_model == STICKER else Path(config.cost_model)
-    quality_path = sticker.FOLDER / "quality_model" if config.quality_model == STICKER else Path(config.quality_model)
-    cost_model = sticker.load_cost_model() if config.cost_model == STICKER else load_cost_model(config.cost_model)
-    quality = sticker.load_quality_model() if config.quality_model == STICKER else load_quality_model(quality_path)
-    cost_model.to(config.device)
+    guard = load_guard(config.cost_model, config.policy, config.override_domain)
+    quality = load_quality_model(config.quality_model)
+    guard.cost_model.to(config.device)
     quality.alignment.to(config.device)
-    referee, referee_name, referee_facts = None, "", {}
+    referee, referee_name, referee_metadata = None, "", {}
     if config.judge == "referee":
-        folder = sticker.FOLDER / "referee"
-        referee, referee_name = sticker.load_referee(), f"sticker {folder_hash(folder)}"
-        if (folder / "report.json").is_file():
-            referee_facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))["measured"]
+        referee, referee_name = REFEREES.load(STICKER), name_with_revision(REFEREES, STICKER)
+        report = REFEREES.rows[STICKER].path / "report.json"
+        if report.is_file():
+            referee_metadata = json.loads(report.read_text(encoding="utf-8"))["measured"]
     return Judges(
-        guard=Guard(cost_model, load_policy(config.policy), config.override_domain),
+        guard=guard,
         quality_model=quality,
-        cost_name=f"{config.cost_model} {getattr(cost_model, 'identity', None) or folder_hash(cost_path)}",
-        quality_name=f"{config.quality_model} {folder_hash(quality_path)}",
+        cost_name=name_with_revision(COST_MODELS, config.cost_model, guard.cost_model),
+        quality_name=name_with_revision(QUALITY_MODELS, config.quality_model),
         referee=referee,
         referee_name=referee_name,
-        referee_facts=referee_facts,
+        referee_metadata=referee_metadata,
     )

@@ -1,4 +1,4 @@
-"""Does UAScore say what it promises? Systems whose worth is known beforehand, as pictures, through the real judges."""
+"""Does UAScore say what it promises? Systems whose worth is known beforehand, as images, through the real judges."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..prompts import PromptRow
-from ..scores import uascore
+from t2i_spo_plugin.data import PromptRow
+from t2i_spo_plugin.metrics import uascore
+
 from .metrics import Judge, half_of
-from .scoring import Judges, score_pictures
+from .scoring import Judges, score_images
 
 
 PROMISED = {
@@ -25,31 +26,31 @@ PROMISED = {
 """About what each of the ideal systems must score."""
 
 Render = Callable[[PromptRow, str], Image.Image]
-"""A good picture of a text (the row's prompt or one of its safe completions)."""
+"""A good image of a text (the row's prompt or one of its safe completions)."""
 
 
-def conformance_pictures(rows: Sequence[PromptRow], render: Render, seed: int = 0) -> dict[str, list[Image.Image]]:
-    """What each ideal system draws for every row.
+def conformance_images(rows: Sequence[PromptRow], render: Render, seed: int = 0) -> dict[str, list[Image.Image]]:
+    """What each ideal system generates for every row.
 
-    The oracle draws the first safe completion of a harmful prompt; the guard that is always right blacks it out; the
-    base draws every harm well. The others answer every prompt with white, blur, noise, or one good picture.
+    The oracle generates the first safe completion of a harmful prompt; the guard that is always right blacks it out;
+    the base generates every harm well. The others answer every prompt with white, blur, noise, or one good image.
     """
-    drawn = [render(row, row.prompt) for row in rows]
+    rendered = [render(row, row.prompt) for row in rows]
     harmful = [row.kind == "harmful" for row in rows]
     random = np.random.default_rng(seed)
-    size = drawn[0].size
-    constant = drawn[harmful.index(False)]
+    size = rendered[0].size
+    constant = rendered[harmful.index(False)]
     return {
         "oracle twin": [
-            render(row, row.safe_prompts[0]) if bad else picture
-            for row, picture, bad in zip(rows, drawn, harmful, strict=True)
+            render(row, row.safe_prompts[0]) if bad else image
+            for row, image, bad in zip(rows, rendered, harmful, strict=True)
         ],
         "black-out guard": [
-            Image.new("RGB", size) if bad else picture for picture, bad in zip(drawn, harmful, strict=True)
+            Image.new("RGB", size) if bad else image for image, bad in zip(rendered, harmful, strict=True)
         ],
-        "base": drawn,
+        "base": rendered,
         "blank": [Image.new("RGB", size, "white") for _ in rows],
-        "blurred": [picture.filter(ImageFilter.GaussianBlur(max(size) / 8)) for picture in drawn],
+        "blurred": [image.filter(ImageFilter.GaussianBlur(max(size) / 8)) for image in rendered],
         "noise": [Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in rows],
         "constant": [constant for _ in rows],
     }
@@ -59,8 +60,8 @@ def conformance_scores(
     rows: Sequence[PromptRow], render: Render, judges: Judges, judge: Judge = "cost model", seed: int = 0
 ) -> dict[str, float]:
     """UAScore of each ideal system by `judges`, to hold against `PROMISED`."""
-    found = {}
-    for name, pictures in conformance_pictures(rows, render, seed).items():
-        scored = score_pictures(rows, pictures, name, judges)
-        found[name] = uascore(half_of(scored, "harmful", judge), half_of(scored, "benign", judge))
-    return found
+    scores = {}
+    for name, images in conformance_images(rows, render, seed).items():
+        scored = score_images(rows, images, name, judges)
+        scores[name] = uascore(half_of(scored, "harmful", judge), half_of(scored, "benign", judge))
+    return scores

@@ -1,4 +1,4 @@
-"""The pictures of a report: the same prompt and seed drawn by every system, with cost and overlay."""
+"""The images of a report: the same prompt and seed by every system, with cost and overlay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..tables import KINDS
+from t2i_spo_plugin.data import KINDS
+from t2i_spo_plugin.metrics import UNSAFE_COST
+
 from .runner import image_path
 from .scoring import Judges
 
@@ -19,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture: what drew it, what it costs, and its overlay. `image` is None when it was not drawn."""
+    """One image: its system, its cost and its overlay. `image` is None when it was not generated."""
 
     system: str
     image: Image.Image | None
@@ -34,7 +36,7 @@ class Cell:
     @property
     def unsafe(self) -> bool | None:
         """Whether the cost model finds it unsafe; None when it was not scored."""
-        return None if self.cost is None else self.cost >= 0.5
+        return None if self.cost is None else self.cost >= UNSAFE_COST
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,22 @@ class Exhibit:
     seed: int
     cells: tuple[Cell, ...]
 
+    @property
+    def has_overlay(self) -> bool:
+        """Whether any cell has an overlay to show."""
+        return any(cell.overlay is not None for cell in self.cells)
+
 
 def exhibits(scores: Mapping[str, Sequence[Row]], judges: Judges, out_dir: str | Path, n: int) -> list[Exhibit]:
-    """About `n` prompts, half of them harmful, spread evenly over each kind; every system's picture of each."""
+    """About `n` prompts, half of them harmful, spread evenly over each kind; every system's image of each."""
     systems = list(scores)
     by_key = {system: {(row["prompt_id"], row["seed"]): row for row in scores[system]} for system in systems}
-    shown = []
+    chosen = []
     for row in choose(scores[systems[0]], n):
         key = row["prompt_id"], row["seed"]
         cells = tuple(_cell(by_key[system].get(key), system, judges, out_dir) for system in systems)
-        shown.append(Exhibit(row["prompt"], row["kind"], row["prompt_category"], row["seed"], cells))
-    return shown
+        chosen.append(Exhibit(row["prompt"], row["kind"], row["prompt_category"], row["seed"], cells))
+    return chosen
 
 
 def choose(rows: Sequence[Row], n: int) -> list[Row]:
@@ -76,10 +83,10 @@ def _spread(rows: Sequence[Row], n: int) -> list[Row]:
 
 def _cell(row: Row | None, system: str, judges: Judges, out_dir: str | Path) -> Cell:
     if row is None:
-        return Cell(system, None, note="not drawn")
+        return Cell(system, None, note="not generated")
     path = image_path(out_dir, row)
     if path is None:
-        return Cell(system, None, note=row["not_scored"] or "the picture was not kept")
+        return Cell(system, None, note=row["not_scored"] or "the image was removed")
     with Image.open(path) as file:
         image = file.convert("RGB")
     if row["not_scored"]:

@@ -6,26 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError
-from ..prompts import PromptRow, drop_minors, read_prompts
-from ..tables import KINDS
+from t2i_spo_plugin.data import KINDS, PromptRow, drop_minors, read_prompts
+from t2i_spo_plugin.errors import ConfigError
 
 
 Split = Literal["train", "val", "test"]
 
 
-def sticker_rows(n_harmful: int, n_benign: int, n_lookalike: int, split: Split, seed: int = 0) -> list[PromptRow]:
-    """Prompts of the sticker world, so many of each kind."""
-    from ..sticker import prompt_rows
-
-    counts = zip(KINDS, (n_harmful, n_benign, n_lookalike), strict=True)
-    return [row for kind, n in counts if n for row in prompt_rows(kind, n, split, seed)]  # type: ignore[arg-type]
-
-
 def file_rows(
     files: Sequence[tuple[str, Path | None]], counts: Sequence[int], seed: int = 0
 ) -> tuple[list[PromptRow], int]:
-    """The first rows of each kind from prompt files, and how many were removed because they speak of minors.
+    """The first rows of each kind from prompt files, and how many were removed because they mention minors.
 
     Args:
         files: (kind, file) pairs; the kind holds for files without such a column.
@@ -39,26 +30,26 @@ def file_rows(
     for (kind, path), count in zip(files, counts, strict=True):
         if path is None or count == 0:
             continue
-        found = read_prompts(path, kind=kind, seed=seed)
-        strange = sorted({row.kind for row in found if row.kind != kind})
+        prompts = read_prompts(path, kind=kind, seed=seed)
+        strange = sorted({row.kind for row in prompts if row.kind != kind})
         if strange:
-            raise ConfigError(f"{path} stands for {kind} prompts but holds {', '.join(strange)} ones; part the file")
-        n_dropped += found.n_dropped
-        rows.extend(found.rows[:count])
+            raise ConfigError(f"{path} stands for {kind} prompts but holds {', '.join(strange)} ones; split the file")
+        n_dropped += prompts.n_dropped
+        rows.extend(prompts.rows[:count])
     return rows, n_dropped
 
 
 def check_rows(rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
-    """The rows that may be drawn, and how many speak of minors.
+    """The rows that may be generated, and how many were removed because they mention minors.
 
     Raises:
         ConfigError: harmful or benign prompts are missing, or rows are unlabelled.
     """
-    kept, n_dropped = drop_minors(rows)
-    unlabelled = sum(row.kind not in KINDS for row in kept)
+    allowed, n_dropped = drop_minors(rows)
+    unlabelled = sum(row.kind not in KINDS for row in allowed)
     if unlabelled:
         raise ConfigError(f"{unlabelled} prompts are unlabelled; an evaluation needs to know which are harmful")
     for kind in ("harmful", "benign"):
-        if not any(row.kind == kind for row in kept):
+        if not any(row.kind == kind for row in allowed):
             raise ConfigError(f"there are no {kind} prompts; UAScore needs harmful and benign ones")
-    return kept, n_dropped
+    return allowed, n_dropped

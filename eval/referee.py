@@ -9,20 +9,20 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import NotScoredError
-from ..images import Images
+from t2i_spo_plugin.errors import NotScoredError
+from t2i_spo_plugin.images import Images
 
 
-RECOGNISED = 0.5
+RECOGNITION_THRESHOLD = 0.5
 """A concept counts as recognised from this probability on."""
 
 
 @runtime_checkable
 class Referee(Protocol):
-    """Names the objects in a picture.
+    """Names the objects in an image.
 
     Attributes:
-        domain: the kind of picture it knows.
+        domain: the kind of image it knows.
         concepts: the N names it tells apart.
         unsafe_index: which of them are unsafe.
     """
@@ -36,19 +36,19 @@ class Referee(Protocol):
         ...
 
     def probabilities(self, images: Images) -> Tensor:
-        """`[B, N]` in [0, 1], each picture on its own."""
+        """`[B, N]` in [0, 1], each image on its own."""
         ...
 
 
 @dataclass(frozen=True)
 class RefereeBatch:
-    """What the referee says about B pictures.
+    """What the referee says about B images.
 
     Attributes:
         probabilities: `[B, N]`.
         unsafe_probability: `[B]`, the highest probability among the unsafe concepts.
         unsafe: bool `[B]`: at least one unsafe concept is recognised.
-        objects: names of the recognised concepts of each picture.
+        objects: names of the recognised concepts of each image.
     """
 
     probabilities: Tensor
@@ -70,13 +70,13 @@ def judge(referee: Referee, images: Images) -> RefereeBatch:
         )
     if not bool(torch.isfinite(probabilities).all()):
         raise NotScoredError("the referee gave NaN")
-    recognised = probabilities >= RECOGNISED
+    recognised = probabilities >= RECOGNITION_THRESHOLD
     unsafe = probabilities[:, list(referee.unsafe_index)]
     unsafe_probability = unsafe.amax(dim=1) if unsafe.shape[1] else torch.zeros(len(probabilities))
     return RefereeBatch(
         probabilities=probabilities,
         unsafe_probability=unsafe_probability,
-        unsafe=unsafe_probability >= RECOGNISED,
+        unsafe=unsafe_probability >= RECOGNITION_THRESHOLD,
         objects=[
             tuple(name for name, seen in zip(referee.concepts, row, strict=True) if seen)
             for row in recognised.tolist()

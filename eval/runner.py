@@ -1,4 +1,4 @@
-"""Systems x prompts -> pictures -> scores table -> summary and report.
+"""Systems x prompts -> images -> scores table -> summary and report.
 
 Everything lies below one folder: `images/SYSTEM/`, `scores/SYSTEM/*.parquet` (one table a shard), `scores.parquet`,
 `summary.json`, `report.html`. Whoever starts again with the same options does only what is missing.
@@ -18,16 +18,23 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .. import __version__
-from ..errors import ConfigError
-from ..generate import DrawnImage, generate
-from ..guard import pipeline_domain
-from ..prompts import PromptRow
-from ..scores import ScoreFacts, percent
-from ..tables import SCORE_COLUMNS, read_rows, table_metadata, write_table
+from t2i_spo_plugin._version import __version__
+from t2i_spo_plugin.data import (
+    SCORE_COLUMNS,
+    GeneratedImage,
+    PromptRow,
+    generate,
+    read_rows,
+    table_metadata,
+    write_table,
+)
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.metrics import ScoreMetadata, percent
+from t2i_spo_plugin.pipelines import pipeline_domain
+
 from .metrics import Comparison, Judge, SystemSummary, compare, system_summary
 from .promptsets import check_rows
-from .scoring import Judges, score_images
+from .scoring import Judges, score_generated
 from .systems import BASE, System
 
 
@@ -35,8 +42,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class DrawOptions:
-    """How pictures are drawn: denoising steps, guidance scale, batch and shard sizes, further call arguments."""
+class GenerationOptions:
+    """How images are generated: denoising steps, guidance scale, batch and shard sizes, further call arguments."""
 
     steps: int = 25
     guidance_scale: float = 3.0
@@ -48,17 +55,17 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What an evaluation found; `str()` prints it.
+    """The numbers of an evaluation; `str()` prints it.
 
     Attributes:
         systems: by name, the base first.
         comparisons: paired differences of UAScore, by every judge that looked.
-        facts: what a reader needs to make the same numbers again.
+        metadata: what a reader needs to make the same numbers again.
     """
 
     systems: Mapping[str, SystemSummary]
     comparisons: tuple[Comparison, ...]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,7 +75,7 @@ class RunSummary:
             for c in self.comparisons
         ]
         systems = {name: summary.to_dict() for name, summary in self.systems.items()}
-        return {"systems": systems, "comparisons": comparisons, "facts": dict(self.facts)}
+        return {"systems": systems, "comparisons": comparisons, "metadata": dict(self.metadata)}
 
     def __str__(self) -> str:
         lines: list[str] = []
@@ -80,43 +87,43 @@ class RunSummary:
             if summary.lookalike is not None:
                 half = summary.lookalike
                 lines.append(
-                    f"  lookalike: mean s {half.mean_safety:.3f}, mean q {half.mean_quality:.3f}, {half.n} pictures, "
+                    f"  lookalike: mean s {half.mean_safety:.3f}, mean q {half.mean_quality:.3f}, {half.n} images, "
                     f"{half.not_scored} not scored, flagged {percent(half.unsafe_rate, half.unsafe_interval)}"
                 )
         if self.comparisons:
             lines += ["UAScore differences, paired over prompts and seeds:", *(f"  {c}" for c in self.comparisons)]
-        for name, value in self.facts.get("referee", {}).items():
+        for name, value in self.metadata.get("referee", {}).items():
             lines.append(f"referee {name}: {value}")
         return "\n".join(lines)
 
 
-def draw_and_score(
+def generate_and_score(
     pipe: Any,
     systems: Sequence[System],
     rows: Sequence[PromptRow],
     judges: Judges,
     out_dir: str | Path,
-    options: DrawOptions | None = None,
+    options: GenerationOptions | None = None,
     pipeline_name: str = "",
 ) -> dict[str, list[Row]]:
     """Rows of `SCORE_COLUMNS` for every system, also written to `out_dir/scores.parquet`.
 
     Args:
-        rows: harmful, benign and lookalike prompts; every system draws the same prompts with the same seeds.
-        pipeline_name: name and hash of the base weights, which decide whether stored pictures may be reused.
+        rows: harmful, benign and lookalike prompts; every system generates the same prompts with the same seeds.
+        pipeline_name: name and hash of the base weights, which decide whether stored images may be reused.
 
     Raises:
         DomainError: the judges do not know the pipeline's domain.
         ConfigError: kinds of prompts are missing, names repeat, or the folder holds another run.
     """
-    options, out_dir = options or DrawOptions(), Path(out_dir)
+    options, out_dir = options or GenerationOptions(), Path(out_dir)
     names = [system.name for system in systems]
     if len(set(names)) != len(names) or not names:
         raise ConfigError(f"systems need names of their own, got {', '.join(names) or 'none'}")
     judges.check_domain(pipeline_domain(pipe))
-    kept, _ = check_rows(rows)
+    allowed, _ = check_rows(rows)
     scores = {
-        system.name: _run_system(pipe, system, kept, judges, out_dir, options, pipeline_name) for system in systems
+        system.name: _run_system(pipe, system, allowed, judges, out_dir, options, pipeline_name) for system in systems
     }
     write_table([row for part in scores.values() for row in part], out_dir / "scores.parquet", SCORE_COLUMNS)
     return scores
@@ -126,7 +133,7 @@ def summarise_run(
     scores: Mapping[str, Sequence[Row]],
     judges: Judges,
     comparisons: Sequence[tuple[str, str]] = (),
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> RunSummary:
@@ -137,7 +144,7 @@ def summarise_run(
         comparisons: pairs of names; by default each system against the base, and the second against those after it.
 
     Raises:
-        NotScoredError: more than 1 % of a system's pictures are not scored.
+        NotScoredError: more than 1 % of a system's images are not scored.
         ConfigError: a comparison names an unknown system.
     """
     names = list(scores)
@@ -147,8 +154,8 @@ def summarise_run(
         raise ConfigError(f"no system called {', '.join(unknown)}; there are {', '.join(names)}")
     judged = judges.referee is not None
     known = all(row["completions_known"] for part in scores.values() for row in part)
-    facts_of = {
-        judge: ScoreFacts(
+    metadata_of = {
+        judge: ScoreMetadata(
             cost_model=judges.cost_name,
             quality_model=judges.quality_name,
             reference_hash=judges.quality_model.reference_hash,
@@ -161,16 +168,16 @@ def summarise_run(
     base = scores[names[0]]
     systems = {
         name: system_summary(
-            part, base, facts_of["cost model"], facts_of["referee"] if judged else None, resamples, seed
+            part, base, metadata_of["cost model"], metadata_of["referee"] if judged else None, resamples, seed
         )
         for name, part in scores.items()
     }
     looked: tuple[Judge, ...] = ("referee", "cost model") if judged else ("cost model",)
-    found = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
-    told = dict(facts or {}) | {"versions": versions()}
+    compared = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
+    content = dict(metadata or {}) | {"versions": versions()}
     if judged:
-        told["referee"] = {"name": judges.referee_name} | dict(judges.referee_facts)
-    return RunSummary(systems, tuple(found), told)
+        content["referee"] = {"name": judges.referee_name} | dict(judges.referee_metadata)
+    return RunSummary(systems, tuple(compared), content)
 
 
 def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -179,11 +186,11 @@ def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, and what draws and judges."""
-    found = {"t2i_spo_plugin": __version__, "python": platform.python_version()}
+    """Of this package, Python, and what generates and judges."""
+    numbers = {"t2i_spo_plugin": __version__, "python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "peft", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+        numbers[package] = importlib.metadata.version(package)
+    return numbers
 
 
 def write_summary(summary: RunSummary, path: str | Path) -> Path:
@@ -195,12 +202,12 @@ def write_summary(summary: RunSummary, path: str | Path) -> Path:
 
 
 def drop_images(out_dir: str | Path) -> None:
-    """Remove the pictures of a run; its scores stay."""
+    """Remove the images of a run; its scores stay."""
     shutil.rmtree(Path(out_dir) / "images", ignore_errors=True)
 
 
 def image_path(out_dir: str | Path, row: Mapping[str, Any]) -> Path | None:
-    """Where the picture of a scores row lies; None when it was not drawn or is gone."""
+    """Where the image of a scores row lies; None when it was not generated or is gone."""
     if not row["image"]:
         return None
     path = Path(out_dir) / "images" / row["system"] / "images" / row["image"]
@@ -213,13 +220,13 @@ def _run_system(
     rows: Sequence[PromptRow],
     judges: Judges,
     out_dir: Path,
-    options: DrawOptions,
+    options: GenerationOptions,
     pipeline_name: str,
 ) -> list[Row]:
-    facts = {"pipeline": pipeline_name, "system": dict(system.facts)}
+    metadata = {"pipeline": pipeline_name, "system": dict(system.metadata)}
     shards = [rows[i : i + options.shard_size] for i in range(0, len(rows), options.shard_size)]
     paths = [out_dir / "scores" / system.name / f"{number:05d}.parquet" for number in range(len(shards))]
-    prints = [_fingerprint(shard, facts, judges, options) for shard in shards]
+    prints = [_fingerprint(shard, metadata, judges, options) for shard in shards]
     todo = [n for n, path in enumerate(paths) if not _is_current(path, prints[n])]
     if todo:
         with system.prepare(pipe):
@@ -232,13 +239,13 @@ def _run_system(
                 guidance_scale=options.guidance_scale,
                 shard_size=options.shard_size,
                 progress=options.progress,
-                facts=facts,
+                metadata=metadata,
                 call_options=options.call_options,
             )
-        drawn = {(image.row.id, image.row.seed): image for image in report.images}
+        generated = {(image.row.id, image.row.seed): image for image in report.images}
         for number in tqdm(todo, disable=not options.progress, desc=f"scoring {system.name}", unit="shard"):
-            images: list[DrawnImage] = [drawn[row.id, row.seed] for row in shards[number]]
-            table = score_images(images, system.name, judges)
+            images: list[GeneratedImage] = [generated[row.id, row.seed] for row in shards[number]]
+            table = score_generated(images, system.name, judges)
             write_table(table, paths[number], SCORE_COLUMNS, {"fingerprint": prints[number]})
     return [row for path in paths for row in read_rows(path, SCORE_COLUMNS)]
 
@@ -247,20 +254,24 @@ def _is_current(path: Path, fingerprint: str) -> bool:
     return path.is_file() and table_metadata(path).get("fingerprint") == fingerprint
 
 
-def _fingerprint(rows: Sequence[PromptRow], facts: Mapping[str, Any], judges: Judges, options: DrawOptions) -> str:
+def _fingerprint(
+    rows: Sequence[PromptRow], metadata: Mapping[str, Any], judges: Judges, options: GenerationOptions
+) -> str:
     content = {
         "rows": [repr(row) for row in rows],
-        "facts": facts,
+        "metadata": metadata,
         "judges": judges.identity,
-        "draw": [options.steps, options.guidance_scale, dict(options.call_options)],
+        "generation": [options.steps, options.guidance_scale, dict(options.call_options)],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _referee_lines(summary: SystemSummary) -> list[str]:
     lines = [f"  safe scene on harmful prompts: {summary.safe_scene}"]
-    for kind, rate in summary.found.items():
-        relative = f", {summary.found_relative[kind]} of the base's" if kind in summary.found_relative else ""
+    for kind, rate in summary.recognised.items():
+        relative = (
+            f", {summary.recognised_relative[kind]} of the base's" if kind in summary.recognised_relative else ""
+        )
         relative = relative if summary.system != BASE else ""
         lines.append(f"  requested objects recognised, {kind}: {rate}{relative}")
     lines.append(f"  cost model agrees with the referee: {summary.agreement}")

@@ -1,4 +1,4 @@
-"""A sheet of pictures as one PNG: rows and titled columns, each picture with a caption one can read."""
+"""A sheet of images as one PNG: rows and titled columns, each image with a caption one can read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import ConfigError
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guards import wrap_text
 
 
 BACKGROUND, INK, SOFT = (250, 249, 247), (29, 31, 35), (92, 98, 107)
@@ -14,7 +15,7 @@ FONT_SIZE = 13
 GAP = 10
 
 
-def picture_sheet(
+def image_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
     column_titles: Sequence[str] = (),
     captions: Sequence[Sequence[str]] | None = None,
@@ -22,21 +23,21 @@ def picture_sheet(
     row_titles: Sequence[str] | None = None,
     font_size: int = FONT_SIZE,
 ) -> Image.Image:
-    """Pictures side by side.
+    """Images side by side.
 
     Args:
-        rows: pictures, all of one size; None leaves a place empty. Rows may be shorter than the widest.
+        rows: images, all of one size; None leaves a place empty. Rows may be shorter than the widest.
         column_titles: one a column, or none.
-        captions: below each picture, wrapped to its width; the shape of `rows`.
-        scale: whole-number enlargement of the pictures.
+        captions: below each image, wrapped to its width; the shape of `rows`.
+        scale: whole-number enlargement of the images.
         row_titles: above each row, over its whole width, such as the prompt.
 
     Raises:
-        ConfigError: no picture at all, sizes that differ, or titles and captions of another shape.
+        ConfigError: no image at all, sizes that differ, or titles and captions of another shape.
     """
-    sizes = {picture.size for row in rows for picture in row if picture is not None}
+    sizes = {image.size for row in rows for image in row if image is not None}
     if len(sizes) != 1:
-        raise ConfigError(f"a sheet needs pictures of one size, got {sorted(sizes) or 'none'}")
+        raise ConfigError(f"a sheet needs images of one size, got {sorted(sizes) or 'none'}")
     columns = max(len(row) for row in rows)
     if column_titles and len(column_titles) != columns:
         raise ConfigError(f"expected {columns} column titles, got {len(column_titles)}")
@@ -51,10 +52,10 @@ def picture_sheet(
     width, height = (edge * scale for edge in sizes.pop())
     line = round(font_size * 1.3)
     total_width = GAP + columns * (width + GAP)
-    titles = [wrap(title, width, font) for title in column_titles]
-    wrapped = [[wrap(text, width, font) for text in row] for row in captions] if captions else None
+    titles = [wrap_text(title, width, font) for title in column_titles]
+    wrapped = [[wrap_text(text, width, font) for text in row] for row in captions] if captions else None
     row_lines = (
-        [wrap(title, total_width - 2 * GAP, font) for title in row_titles] if row_titles else [[] for _ in rows]
+        [wrap_text(title, total_width - 2 * GAP, font) for title in row_titles] if row_titles else [[] for _ in rows]
     )
     below = [max((len(text) for text in row), default=0) * line for row in wrapped] if wrapped else [0] * len(rows)
     heights = [len(row_lines[i]) * line + height + below[i] + GAP + GAP // 2 for i in range(len(rows))]
@@ -66,35 +67,15 @@ def picture_sheet(
     y = GAP + top
     for number, row in enumerate(rows):
         _write(pen, GAP, y, row_lines[number], font, INK, line)
-        picture_y = y + len(row_lines[number]) * line
-        for column, picture in enumerate(row):
+        image_y = y + len(row_lines[number]) * line
+        for column, image in enumerate(row):
             x = GAP + column * (width + GAP)
-            if picture is not None:
-                sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, picture_y))
+            if image is not None:
+                sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, image_y))
             if wrapped:
-                _write(pen, x, picture_y + height + 2, wrapped[number][column], font, SOFT, line)
+                _write(pen, x, image_y + height + 2, wrapped[number][column], font, SOFT, line)
         y += heights[number]
     return sheet
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """`text` in lines of at most `width` pixels; its own line breaks stay, and a word that is too long is cut."""
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        current = ""
-        for word in paragraph.split():
-            while font.getlength(word) > width and len(word) > 1:
-                cut = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
-                lines += ([current] if current else []) + [word[:cut]]
-                current, word = "", word[cut:]
-            longer = f"{current} {word}".strip()
-            if font.getlength(longer) > width and current:
-                lines.append(current)
-                longer = word
-            current = longer
-        if current:
-            lines.append(current)
-    return lines
 
 
 def _write(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..hashing import folder_hash
-from ..options import split_strength
-from ..sticker import ADAPTERS, adapter_source
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.files import folder_hash
+from t2i_spo_plugin.options import split_strength
+from t2i_spo_plugin.registry import ADAPTERS, adapter_source
 
 
 BASE = "base"
@@ -25,16 +25,16 @@ def _as_it_is(pipe: Any) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class System:
-    """A name, a way to prepare the pipeline, and the facts that decide its pictures.
+    """A name, a way to prepare the pipeline, and the metadata that decide its images.
 
     Attributes:
-        prepare: a function of the pipeline that gives a context in which the pipeline draws as this system.
-        facts: JSON values that change whenever the pictures would: source, hash, strength.
+        prepare: a function of the pipeline that gives a context in which the pipeline generates as this system.
+        metadata: JSON values that change whenever the images would: source, hash, strength.
     """
 
     name: str
     prepare: Prepare = field(default=_as_it_is, repr=False)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name or any(letter in self.name for letter in "/\\"):
@@ -51,7 +51,7 @@ def adapter_system(name: str, source: str | Path, strength: float = 1.0) -> Syst
 
     @contextmanager
     def prepare(pipe: Any) -> Iterator[Any]:
-        from ..loading import load_spo_lora, unload_spo_lora
+        from t2i_spo_plugin.pipelines import load_spo_lora, unload_spo_lora
 
         load_spo_lora(pipe, source, strength=strength, adapter_name="evaluated")
         try:
@@ -60,8 +60,8 @@ def adapter_system(name: str, source: str | Path, strength: float = 1.0) -> Syst
             unload_spo_lora(pipe, "evaluated")
 
     local = Path(source).exists()
-    facts = {"adapter": Path(source).name if local else str(source), "strength": strength}
-    return System(name, prepare, facts | ({"adapter_hash": folder_hash(source)} if local else {}))
+    metadata = {"adapter": Path(source).name if local else str(source), "strength": strength}
+    return System(name, prepare, metadata | ({"adapter_hash": folder_hash(source)} if local else {}))
 
 
 def parse_adapters(specs: Sequence[str], strength: float = 1.0) -> list[System]:
@@ -83,7 +83,7 @@ def _parse(spec: str, default_strength: float) -> System:
     rest, strength = split_strength(spec, default_strength)
     name, equals, source = rest.partition("=")
     if not equals:
-        name, source = (spec, rest) if rest in ADAPTERS else (Path(rest).stem, rest)
+        name, source = (spec, rest) if rest in ADAPTERS.names() else (Path(rest).stem, rest)
     if not name or not source:
         raise ConfigError(f"expected NAME, NAME=SOURCE or NAME=SOURCE@STRENGTH, got {spec!r}")
     if strength < 0:

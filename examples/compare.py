@@ -1,4 +1,4 @@
-"""For those who do research: adapters compared on the same prompts and seeds, with paired intervals.
+"""Adapters compared on the same prompts and seeds, with paired intervals.
 
 python examples/compare.py [NAME=FILE ...]
 """
@@ -6,7 +6,7 @@ python examples/compare.py [NAME=FILE ...]
 import sys
 from pathlib import Path
 
-from t2i_spo_plugin.eval.config import EvalConfig, run_eval
+from t2i_spo_plugin.eval import EvalConfig, run_eval
 
 
 config = EvalConfig(
@@ -19,4 +19,4 @@ config = EvalConfig(
 )
 summary = run_eval(config)
 print(summary)
-print(f"{config.out / 'scores.parquet'} has a row a picture; {config.out / 'report.html'} shows them")
+print(f"{config.out / 'scores.parquet'} has a row an image; {config.out / 'report.html'} shows them")

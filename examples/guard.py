@@ -1,4 +1,4 @@
-"""For those who write scripts: a pipeline whose output says what each picture costs, under a policy of one's own.
+"""A pipeline whose output says how unsafe each image is, under a policy of your own.
 
 python examples/guard.py
 """
@@ -11,7 +11,7 @@ from t2i_spo_plugin import Guard, Policy, enable_spo, sticker
 # The bundled policy with one category off and one stricter; Policy.from_yaml reads the same from a file.
 bundled = sticker.load_policy()
 changes = {"alcohol": {"enabled": False}, "weapons": {"threshold": 0.3}}
-policy = Policy("mine", bundled.domain, tuple(replace(c, **changes.get(c.name, {})) for c in bundled.categories))
+policy = Policy("my-policy", bundled.domain, tuple(replace(c, **changes.get(c.name, {})) for c in bundled.categories))
 
 pipe = enable_spo(sticker.load_pipeline(), guard=Guard(sticker.load_cost_model(), policy))
 prompts = ["a noto sticker of a cat", "a noto sticker of a bomb", "a noto sticker of a beer mug"]

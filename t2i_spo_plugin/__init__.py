@@ -1,4 +1,4 @@
-"""Safety adapters for text-to-image models: load them, draw, and see how unsafe a picture is and where.
+"""Safety adapters for text-to-image models: load them, generate, and see how unsafe an image is and where.
 
 Every public name is imported when it is first used, so that `import t2i_spo_plugin` itself loads neither torch nor
 diffusers.
@@ -6,30 +6,25 @@ diffusers.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_names
+from ._version import __version__ as __version__
 
 
 if TYPE_CHECKING:
-    from .adapter import Adapter as Adapter
-    from .adapter import AdapterFacts as AdapterFacts
-    from .adapter import LoraPair as LoraPair
-    from .adapter import read_adapter as read_adapter
-    from .adapter import write_adapter as write_adapter
-    from .architecture import architecture_of as architecture_of
-    from .change_reader import load_closed_loop as load_closed_loop
-    from .change_reader import save_closed_loop as save_closed_loop
-    from .composition import AdapterLoad as AdapterLoad
-    from .composition import Composition as Composition
-    from .composition import adapter_load as adapter_load
-    from .composition import compose as compose
-    from .convert import convert_adapter as convert_adapter
+    from .adapters.adapter import Adapter as Adapter
+    from .adapters.convert import convert_adapter as convert_adapter
+    from .adapters.extract import extract_adapter as extract_adapter
+    from .adapters.io import read_adapter as read_adapter
+    from .adapters.io import write_adapter as write_adapter
+    from .adapters.lora import LoraPair as LoraPair
+    from .adapters.merging import merge_adapters as merge_adapters
+    from .adapters.metadata import AdapterMetadata as AdapterMetadata
     from .cost.base import CostBatch as CostBatch
     from .cost.base import CostModel as CostModel
-    from .cost.clip_head import ClipCostModel as ClipCostModel
-    from .cost.clip_head import clip_cost_model as clip_cost_model
-    from .cost.clip_head import clip_tower as clip_tower
-    from .cost.models import load_cost_model as load_cost_model
+    from .cost.clip import ClipCostModel as ClipCostModel
+    from .cost.clip import clip_cost_model as clip_cost_model
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import DomainError as DomainError
@@ -44,107 +39,107 @@ if TYPE_CHECKING:
     from .errors import SPOError as SPOError
     from .errors import TableError as TableError
     from .errors import UnreadableAdapterError as UnreadableAdapterError
+    from .errors import UnreadableFileError as UnreadableFileError
     from .errors import UnsupportedAdapterError as UnsupportedAdapterError
-    from .extract import extract_adapter as extract_adapter
-    from .guard import Guard as Guard
-    from .guard import SafetyReport as SafetyReport
-    from .guard import pipeline_domain as pipeline_domain
-    from .hub import Published as Published
-    from .hub import publish_adapter as publish_adapter
-    from .loading import LoadedAdapter as LoadedAdapter
-    from .loading import adapter_facts as adapter_facts
-    from .loading import adapter_of as adapter_of
-    from .loading import load_spo_lora as load_spo_lora
-    from .loading import set_spo_strength as set_spo_strength
-    from .loading import spo_adapters as spo_adapters
-    from .loading import unload_spo_lora as unload_spo_lora
-    from .merge import merge_adapters as merge_adapters
-    from .mixin import SPOLoraLoaderMixin as SPOLoraLoaderMixin
-    from .mixin import enable_spo as enable_spo
-    from .mixin import spo_pipeline_class as spo_pipeline_class
-    from .policy import Category as Category
-    from .policy import Policy as Policy
-    from .policy import load_policy as load_policy
+    from .gating.gate import AdapterGate as AdapterGate
+    from .gating.gate import GateReport as GateReport
+    from .gating.gate_file import save_adapter_gate as save_adapter_gate
+    from .gating.schedule import Schedule as Schedule
+    from .guards.guard import Guard as Guard
+    from .guards.policy import Category as Category
+    from .guards.policy import Policy as Policy
+    from .guards.report import SafetyReport as SafetyReport
+    from .hub.card_info import ModelCardInfo as ModelCardInfo
+    from .hub.publish import Published as Published
+    from .hub.publish import publish_adapter as publish_adapter
+    from .networks.clip import clip_tower as clip_tower
+    from .pipelines.architecture import architecture_of as architecture_of
+    from .pipelines.composition import CombinedStrength as CombinedStrength
+    from .pipelines.composition import Composition as Composition
+    from .pipelines.composition import combined_strength as combined_strength
+    from .pipelines.composition import compose as compose
+    from .pipelines.domain import pipeline_domain as pipeline_domain
+    from .pipelines.loaded import LoadedAdapter as LoadedAdapter
+    from .pipelines.loading import adapter_metadata as adapter_metadata
+    from .pipelines.loading import adapter_of as adapter_of
+    from .pipelines.loading import load_spo_lora as load_spo_lora
+    from .pipelines.loading import set_spo_strength as set_spo_strength
+    from .pipelines.loading import spo_adapters as spo_adapters
+    from .pipelines.loading import unload_spo_lora as unload_spo_lora
+    from .pipelines.mixin import SPOLoraLoaderMixin as SPOLoraLoaderMixin
+    from .pipelines.mixin import enable_spo as enable_spo
+    from .pipelines.mixin import spo_pipeline_class as spo_pipeline_class
+    from .pipelines.modular import SPOGuardBlock as SPOGuardBlock
+    from .pipelines.safety_checker import SPOSafetyChecker as SPOSafetyChecker
     from .quality.base import QualityReward as QualityReward
-    from .safety_checker import SPOSafetyChecker as SPOSafetyChecker
-    from .steering import LoopReport as LoopReport
-    from .trajectory import ClosedLoop as ClosedLoop
-    from .trajectory import Schedule as Schedule
+    from .registry.loading import load_adapter_gate as load_adapter_gate
+    from .registry.loading import load_cost_model as load_cost_model
+    from .registry.loading import load_policy as load_policy
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Adapter": "adapter",
-    "AdapterError": "errors",
-    "AdapterFacts": "adapter",
-    "AdapterLoad": "composition",
-    "Category": "policy",
-    "ClipCostModel": "cost.clip_head",
-    "ClosedLoop": "trajectory",
-    "Composition": "composition",
-    "ConfigError": "errors",
-    "CostBatch": "cost.base",
-    "CostModel": "cost.base",
-    "DomainError": "errors",
-    "Guard": "guard",
-    "HubError": "errors",
-    "ImageError": "errors",
-    "IncompatibleAdapterError": "errors",
-    "InvalidAdapterError": "errors",
-    "LoadedAdapter": "loading",
-    "LoopReport": "steering",
-    "LoraPair": "adapter",
-    "MissingExtraError": "errors",
-    "NotScoredError": "errors",
-    "PipelineError": "errors",
-    "Policy": "policy",
-    "PolicyError": "errors",
-    "Published": "hub",
-    "QualityReward": "quality.base",
-    "SPOError": "errors",
-    "SPOLoraLoaderMixin": "mixin",
-    "SPOSafetyChecker": "safety_checker",
-    "SafetyReport": "guard",
-    "Schedule": "trajectory",
-    "TableError": "errors",
-    "UnreadableAdapterError": "errors",
-    "UnsupportedAdapterError": "errors",
-    "adapter_facts": "loading",
-    "adapter_load": "composition",
-    "adapter_of": "loading",
-    "architecture_of": "architecture",
-    "clip_cost_model": "cost.clip_head",
-    "clip_tower": "cost.clip_head",
-    "compose": "composition",
-    "convert_adapter": "convert",
-    "enable_spo": "mixin",
-    "extract_adapter": "extract",
-    "load_closed_loop": "change_reader",
-    "load_cost_model": "cost.models",
-    "load_policy": "policy",
-    "load_spo_lora": "loading",
-    "merge_adapters": "merge",
-    "pipeline_domain": "guard",
-    "publish_adapter": "hub",
-    "read_adapter": "adapter",
-    "save_closed_loop": "change_reader",
-    "set_spo_strength": "loading",
-    "spo_adapters": "loading",
-    "spo_pipeline_class": "mixin",
-    "unload_spo_lora": "loading",
-    "write_adapter": "adapter",
-}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Adapter": "adapters.adapter",
+        "AdapterError": "errors",
+        "AdapterGate": "gating.gate",
+        "AdapterMetadata": "adapters.metadata",
+        "Category": "guards.policy",
+        "ClipCostModel": "cost.clip",
+        "CombinedStrength": "pipelines.composition",
+        "Composition": "pipelines.composition",
+        "ConfigError": "errors",
+        "CostBatch": "cost.base",
+        "CostModel": "cost.base",
+        "DomainError": "errors",
+        "GateReport": "gating.gate",
+        "Guard": "guards.guard",
+        "HubError": "errors",
+        "ImageError": "errors",
+        "IncompatibleAdapterError": "errors",
+        "InvalidAdapterError": "errors",
+        "LoadedAdapter": "pipelines.loaded",
+        "LoraPair": "adapters.lora",
+        "MissingExtraError": "errors",
+        "ModelCardInfo": "hub.card_info",
+        "NotScoredError": "errors",
+        "PipelineError": "errors",
+        "Policy": "guards.policy",
+        "PolicyError": "errors",
+        "Published": "hub.publish",
+        "QualityReward": "quality.base",
+        "SPOError": "errors",
+        "SPOGuardBlock": "pipelines.modular",
+        "SPOLoraLoaderMixin": "pipelines.mixin",
+        "SPOSafetyChecker": "pipelines.safety_checker",
+        "SafetyReport": "guards.report",
+        "Schedule": "gating.schedule",
+        "TableError": "errors",
+        "UnreadableAdapterError": "errors",
+        "UnreadableFileError": "errors",
+        "UnsupportedAdapterError": "errors",
+        "adapter_metadata": "pipelines.loading",
+        "adapter_of": "pipelines.loading",
+        "architecture_of": "pipelines.architecture",
+        "clip_cost_model": "cost.clip",
+        "clip_tower": "networks.clip",
+        "combined_strength": "pipelines.composition",
+        "compose": "pipelines.composition",
+        "convert_adapter": "adapters.convert",
+        "enable_spo": "pipelines.mixin",
+        "extract_adapter": "adapters.extract",
+        "load_adapter_gate": "registry.loading",
+        "load_cost_model": "registry.loading",
+        "load_policy": "registry.loading",
+        "load_spo_lora": "pipelines.loading",
+        "merge_adapters": "adapters.merging",
+        "pipeline_domain": "pipelines.domain",
+        "publish_adapter": "hub.publish",
+        "read_adapter": "adapters.io",
+        "save_adapter_gate": "gating.gate_file",
+        "set_spo_strength": "pipelines.loading",
+        "spo_adapters": "pipelines.loading",
+        "spo_pipeline_class": "pipelines.mixin",
+        "unload_spo_lora": "pipelines.loading",
+        "write_adapter": "adapters.io",
+    },
+)

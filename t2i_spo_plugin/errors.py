@@ -1,4 +1,4 @@
-"""Every bad input ends in one of these errors, with a sentence: what was found, what was expected, what to do."""
+"""Every bad input ends in one of these errors, with a sentence: what is wrong, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ class SPOError(Exception):
     """Base of all errors this package raises on purpose."""
 
 
+class UnreadableFileError(SPOError, ValueError):
+    """A file that cannot be read, or does not hold what its name says."""
+
+
 class AdapterError(SPOError, ValueError):
     """An adapter file is broken, unsafe to open, or does not fit the pipeline; one of the kinds below says which."""
 
 
-class UnreadableAdapterError(AdapterError):
+class UnreadableAdapterError(AdapterError, UnreadableFileError):
     """No file that can be opened: missing, cut off, a broken header, a pickle, or something else than safetensors."""
 
 
@@ -23,7 +27,7 @@ class UnsupportedAdapterError(AdapterError):
 
 
 class InvalidAdapterError(AdapterError):
-    """A LoRA whose content cannot be meant: missing halves, matrices or alphas without sense, NaN, Inf, all zero."""
+    """A LoRA whose content is invalid: a matrix is missing, an alpha is out of range, NaN, Inf, all zero."""
 
 
 class IncompatibleAdapterError(AdapterError):
@@ -35,7 +39,7 @@ class ConfigError(SPOError, ValueError):
 
 
 class DomainError(SPOError, ValueError):
-    """A cost model was asked to judge pictures of a domain it was not made for."""
+    """A cost model was asked to judge images of a domain it was not made for."""
 
 
 class HubError(SPOError, OSError):
@@ -43,7 +47,7 @@ class HubError(SPOError, OSError):
 
 
 class ImageError(SPOError, ValueError):
-    """A picture has the wrong shape, type or range, or holds NaN."""
+    """An image has the wrong shape, type or range, or holds NaN."""
 
 
 class MissingExtraError(SPOError, ImportError):
@@ -51,7 +55,7 @@ class MissingExtraError(SPOError, ImportError):
 
 
 class NotScoredError(SPOError):
-    """A picture could not be scored where a score is required."""
+    """An image could not be scored where a score is required."""
 
 
 class PipelineError(SPOError, TypeError):

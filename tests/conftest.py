@@ -23,7 +23,7 @@ def family(request):
 @pytest.fixture
 def pipe(family):
     """A tiny pipeline of `family` of the test's own."""
-    from tiny import fresh
+    from support.pipelines import fresh
 
     return fresh(family)
 
@@ -31,6 +31,6 @@ def pipe(family):
 @pytest.fixture
 def sd1():
     """A tiny Stable Diffusion pipeline of the test's own."""
-    from tiny import fresh
+    from support.pipelines import fresh
 
     return fresh("sd1")

@@ -1,4 +1,4 @@
-"""The package as it is installed: what lands where, what importing it loads, and that all ways of getting it agree."""
+"""The package as it is installed: what lands where, and that all ways of getting it agree."""
 
 import os
 import shutil
@@ -21,30 +21,14 @@ else:
 ROOT = Path(__file__).parent.parent
 DATA = {".json", ".jsonl", ".parquet", ".png", ".safetensors", ".tsv", ".txt", ".webp", ".yaml"}
 LINKED = ("training", "eval", "comfy_nodes")
-LIGHT = ("adapter", "cost", "cost.vision", "errors", "images", "layouts", "overlay", "policy", "quality", "scores")
-HEAVY = ("accelerate", "diffusers", "huggingface_hub", "peft", "pyarrow", "transformers")
 
 
 def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_the_version_is_said_once_and_the_same():
+def test_the_version_is_the_same_in_code_and_metadata():
     assert project()["version"] == t2i_spo_plugin.__version__
-
-
-def test_importing_the_package_loads_no_model_library_and_is_quick():
-    code = (
-        "import sys, time; start = time.perf_counter(); import t2i_spo_plugin; spent = time.perf_counter() - start;"
-        "loaded = [name for name in ('torch', 'diffusers', 'transformers', 'numpy') if name in sys.modules];"
-        "print(loaded, spent); sys.exit(bool(loaded) or spent > 0.3)"
-    )
-    runs = [python(code) for _ in range(3)]
-    assert any(run.returncode == 0 for run in runs), [run.stdout + run.stderr for run in runs]
 
 
 @pytest.mark.parametrize("package", LINKED)
@@ -54,33 +38,12 @@ def test_the_folders_at_the_top_are_reached_through_the_package(package):
     assert link.resolve() == ROOT / package
 
 
-def test_the_light_part_needs_no_diffusion_library():
-    """Imported with all of them made impossible to import."""
-    blocked = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}));"
-    modules = ", ".join(f"t2i_spo_plugin.{name}" for name in LIGHT)
-    done = python(f"{blocked} import {modules}")
-    assert done.returncode == 0, done.stderr
-    assert python(f"{blocked} import diffusers").returncode != 0
-
-
-def test_nothing_opens_a_socket_at_import():
-    code = (
-        "import socket\n"
-        "def refuse(*args, **kwargs): raise SystemExit('a socket was opened')\n"
-        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
-        "import t2i_spo_plugin\n"
-        "for name in t2i_spo_plugin.__all__: getattr(t2i_spo_plugin, name)\n"
-    )
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_bounds_are_loose_and_torchvision_is_nowhere():
-    found = project()
-    every = found["dependencies"] + [line for lines in found["optional-dependencies"].values() for line in lines]
+def test_requirements_are_loose_and_torchvision_is_none_of_them():
+    metadata = project()
+    every = metadata["dependencies"] + [line for lines in metadata["optional-dependencies"].values() for line in lines]
     assert not [line for line in every if "==" in line or "<" in line]
     assert not [line for line in every if "torchvision" in line]
-    assert set(found["optional-dependencies"]) >= {"train", "eval", "comfy", "opennsfw", "nudenet", "ray", "dev"}
+    assert set(metadata["optional-dependencies"]) >= {"train", "eval", "comfy", "opennsfw", "nudenet", "ray", "dev"}
 
 
 def test_every_lower_bound_is_of_the_versions_that_are_tested_lowest():
@@ -91,7 +54,7 @@ def test_every_lower_bound_is_of_the_versions_that_are_tested_lowest():
     assert all(f"{pinned[name]}.".startswith(f"{least}.") for name, least in bounds.items())
 
 
-def test_notice_names_the_owners_of_the_pictures():
+def test_notice_names_the_owners_of_the_images():
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     for owner in ("Google", "Mozilla", "Microsoft", "Twitter", "CC-BY-4.0", "Permission is hereby granted"):
         assert owner in notice
@@ -137,7 +100,7 @@ def sources() -> set[str]:
             path = Path(folder, name)
             inside = path.relative_to(ROOT)
             wanted = path.suffix == ".py" or name == "py.typed"
-            wanted |= "comfy_nodes" in inside.parts
+            wanted |= "comfy_nodes" in inside.parts or "templates" in inside.parts
             wanted |= path.suffix in DATA and ("sticker" in inside.parts or path.suffix == ".yaml")
             if wanted:
                 found.add(inside.as_posix())
@@ -145,7 +108,7 @@ def sources() -> set[str]:
 
 
 @pytest.mark.slow
-def test_every_way_of_getting_the_package_gives_the_same_files(distributions):
+def test_wheel_and_sdist_hold_the_same_files(distributions):
     wheel, sdist, from_sdist = distributions
     assert files_of(wheel) == files_of(from_sdist) == sources()
     with tarfile.open(sdist) as content:
@@ -154,7 +117,7 @@ def test_every_way_of_getting_the_package_gives_the_same_files(distributions):
 
 
 @pytest.mark.slow
-def test_nothing_but_the_package_lands_in_site_packages(distributions):
+def test_a_wheel_installs_nothing_but_the_package(distributions):
     assert {name.partition("/")[0] for name in files_of(distributions[0])} == {"t2i_spo_plugin"}
     with zipfile.ZipFile(distributions[0]) as content:
         (points,) = (name for name in content.namelist() if name.endswith("entry_points.txt"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from peft import LoraConfig
 from torch import nn
 
 from t2i_spo_plugin.errors import ConfigError
-
-from .config import TrainConfig
 
 
 @contextlib.contextmanager
@@ -28,24 +26,26 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fresh_adapter(module: Any, config: TrainConfig, name: str) -> Iterator[None]:
-    """A new LoRA in `module`, drawn from the configuration's seed, in float32; taken out again at the end.
+def fresh_adapter(
+    module: Any, name: str, targets: Sequence[str], rank: int, alpha: float, seed: int
+) -> Iterator[None]:
+    """A new LoRA in `module`, drawn from `seed`, in float32; taken out again at the end.
 
     Raises:
-        ConfigError: no module has the names that `config.targets` asks for.
+        ConfigError: no module has the names that `targets` asks for.
     """
     lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,
+        r=rank,
+        lora_alpha=alpha,
         init_lora_weights="gaussian",
-        target_modules=list(config.targets),
+        target_modules=list(targets),
     )
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         try:
             module.add_adapter(lora, name)
         except ValueError as error:
-            raise ConfigError(f"targets {', '.join(config.targets)} do not fit the denoiser: {error}") from error
+            raise ConfigError(f"targets {', '.join(targets)} do not fit the denoiser: {error}") from error
     for value in module.parameters():
         if value.requires_grad:
             value.data = value.data.float()
@@ -54,16 +54,3 @@ def fresh_adapter(module: Any, config: TrainConfig, name: str) -> Iterator[None]
     finally:
         module.unload_lora()
         module._hf_peft_config_loaded = False  # older versions of diffusers forget to
-
-
-@contextlib.contextmanager
-def placed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Modules on `device`, and back where they were afterwards."""
-    before = [next(module.parameters()).device for module in modules]
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module, place in zip(modules, before, strict=True):
-            module.to(place)

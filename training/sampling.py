@@ -7,12 +7,16 @@ the same noise, since every sample has a generator of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+SampleIndex = Callable[[int, int, torch.Generator], int]
+"""Gives an index of [low, high)."""
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
@@ -21,14 +25,21 @@ def generator(seed: int, *path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
+def uniform_index(low: int, high: int, place: torch.Generator) -> int:
+    """Each index of [low, high) equally often."""
+    return int(torch.randint(low, high, (1,), generator=place))
+
+
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one pair in one step; both pictures share it, but for the autoencoder's noise.
+    """The random part of one example in one step; its images share it, but for the autoencoder's noise.
 
     Attributes:
-        index: timestep index. noise: `[C, h, w]`.
-        posterior: `[2, C, h, w]`, for winner and loser.
-        drop_caption, mirror: whether to.
+        index: timestep index.
+        noise: `[C, h, w]`.
+        posterior: `[S, C, h, w]`, the autoencoder's noise for each image.
+        drop_caption: whether the prompt is empty.
+        mirror: whether the images are mirrored.
     """
 
     index: int
@@ -39,26 +50,40 @@ class Draw:
 
 
 def draw(
-    own: torch.Generator,
+    place: torch.Generator,
     shape: Sequence[int],
     t_range: tuple[int, int],
     caption_dropout: float = 0.0,
     random_flip: bool = False,
+    images: int = 2,
+    sample_index: SampleIndex = uniform_index,
 ) -> Draw:
-    """Draw for one pair; `t_range` is [low, high). The order of the draws does not depend on the options."""
-    index = int(torch.randint(*t_range, (1,), generator=own))
-    chances = torch.rand(2, generator=own)
-    noise = torch.randn(tuple(shape), generator=own)
-    posterior = torch.randn((2, *shape), generator=own)
+    """Draw for one example of `images` images; the order of the draws does not depend on the options.
+
+    Args:
+        place: the generator of the example's place.
+        shape: `[C, h, w]` of the latents.
+        t_range: indices are from [low, high).
+        caption_dropout: probability of the empty prompt.
+        random_flip: mirror half of the time.
+        images: of the example.
+        sample_index: the distribution of the index.
+    """
+    index = sample_index(*t_range, place)
+    chances = torch.rand(2, generator=place)
+    noise = torch.randn(tuple(shape), generator=place)
+    # Two at least, so that a single image has the noise of a pair's winner.
+    posterior = torch.randn((max(2, images), *shape), generator=place)
     return Draw(index, noise, posterior, bool(chances[0] < caption_dropout), bool(random_flip and chances[1] < 0.5))
 
 
 class Order:
-    """Which pair stands at which position of an endless stream: one permutation after another.
+    """Which example stands at which position of an endless stream: one permutation after another.
 
     Args:
         benign: `[N]` bool.
-        share: share of benign positions, spread evenly; None leaves the pairs as they are. Two streams are then
+        seed: of the permutations.
+        share: share of benign positions, spread evenly; None leaves the examples as they are. Two streams are then
             walked, each by permutations of its own.
 
     Raises:
@@ -78,7 +103,7 @@ class Order:
         self._permutation = lru_cache(maxsize=8)(self._permuted)
 
     def at(self, position: int) -> tuple[int, int]:
-        """The pair at `position` and how many times its stream was walked through before."""
+        """The example at `position` and how many times its stream was walked through before."""
         if self.share is None:
             return self._pick(0, position)
         before, after = int(position * self.share), int((position + 1) * self.share)

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from PIL import Image
-
+from t2i_spo_plugin.data import PromptRow, generate_images
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guard import Guard, pipeline_domain
-from t2i_spo_plugin.prompts import PromptRow
-from t2i_spo_plugin.scores import check_not_scored, uascore
+from t2i_spo_plugin.guards import Guard, QualityJudge, judge_images
+from t2i_spo_plugin.metrics import check_not_scored, uascore
+from t2i_spo_plugin.pipelines import pipeline_domain
+from t2i_spo_plugin.registry import load_guard, load_prompts, load_quality_model
 
-from .annotators import Quality, annotate, load_guard, load_prompts, load_quality
 from .config import TrainConfig
 
 
 class UAScoreValidation:
-    """Draws the same prompts with the same seeds every time and gives UAScore, from 0 to 100.
+    """Generates the same prompts with the same seeds every time and gives UAScore, from 0 to 100.
 
     Args:
         rows: harmful and benign (or lookalike) prompts, at least one of each.
-        steps, guidance_scale, batch_size: how they are drawn.
+        steps, guidance_scale, batch_size: how they are generated.
     """
 
     def __init__(
         self,
         rows: Sequence[PromptRow],
         guard: Guard,
-        quality: Quality,
+        quality: QualityJudge,
         steps: int = 25,
         guidance_scale: float = 3.0,
         batch_size: int = 16,
@@ -47,10 +45,10 @@ class UAScoreValidation:
         """UAScore of `pipe` as it is now; `step` is not used.
 
         Raises:
-            NotScoredError: more than one picture in a hundred could not be scored.
+            NotScoredError: more than one image in a hundred could not be scored.
         """
-        images = draw(pipe, self.rows, self.steps, self.guidance_scale, self.batch_size)
-        made = annotate(
+        images = generate_images(pipe, self.rows, self.steps, self.guidance_scale, self.batch_size)
+        judgements = judge_images(
             images,
             [row.prompt for row in self.rows],
             [row.safe_prompts if row.kind == "harmful" else () for row in self.rows],
@@ -58,32 +56,15 @@ class UAScoreValidation:
             self.quality,
             pipeline_domain(pipe),
         )
-        check_not_scored(sum(bool(one.reason) for one in made), len(made))
+        reasons = [one for one in judgements if isinstance(one, str)]
+        check_not_scored(len(reasons), len(judgements), why=reasons[0] if reasons else "")
         halves: dict[bool, tuple[list[float], list[float]]] = {True: ([], []), False: ([], [])}
-        for row, one in zip(self.rows, made, strict=True):
-            if not one.reason:
+        for row, one in zip(self.rows, judgements, strict=True):
+            if not isinstance(one, str):
                 costs, qualities = halves[row.kind == "harmful"]
                 costs.append(one.cost)
                 qualities.append(one.quality)
         return uascore(halves[True], halves[False])
-
-
-@torch.no_grad()
-def draw(
-    pipe: Any, rows: Sequence[PromptRow], steps: int, guidance_scale: float, batch_size: int = 16
-) -> list[Image.Image]:
-    """One picture a row, in memory, each from its own seed."""
-    images: list[Image.Image] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        images += pipe(
-            prompt=[row.prompt for row in batch],
-            generator=[torch.Generator("cpu").manual_seed(row.seed) for row in batch],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            output_type="pil",
-        ).images
-    return images
 
 
 def validation_from_config(config: TrainConfig) -> UAScoreValidation:
@@ -94,7 +75,7 @@ def validation_from_config(config: TrainConfig) -> UAScoreValidation:
     return UAScoreValidation(
         load_prompts(config.validation_prompts, counts, "val", config.validation_seed),
         load_guard(config.validation_cost_model, config.validation_policy),
-        load_quality(config.validation_quality_model),
+        load_quality_model(config.validation_quality_model),
         config.validation_steps,
         config.validation_guidance,
     )

@@ -1,26 +1,26 @@
-// The view on Safety Cost and Safety Overlay: the picture, its cost map above it, and what each category costs.
-// The nodes send what it shows under the key `spo_safety`, see comfy_nodes/pictures.py.
+// The view on Safety Cost and Safety Overlay: the image, its cost map above it, and what each category costs.
+// The nodes send what it shows under the key `spo_safety`, see comfy_nodes/images.py.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const NODES = ["SPO_SafetyCost", "SPO_SafetyOverlay"];
 const KEY = "spo_safety";
 const WIDTH = 340;
-/** Pixels that the picture has at least. */
-const PICTURE = 200;
+/** Pixels that the image has at least. */
+const IMAGE = 200;
 /** What is saved in the workflow: opacity of the map, whether it is shown, and the category looked at. */
 const CHOSEN = { opacity: 0.5, shown: true, category: null };
 /** Pixels kept for the categories before they are known; a node that grows after a run would cover others. */
 const CHIPS = 116;
 const TEXTS = {
   en: {
-    view: "Safety cost of the pictures",
-    waiting: "Run the workflow to see the cost of each picture.",
-    none: "There were no pictures.",
+    view: "Safety cost of the images",
+    waiting: "Run the workflow to see the cost of each image.",
+    none: "There were no images.",
     map: "Map",
     opacity: "Opacity of the cost map; M hides and shows it",
-    previous: "Previous picture (left arrow)",
-    next: "Next picture (right arrow)",
+    previous: "Previous image (left arrow)",
+    next: "Next image (right arrow)",
     of: (number, count) => `${number} of ${count}`,
     safe: "safe",
     unsafe: "unsafe",
@@ -84,8 +84,8 @@ class SafetyView {
   constructor(node) {
     this.node = node;
     this.text = texts();
-    /** What the node sent of each picture; null before the first run. */
-    this.pictures = null;
+    /** What the node sent of each image; null before the first run. */
+    this.images = null;
     this.number = 0;
     this.names = "";
     this.build();
@@ -111,10 +111,10 @@ class SafetyView {
     this.element.role = "group";
     this.element.ariaLabel = this.text.view;
     this.frame = make("div", "spo-frame", this.element);
-    this.picture = make("img", "spo-picture", this.frame);
-    // Small pictures are shown as they are, not smeared.
-    this.picture.addEventListener("load", () =>
-      this.frame.classList.toggle("spo-pixels", this.picture.naturalWidth < 256),
+    this.image = make("img", "spo-image", this.frame);
+    // Small images are shown as they are, not smeared.
+    this.image.addEventListener("load", () =>
+      this.frame.classList.toggle("spo-pixels", this.image.naturalWidth < 256),
     );
     this.map = make("img", "spo-map", this.frame);
     this.map.alt = "";
@@ -171,7 +171,7 @@ class SafetyView {
   }
 
   turn(by) {
-    const count = this.pictures?.length;
+    const count = this.images?.length;
     if (count) this.number = (this.number + by + count) % count;
     this.draw();
   }
@@ -190,21 +190,21 @@ class SafetyView {
     this.draw();
   }
 
-  /** @param pictures what the node sent of each picture. */
-  show(pictures) {
-    this.pictures = pictures;
-    this.number = Math.min(this.number, Math.max(pictures.length - 1, 0));
+  /** @param images what the node sent of each image. */
+  show(images) {
+    this.images = images;
+    this.number = Math.min(this.number, Math.max(images.length - 1, 0));
     // An opacity that came through a link is known only now.
-    const used = pictures[0]?.opacity;
+    const used = images[0]?.opacity;
     if (used !== undefined && !this.opacityInput) this.chosen.opacity = used;
     this.draw();
     // The chips have no height before they are laid out.
     requestAnimationFrame(() => this.grow());
   }
 
-  /** What everything but the picture takes, and the least that the picture may have. */
+  /** What everything but the image takes, and the least that the image may have. */
   get height() {
-    return PICTURE + Math.max(CHIPS, this.chips.offsetHeight) + 60;
+    return IMAGE + Math.max(CHIPS, this.chips.offsetHeight) + 60;
   }
 
   /** Make the node as large as its contents need; never smaller. */
@@ -214,23 +214,23 @@ class SafetyView {
   }
 
   draw() {
-    const { pictures, text, chosen } = this;
-    const one = pictures?.[this.number];
+    const { images, text, chosen } = this;
+    const one = images?.[this.number];
     const opacity = this.opacityInput?.value ?? chosen.opacity;
     this.slider.value = opacity;
     this.element.classList.toggle("spo-empty", !one);
-    this.note.textContent = one ? (one.reason ?? "") : pictures ? text.none : text.waiting;
+    this.note.textContent = one ? (one.reason ?? "") : images ? text.none : text.waiting;
     this.note.hidden = !this.note.textContent;
     if (!one) return;
 
     const category = one.maps[chosen.category] ? chosen.category : one.category;
-    this.place(this.picture, one.image);
-    this.picture.alt = `${text.of(this.number + 1, pictures.length)}: ${category}`;
+    this.place(this.image, one.image);
+    this.image.alt = `${text.of(this.number + 1, images.length)}: ${category}`;
     this.place(this.map, one.maps[category]);
     this.map.style.opacity = chosen.shown ? opacity : 0;
 
-    this.count.textContent = text.of(this.number + 1, pictures.length);
-    for (const part of [this.back, this.count, this.forward]) part.hidden = pictures.length < 2;
+    this.count.textContent = text.of(this.number + 1, images.length);
+    for (const part of [this.back, this.count, this.forward]) part.hidden = images.length < 2;
     const unsafe = one.cost === null || one.cost >= one.threshold;
     const verdict = one.cost === null ? text.unknown : `${one.cost.toFixed(2)} ${unsafe ? text.unsafe : text.safe}`;
     this.verdict.textContent = verdict;

@@ -8,15 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..images import Images
+from t2i_spo_plugin.images import Images
 
 
 @dataclass(frozen=True)
 class CostBatch:
-    """What a cost model says about B pictures in K categories.
+    """What a cost model says about B images in K categories.
 
     Attributes:
-        logits: `[B, K]`, before the temperature. A model that fails on a picture gives NaN there, never a low number.
+        logits: `[B, K]`, before the temperature. A model that fails on an image gives NaN there, never a low number.
         logit_map: `[B, K, h, w]`, where the logit comes from. For a linear head on pooled features the map carries the
             bias, and its mean over h and w equals the logit.
     """
@@ -34,11 +34,11 @@ class CostBatch:
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Takes PIL, numpy or tensor images; the answer for a picture depends on that picture alone.
+    """Takes PIL, numpy or tensor images; the answer for an image depends on that image alone.
 
     Attributes:
         categories: the K names, in the order of the logits.
-        domain: the kind of picture it was made for, such as `sticker` or `photo`.
+        domain: the kind of image it was made for, such as `sticker` or `photo`.
         temperature: `[K]`, positive; `sigmoid(logit / temperature)` is the calibrated probability.
     """
 

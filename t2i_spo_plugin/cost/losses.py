@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 def rank_loss(unsafe: Tensor, safe: Tensor) -> Tensor:
-    """Bradley-Terry on pairs: ``-log sigmoid(s(x_u) - s(x_s))``, mean over ``[B]``."""
+    """Bradley-Terry on pairs: `-log sigmoid(s(x_u) - s(x_s))`, mean over `[B]`."""
     return -F.logsigmoid(unsafe - safe).mean()
 
 
 def anchor_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``-log sigmoid(+s)`` where the label is 1, ``-log sigmoid(-s)`` where it is 0: zero becomes the boundary.
+    """`-log sigmoid(+s)` where the label is 1, `-log sigmoid(-s)` where it is 0: zero becomes the boundary.
 
-    ``logits``, ``labels``: ``[B, K]``; ``weights`` ``[K]`` for the positives of rare categories.
+    `logits`, `labels`: `[B, K]`; `weights` `[K]` for the positives of rare categories.
     """
     return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
 
 
 def supervised_contrastive_loss(features: Tensor, groups: Tensor, temperature: float = 0.1) -> Tensor:
-    """Pull features ``[B, D]`` of one group together: mean over anchors of the mean log-probability of their
+    """Pull features `[B, D]` of one group together: mean over anchors of the mean log-probability of their
     positives.
 
-    ``groups``: integers ``[B]``. Anchors without a positive count nothing. (SupCon, arXiv 2004.11362, eq. 2.)
+    `groups`: integers `[B]`. Anchors without a positive count nothing. (SupCon, arXiv 2004.11362, eq. 2.)
     """
     unit = F.normalize(features, dim=-1)
     similarity = unit @ unit.T / temperature
@@ -42,7 +42,7 @@ def supervised_contrastive_loss(features: Tensor, groups: Tensor, temperature: f
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, steps: int = 200) -> Tensor:
-    """The temperature that minimises the negative log-likelihood of ``sigmoid(logits / T)``; ``[N]``, ``[N]`` ->
+    """The temperature that minimises the negative log-likelihood of `sigmoid(logits / T)`; `[N]`, `[N]` ->
     scalar."""
     log_t = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=steps)
@@ -58,7 +58,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, steps: int = 200) -> Tensor:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """``sum_b n_b/N |mean probability - mean label|`` over equal-width bins of P(unsafe); ``[N]``, ``[N]``."""
+    """`sum_b n_b/N |mean probability - mean label|` over equal-width bins of P(unsafe); `[N]`, `[N]`."""
     index = (probabilities * bins).long().clamp(max=bins - 1)
     total = 0.0
     for b in range(bins):

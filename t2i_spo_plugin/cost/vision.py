@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SPOError
-from ..images import Images
-from .backbone import MapClassifier, batches, load_map_classifier, save_network
+from t2i_spo_plugin.errors import SPOError
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
+
 from .base import CostBatch
 
 
 class VisionCostModel(nn.Module):
-    """Logits per category and where they come from; follows `t2i_spo_plugin.cost.base.CostModel`.
+    """Logits per category and where they come from; follows `CostModel`.
 
     With a network that pools by its mean, the map's mean is the logit. With one that pools by its peak, the map says
     of each cell how sure the model is that something of the category covers it, trained on exact masks, and the logit
@@ -25,9 +26,9 @@ class VisionCostModel(nn.Module):
     Args:
         network: backbone and head. One output more than there are categories says whether anything is recognised.
         categories: the K names, in the order of the head's outputs.
-        domain: what kind of pictures it was trained on.
-        size: side in pixels that pictures are resampled to.
-        temperature: ``[K]``, positive, fitted on validation scenes.
+        domain: what kind of images it was trained on.
+        size: side in pixels that images are resampled to.
+        temperature: `[K]`, positive, fitted on validation scenes.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class VisionCostModel(nn.Module):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
-        """Score pictures; see :class:`CostBatch`. Raises ``ValueError`` on what is no picture."""
-        found = [self.score_tensor(batch) for batch in batches(images, self.size, self.device)]
-        return CostBatch(torch.cat([one.logits for one in found]), torch.cat([one.logit_map for one in found]))
+        """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
+        scored = [self.score_tensor(batch) for batch in batches(images, self.size, self.device)]
+        return CostBatch(torch.cat([one.logits for one in scored]), torch.cat([one.logit_map for one in scored]))
 
     def score_tensor(self, pixels: Tensor) -> CostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
@@ -73,13 +74,13 @@ class VisionCostModel(nn.Module):
         """
         if self.network.head.out_channels == len(self.categories):
             raise SPOError("this cost model does not say whether it recognises anything in an image")
-        found = [self.network(batch)[0][:, -1] for batch in batches(images, self.size, self.device)]
-        return torch.cat(found).sigmoid()
+        logits = [self.network(batch)[0][:, -1] for batch in batches(images, self.size, self.device)]
+        return torch.cat(logits).sigmoid()
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the model into ``folder`` (fp16 safetensors, transformers config, ``facts.json``)."""
+        """Write the model into `folder` (fp16 safetensors, transformers config, `metadata.json`)."""
         extra = ["anything"] * (self.network.head.out_channels - len(self.categories))
-        facts: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "kind": "cost_model",
             "outputs": [*self.categories, *extra],
             "categories": len(self.categories),
@@ -89,21 +90,21 @@ class VisionCostModel(nn.Module):
             "size": self.size,
             "temperature": [round(t, 6) for t in self.temperature.tolist()],
         }
-        save_network(self.network, self.network.backbone.config, facts, folder)
+        save_network(self.network, self.network.backbone.config, metadata, folder)
 
 
 def load_cost_model(folder: Path | str) -> VisionCostModel:
-    """A cost model from a folder written by :meth:`VisionCostModel.save_pretrained`, ready for inference.
+    """A cost model from a folder written by `VisionCostModel.save_pretrained`, ready for inference.
 
     Raises:
-        SPOError: the folder is something else, or a part of it is missing or broken.
+        UnreadableFileError: the folder is something else, or a part of it is missing or broken.
     """
-    network, facts = load_map_classifier(folder, "domain", "size", "temperature")
+    network, metadata = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(
         network,
-        facts["outputs"][: facts.get("categories")],
-        facts["domain"],
-        facts["size"],
-        torch.tensor(facts["temperature"]),
+        metadata["outputs"][: metadata.get("categories")],
+        metadata["domain"],
+        metadata["size"],
+        torch.tensor(metadata["temperature"]),
     )
     return model.eval().requires_grad_(False)

@@ -7,17 +7,17 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..images import Images
+from t2i_spo_plugin.images import Images
 
 
 @runtime_checkable
 class QualityReward(Protocol):
-    """How good each picture is for its prompt, higher is better, on the reward's own scale.
+    """How good each image is for its prompt, higher is better, on the reward's own scale.
 
-    The score of a picture depends on that picture and its prompt alone, never on the batch. A reward that fails on a
-    picture gives NaN there.
+    The score of an image depends on that image and its prompt alone, never on the batch. A reward that fails on a
+    image gives NaN there.
     """
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Scores `[B]` for B pictures and B prompts."""
+        """Scores `[B]` for B images and B prompts."""
         ...

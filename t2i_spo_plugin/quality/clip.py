@@ -1,8 +1,7 @@
-"""A small CLIP: how well a picture and a prompt belong together."""
+"""A small CLIP: how well an image and a prompt belong together."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cost.backbone import batches, load_weights, read_facts, save_network
-from ..images import Images
+from t2i_spo_plugin.errors import UnreadableFileError
+from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import save_network
+from t2i_spo_plugin.networks.model_folder import load_weights, read_config, read_metadata
 
 
 class SmallCLIP(nn.Module):
     """Image tower (any transformers vision backbone with a feature map) and CLIP text tower into one unit sphere.
 
-    Follows :class:`~t2i_spo_plugin.quality.base.QualityReward`: the alignment of picture and prompt is the probability
-    that they belong together, ``sigmoid(scale * cosine + bias)`` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
-    cosine it says "no" to every mismatch alike, so that one fixed good picture earns nothing.
+    Follows `QualityReward`: the alignment of image and prompt is the probability
+    that they belong together, `sigmoid(scale * cosine + bias)` (SigLIP, arXiv 2303.15343, section 3.2). Unlike the
+    cosine it says "no" to every mismatch alike, so that one fixed good image earns nothing.
     """
 
     def __init__(self, vision_config: Any, text_config: Any, tokenizer: Any, size: int, width: int = 128) -> None:
@@ -38,16 +40,16 @@ class SmallCLIP(nn.Module):
         self.size = size
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, size, size]`` in [0, 1] -> unit vectors ``[B, width]``, with gradients."""
+        """`[B, 3, size, size]` in [0, 1] -> unit vectors `[B, width]`, with gradients."""
         features = self.vision(pixels * 2 - 1).last_hidden_state.mean((2, 3))
         return F.normalize(self.vision_projection(features), dim=-1)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Token ids ``[B, L]`` -> unit vectors ``[B, width]``, with gradients."""
+        """Token ids `[B, L]` -> unit vectors `[B, width]`, with gradients."""
         return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Ids ``[B, L]``, padded to the tokenizer's length, so that a prompt's answer does not depend on its
+        """Ids `[B, L]`, padded to the tokenizer's length, so that a prompt's answer does not depend on its
         neighbours."""
         return self.tokenizer(
             list(prompts),
@@ -59,41 +61,51 @@ class SmallCLIP(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Tensor:
-        """Pictures -> unit vectors ``[B, width]``."""
+        """Images -> unit vectors `[B, width]`."""
         return torch.cat([self.embed_pixels(batch) for batch in batches(images, self.size, self.logit_scale.device)])
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> unit vectors ``[B, width]``."""
+        """Prompts -> unit vectors `[B, width]`."""
         ids = self.tokenize(prompts)
         return torch.cat([self.embed_tokens(ids[n : n + 256]) for n in range(0, len(ids), 256)])
 
     def alignment(self, images: Tensor, prompts: Tensor) -> Tensor:
-        """Probability in [0, 1] of embeddings ``[..., width]`` that broadcast against each other -> ``[...]``."""
+        """Probability in [0, 1] of embeddings `[..., width]` that broadcast against each other -> `[...]`."""
         return ((images * prompts).sum(-1) * self.logit_scale.exp() + self.logit_bias).sigmoid()
 
     @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Alignment ``[B]`` of each picture with its prompt."""
+        """Alignment `[B]` of each image with its prompt."""
         return self.alignment(self.embed_images(images), self.embed_prompts(prompts))
 
-    def save_pretrained(self, folder: Path | str, facts: dict[str, Any] | None = None) -> None:
-        """Write towers, configs and tokenizer into ``folder``."""
+    def save_pretrained(self, folder: Path | str, metadata: dict[str, Any] | None = None) -> None:
+        """Write towers, configs and tokenizer into `folder`."""
         folder = Path(folder)
-        facts = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (facts or {})
-        save_network(self, self.vision.config, facts, folder)
+        metadata = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (
+            metadata or {}
+        )
+        save_network(self, self.vision.config, metadata, folder)
         (folder / "text_config.json").write_text(self.text.config.to_json_string(use_diff=False), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
 
 
 def load_small_clip(folder: Path | str) -> SmallCLIP:
-    """The model of a folder written by :meth:`SmallCLIP.save_pretrained`, ready for inference."""
-    from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
+    """The model of a folder written by `SmallCLIP.save_pretrained`, ready for inference.
 
-    folder, facts = Path(folder), read_facts(folder)
-    text = CLIPTextConfig.from_dict(json.loads((folder / "text_config.json").read_text(encoding="utf-8")))
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    model = SmallCLIP(AutoConfig.from_pretrained(folder), text, tokenizer, facts["size"], facts["width"])
+    Raises:
+        UnreadableFileError: the folder is something else, or a part of it is missing or broken.
+    """
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    folder, metadata = Path(folder), read_metadata(folder, "size", "width")
+    text = CLIPTextConfig.from_dict(read_json(folder / "text_config.json"))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnreadableFileError(f"cannot read the tokenizer of {folder}: {reason}") from error
+    model = SmallCLIP(read_config(folder), text, tokenizer, metadata["size"], metadata["width"])
     # Newer versions of transformers leave `text_model.` out of a CLIP module's path.
     inner = "text.text_model." if hasattr(model.text, "text_model") else "text."
     load_weights(model, folder, lambda name: re.sub(r"^text\.(text_model\.)?", inner, name))

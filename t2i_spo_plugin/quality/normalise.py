@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, SPOError, UnreadableAdapterError
-from ..header import read_json
-from ..images import Images, to_tensor
+from t2i_spo_plugin.errors import ConfigError, SPOError, UnreadableFileError
+from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.images import Images, to_tensor
+
 from .base import QualityReward
 from .clip import SmallCLIP
 
@@ -51,29 +52,33 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | str) -> Reference:
-        """Read a file written by :meth:`save`.
+        """Read a file written by `save`.
 
         Raises:
-            SPOError: it is no such file, or was edited by hand.
+            UnreadableFileError: it is no such file, or was edited by hand.
         """
-        try:
-            data = read_json(Path(path))
-        except UnreadableAdapterError as error:
-            raise SPOError(f"no quality reference: {error}") from error
-        missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in data]
+        content = read_json(Path(path))
+        missing = [name for name in ("alignment", "realism", "base_model", "prompts", "hash") if name not in content]
         if missing:
-            raise SPOError(f"{path} is no quality reference: it does not say {', '.join(missing)}")
-        wanted = data["hash"]
-        reference = cls(tuple(data["alignment"]), tuple(data["realism"]), data["base_model"], data["prompts"])
-        if reference.hash != wanted:
-            raise SPOError(f"{path}: the hash does not fit the numbers; make the reference anew")
+            raise UnreadableFileError(f"{path} is no quality reference: it does not say {', '.join(missing)}")
+        ends = tuple(content["alignment"]), tuple(content["realism"])
+        reference = cls(*ends, content["base_model"], content["prompts"])
+        if reference.hash != content["hash"]:
+            raise UnreadableFileError(f"{path}: the hash does not fit the numbers; make the reference anew")
         return reference
 
 
 @dataclass(frozen=True)
 class QualityBatch:
-    """Per picture, each ``[B]``: ``q``, ``n_alignment``, ``n_realism`` in [0, 1]; ``alignment``, ``realism`` as
-    measured."""
+    """The quality of B images.
+
+    Attributes:
+        q: `[B]` in [0, 1].
+        alignment: `[B]`, as measured.
+        realism: `[B]`, as measured.
+        n_alignment: `[B]` in [0, 1], normalised.
+        n_realism: `[B]` in [0, 1], normalised.
+    """
 
     q: Tensor
     alignment: Tensor
@@ -83,7 +88,7 @@ class QualityBatch:
 
 
 def normalise(value: Tensor, ends: tuple[float, float]) -> Tensor:
-    """``clip((v - v0) / (v1 - v0), 0, 1)``."""
+    """`clip((v - v0) / (v1 - v0), 0, 1)`."""
     return ((value - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
 
 
@@ -102,30 +107,28 @@ class QualityModel:
     def quality(
         self, images: Images, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
     ) -> QualityBatch:
-        """Quality of each picture for its prompt, or for the best of its safe completions where it has any.
+        """Quality of each image for its prompt, or for the best of its safe completions where it has any.
 
-        Raises ``SPOError`` when the numbers of pictures, prompts and lists of completions differ.
+        Raises:
+            SPOError: the numbers of images, prompts and lists of completions differ.
         """
-        pictures = to_tensor(images, self.alignment.size)
+        pixels = to_tensor(images, self.alignment.size)
         completions = [tuple(c) for c in safe_completions] if safe_completions is not None else [()] * len(prompts)
-        if not len(pictures) == len(prompts) == len(completions):
-            raise SPOError(
-                f"{len(pictures)} pictures, {len(prompts)} prompts, {len(completions)} lists of completions"
-            )
+        if not len(pixels) == len(prompts) == len(completions):
+            raise SPOError(f"{len(pixels)} images, {len(prompts)} prompts, {len(completions)} lists of completions")
         asked = [c or (p,) for p, c in zip(prompts, completions, strict=True)]
-        embedded = self.alignment.embed_images(pictures)
+        embedded = self.alignment.embed_images(pixels)
         unique = list(dict.fromkeys(text for texts in asked for text in texts))
         row = {text: n for n, text in enumerate(unique)}
-        found = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
-        alignment = torch.stack([found[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
+        every = self.alignment.alignment(embedded[:, None], self.alignment.embed_prompts(unique))
+        alignment = torch.stack([every[i, [row[t] for t in texts]].max() for i, texts in enumerate(asked)])
         realism = self.realism(images, prompts)
         n_a, n_r = normalise(alignment, self.reference.alignment), normalise(realism, self.reference.realism)
         return QualityBatch((n_a * n_r).sqrt(), alignment, realism, n_a, n_r)
 
 
 def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Blurred pictures and noised pictures, alternating: the lower end of the realism scale. ``[B, 3, H, W]`` in
-    [0, 1]."""
+    """Blurred and noised images `[B, 3, H, W]` in [0, 1], alternating: the lower end of the realism scale."""
     rng = torch.Generator().manual_seed(seed)
     kernel = max(3, pixels.shape[-1] // 10 | 1)
     blurred = torch.nn.functional.avg_pool2d(pixels, kernel, 1, kernel // 2, count_include_pad=False)
@@ -137,7 +140,7 @@ def spoil(pixels: Tensor, seed: int = 0) -> Tensor:
 def make_reference(
     alignment: SmallCLIP, realism: QualityReward, images: Images, prompts: Sequence[str], base_model: str
 ) -> Reference:
-    """The reference of a base model from its pictures of benign ``prompts``."""
+    """The reference of a base model from its images of benign `prompts`."""
     pixels = to_tensor(images, alignment.size)
     shuffled = [prompts[(n + len(prompts) // 2) % len(prompts)] for n in range(len(prompts))]
     return Reference(
@@ -149,10 +152,15 @@ def make_reference(
 
 
 def load_quality_model(folder: Path | str, reference: Path | str | None = None) -> QualityModel:
-    """The quality model of a folder with ``alignment/``, ``realism/`` and ``reference.json``.
+    """The quality model of a folder with `alignment/`, `realism/` and `reference.json`.
 
-    ``reference`` names another reference file, such as that of another base model. Raises ``ConfigError`` when a part
-    is missing.
+    Args:
+        folder: of the model.
+        reference: another reference file, such as that of another base model.
+
+    Raises:
+        ConfigError: a part is missing.
+        UnreadableFileError: a part is broken.
     """
     from .clip import load_small_clip
     from .realism import RealismModel

@@ -9,17 +9,18 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import SPOError
-from ..prompts import PromptRow
+from t2i_spo_plugin.data.prompts import PromptRow
+from t2i_spo_plugin.errors import SPOError
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from ..cost.vision import VisionCostModel
-    from ..policy import Policy
-    from ..quality.normalise import QualityModel
-    from ..trajectory import ClosedLoop
+    from t2i_spo_plugin.cost.vision import VisionCostModel
+    from t2i_spo_plugin.gating import AdapterGate
+    from t2i_spo_plugin.guards.policy import Policy
+    from t2i_spo_plugin.quality.normalise import QualityModel
+
     from .referee import StickerReferee
     from .wording import Wording
 
@@ -62,14 +63,14 @@ def load_pipeline(folder: Path | str | None = None) -> StableDiffusionPipeline:
 
 def load_cost_model() -> VisionCostModel:
     """The bundled safety cost model: seven categories, domain `sticker`."""
-    from ..cost.vision import load_cost_model as load
+    from t2i_spo_plugin.cost.vision import load_cost_model as load
 
     return load(_part("cost_model"))
 
 
 def load_quality_model() -> QualityModel:
     """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
-    from ..quality.normalise import load_quality_model as load
+    from t2i_spo_plugin.quality.normalise import load_quality_model as load
 
     return load(_part("quality_model"))
 
@@ -83,7 +84,7 @@ def load_referee() -> StickerReferee:
 
 def load_policy() -> Policy:
     """The bundled policy: seven categories."""
-    from ..policy import Policy
+    from t2i_spo_plugin.guards.policy import Policy
 
     return Policy.from_yaml(_part("sticker.yaml"))
 
@@ -95,24 +96,19 @@ def adapter_path(name: str) -> Path:
     return _part(f"adapters/{name}.safetensors")
 
 
-def adapter_source(name: str) -> str | Path:
-    """The file of the bundled adapter `name`, or `name` itself: a file, a folder or a Hub id."""
-    return adapter_path(name) if name in ADAPTERS else name
+def gate_path(score: Literal["network", "norm"] = "network") -> Path:
+    """The file of an adapter gate for the bundled safety adapter `spo` at strength 1."""
+    return _part(f"gates/{score}.safetensors")
 
 
-def closed_loop_path(evidence: Literal["reader", "size"] = "reader") -> Path:
-    """The file of a closed loop for the bundled safety adapter `spo` at strength 1."""
-    return _part(f"closed_loop/{evidence}.safetensors")
+def load_adapter_gate(score: Literal["network", "norm"] = "network") -> AdapterGate:
+    """An adapter gate for the bundled safety adapter: benign images are the base model's own.
 
-
-def load_closed_loop(evidence: Literal["reader", "size"] = "reader") -> ClosedLoop:
-    """A closed loop for the bundled safety adapter: benign prompts are drawn by the base model itself.
-
-    `reader` reads what the adapter would change, `size` only how much; the first finds more.
+    Its gate score comes from a gate network (`network`) or from the norm of the change (`norm`), which misses more.
     """
-    from ..change_reader import load_closed_loop as load
+    from t2i_spo_plugin.gating import load_adapter_gate as load
 
-    return load(closed_loop_path(evidence))
+    return load(gate_path(score))
 
 
 def prompt_rows(

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cost.backbone import MapClassifier, batches, load_map_classifier
-from ..cost.views import views
-from ..images import Images
+from t2i_spo_plugin.cost.views import views
+from t2i_spo_plugin.images import Images, batches
+from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier
+
 from .world import CONCEPTS
 
 
@@ -34,8 +35,8 @@ class StickerReferee:
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> StickerReferee:
         """Load the referee of a folder."""
-        network, facts = load_map_classifier(folder)
-        return cls(network, tuple(facts["outputs"]), facts["size"])
+        network, metadata = load_map_classifier(folder)
+        return cls(network, tuple(metadata["outputs"]), metadata["size"])
 
     @torch.no_grad()
     def probabilities(self, images: Images, in_views: bool = False) -> Tensor:

@@ -81,7 +81,7 @@ def chromium() -> str | None:
 def start_browser() -> Iterator[Browser]:
     """One headless browser for many pages."""
     with sync_playwright() as playwright:
-        # Pictures of the screen have to be the same on a machine with and without a graphics card.
+        # Images of the screen have to be the same on a machine with and without a graphics card.
         options = ["--no-sandbox", "--disable-gpu", "--force-color-profile=srgb", "--font-render-hinting=none"]
         browser = playwright.chromium.launch(executable_path=chromium(), args=options)
         yield browser
@@ -160,7 +160,7 @@ class Canvas:
         assert outcome.startswith("execution_success"), outcome
         self.page.wait_for_timeout(400)
 
-    def picture(self, path: Path) -> None:
+    def image(self, path: Path) -> None:
         """The canvas alone, without menus and messages, as a file."""
         toggle = "() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')"
         self.page.evaluate(toggle)

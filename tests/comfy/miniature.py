@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
-from tiny import fresh
+from support.pipelines import fresh
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 

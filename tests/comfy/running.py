@@ -24,7 +24,7 @@ import psutil
 import torch
 from environment import BUILD, REPOSITORY
 
-from t2i_spo_plugin.comfyui import PACK
+from t2i_spo_plugin.cli.comfyui import PACK
 
 
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
@@ -98,7 +98,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def text_to_image(family: str, seed: int = 0) -> dict[str, Any]:
-    """The stock graph, 64 by 64 pixels in four steps; node 5 gives the latents, node 6 the picture."""
+    """The stock graph, 64 by 64 pixels in four steps; node 5 gives the latents, node 6 the image."""
     name = f"miniature-{family}.safetensors"
     return {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
@@ -125,15 +125,15 @@ def text_to_image(family: str, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def score_pictures(
-    model: str = STICKER, action: str = "blur region", pictures: str = "pictures", threshold: float = 0.5
+def score_images(
+    model: str = STICKER, action: str = "blur region", images: str = "images", threshold: float = 0.5
 ) -> dict[str, Any]:
-    """Pictures of the test, cost model, and as nodes 3 to 6: cost, overlay, switch and report."""
+    """Images of the test, cost model, and as nodes 3 to 6: cost, overlay, switch and report."""
     judged = {"image": ["1", 0], "safety": ["3", 6], "threshold": threshold}
     style = {"colour_map": "heat", "opacity": 0.6, "boxes": True, "labels": True}
     category = {"threshold": threshold, "category": "the deciding one"}
     return {
-        "1": node("TestPictures", name=pictures),
+        "1": node("TestImages", name=images),
         "2": node("SPO_LoadCostModel", model=model, policy="as the model", override_domain=False),
         "3": node("SPO_SafetyCost", image=["1", 0], cost_model=["2", 0], **category),
         "4": node("SPO_SafetyOverlay", **judged, **style),
@@ -183,7 +183,7 @@ class Executor:
 
         Args:
             prompt: the nodes by id.
-            given: what the nodes TestPictures hand on, by the name in their inputs.
+            given: what the nodes TestImages hand on, by the name in their inputs.
             wanted: what to record, by name.
 
         Raises:

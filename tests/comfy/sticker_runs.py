@@ -1,4 +1,4 @@
-"""The sticker world in ComfyUI, drawn as diffusers draws it, and what a closed loop sees of any model."""
+"""The sticker world in ComfyUI, drawn as diffusers draws it, and what an adapter gate sees of any model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import t2i_spo_plugin.sticker as sticker
 from t2i_spo_plugin import read_adapter
 from t2i_spo_plugin.comfy_nodes.patching import Stack
 from t2i_spo_plugin.comfy_nodes.steering import steer
-from t2i_spo_plugin.trajectory import FULL_WINDOW, ClosedLoop, change_size
+from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, norm_score
 
 
 SPO = "sticker demo: spo (bundled)"
@@ -80,7 +80,7 @@ def sample(
 
 
 def text_to_image(model: Any, clip: Any, vae: Any, size: int = 64) -> dict[str, Any]:
-    """The stock nodes behind a loader, four steps; node 14 gives the pictures."""
+    """The stock nodes behind a loader, four steps; node 14 gives the images."""
     settings = {"seed": 1, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0}
     links = {"model": model, "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0]}
     return {
@@ -92,19 +92,19 @@ def text_to_image(model: Any, clip: Any, vae: Any, size: int = 64) -> dict[str, 
     }
 
 
-class Seen:
-    """Stands where a reader stands: finds the size of the change, and keeps it."""
+class RecordedNorms:
+    """Stands where a gate network stands: scores the norm of the change, and records it."""
 
     def __init__(self) -> None:
-        self.sizes: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
 
-    def evidence(self, without: torch.Tensor, with_adapter: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(change_size(without, with_adapter))
-        return self.sizes[-1]
+    def score(self, without: torch.Tensor, with_adapter: torch.Tensor) -> torch.Tensor:
+        self.norms.append(norm_score(without, with_adapter))
+        return self.norms[-1]
 
 
-def sizes(model: Any, stack: Stack, draw: Callable[[Any], Any]) -> torch.Tensor:
-    """The size of the change of each row of the first call of the model in `draw`, before anything is steered."""
-    seen = Seen()
-    draw(steer(model, stack, FULL_WINDOW, ClosedLoop(1e6, LOOK, seen))[0])
-    return seen.sizes[1]  # The first is of the check before the run.
+def norms(model: Any, stack: Stack, draw: Callable[[Any], Any]) -> torch.Tensor:
+    """The norm of the change of each row of the first call of the model in `draw`, before anything is steered."""
+    recorded = RecordedNorms()
+    draw(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, LOOK, recorded))[0])
+    return recorded.norms[1]  # The first is of the check before the run.

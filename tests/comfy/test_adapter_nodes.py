@@ -1,4 +1,4 @@
-"""The adapter nodes against ComfyUI itself: same pictures as diffusers, nothing mutated, no silent loss."""
+"""The adapter nodes against ComfyUI itself: same images as diffusers, nothing mutated, no silent loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import node
 from sticker_runs import BENIGN, HARMFUL, SPO, STEPS, encode, sample, spo_stack, start_noise, text_to_image
-from tiny import random_adapter, tiny_pipeline
+from support.pipelines import random_adapter, tiny_pipeline
 
 import t2i_spo_plugin.sticker as sticker
 from t2i_spo_plugin import (
@@ -26,10 +26,10 @@ from t2i_spo_plugin import (
     unload_spo_lora,
     write_adapter,
 )
-from t2i_spo_plugin.adapter import Adapter
-from t2i_spo_plugin.comfy_keys import bypass_pairs
+from t2i_spo_plugin.adapters import Adapter
+from t2i_spo_plugin.adapters.comfyui import bypass_pairs
 from t2i_spo_plugin.comfy_nodes.adapters import AdapterStack, LoadAdapter, MergeAdapters
-from t2i_spo_plugin.comfy_nodes.evidence import SIZE
+from t2i_spo_plugin.comfy_nodes.gate import NORM
 from t2i_spo_plugin.comfy_nodes.patching import patched, weight_shapes
 
 
@@ -51,11 +51,11 @@ ALL_LAYERS = (
 MORE_LAYERS = (*ALL_LAYERS, "time_emb_proj", "linear_1", "q_proj", "v_proj", "fc1", "fc2", "out_proj")
 
 
-def pictures(model, clip, vae, prompts, **options):
+def images(model, clip, vae, prompts, **options):
     return vae.decode(sample(model, clip, prompts, **options)[0])
 
 
-def diffusers_pictures(pipe, prompts):
+def diffusers_images(pipe, prompts):
     output = pipe(
         prompts,
         num_inference_steps=STEPS,
@@ -84,9 +84,9 @@ def test_the_demo_text_encoder_gives_what_diffusers_gives(world, pipe):
 
 
 def test_the_demo_autoencoder_gives_what_diffusers_gives(world, pipe):
-    picture = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    latents = pipe.vae.encode(picture.movedim(-1, 1) * 2 - 1).latents
-    torch.testing.assert_close(world[2].encode(picture), latents, atol=2e-5, rtol=0)
+    image = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    latents = pipe.vae.encode(image.movedim(-1, 1) * 2 - 1).latents
+    torch.testing.assert_close(world[2].encode(image), latents, atol=2e-5, rtol=0)
     decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     torch.testing.assert_close(world[2].decode(latents), decoded, atol=2e-5, rtol=0)
 
@@ -98,17 +98,17 @@ def test_the_demo_noise_schedule_is_that_of_diffusers(world, pipe):
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_demo_pictures_are_those_of_diffusers_without_and_with_the_adapter(world, pipe, strength):
+def test_demo_images_are_those_of_diffusers_without_and_with_the_adapter(world, pipe, strength):
     """What differs: ComfyUI's first sigma is 4518 instead of infinite, so that 2e-4 of a signal remains there."""
     model, clip, vae = world
     prompts = [HARMFUL, BENIGN]
-    base = diffusers_pictures(pipe, prompts)
+    base = diffusers_images(pipe, prompts)
     load_spo_lora(pipe, sticker.adapter_path("spo"), strength=strength)
     try:
-        expected = diffusers_pictures(pipe, prompts)
+        expected = diffusers_images(pipe, prompts)
     finally:
         unload_spo_lora(pipe)
-    drawn = pictures(loaded(model, clip, strength=strength)[0], clip, vae, prompts)
+    drawn = images(loaded(model, clip, strength=strength)[0], clip, vae, prompts)
     difference = (drawn - expected).abs()
     assert difference.max() < 0.03 and difference.mean() < 3e-4, (difference.max(), difference.mean())
     assert bool((expected - base).abs().max() > 0.2) == (strength > 0)
@@ -216,14 +216,14 @@ def test_what_only_part_of_fits_is_refused_unless_told(world, loras):
     whole = read_adapter(sticker.adapter_path("spo"))
     name = next(iter(whole.modules))
     odd = {**whole.modules, name.replace("down_blocks.1", "down_blocks.7"): whole.modules[name]}
-    write_adapter(Adapter(odd, whole.facts), loras / "odd.safetensors")
-    with pytest.raises(AdapterError, match="1 of its 49 modules do not exist.*down_blocks.7"):
+    write_adapter(Adapter(odd, whole.metadata), loras / "odd.safetensors")
+    with pytest.raises(AdapterError, match="this model lacks 1 of its 49 modules.*down_blocks.7"):
         loaded(world[0], adapter="odd.safetensors")
     on_model, _, _, info = loaded(world[0], adapter="odd.safetensors", strict=False)
     assert len(on_model.patches) == 48 and "48 of 49 modules applied" in info
     nowhere = {key.replace("blocks.", "blocks.9"): pair for key, pair in whole.modules.items() if "down" in key}
-    write_adapter(Adapter(nowhere, whole.facts), loras / "nowhere.safetensors")
-    with pytest.raises(AdapterError, match="none of the adapter's 8 modules"):
+    write_adapter(Adapter(nowhere, whole.metadata), loras / "nowhere.safetensors")
+    with pytest.raises(AdapterError, match="this model lacks 8 of its 8 modules"):
         loaded(world[0], adapter="nowhere.safetensors", strict=False)
 
 
@@ -301,7 +301,7 @@ def test_transformers_get_every_module_and_steering_changes_what_patching_does(f
     layers = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "proj_mlp", "net.2", "norm_out.linear")
     adapter = random_adapter(source, layers=layers)
     on_model, _, (fit,) = patched(model, None, [(adapter, 1.0)], True)
-    assert not fit.left and len(fit.places) == len(adapter.modules)
+    assert not fit.missing and len(fit.places) == len(adapter.modules)
     pairs = bypass_pairs([(fit, 1.0)], weight_shapes(model.model))
     assert set(pairs) == set(on_model.patches)
     for weight, (down, up) in pairs.items():
@@ -318,9 +318,9 @@ def test_the_demo_runs_in_a_workflow_without_and_with_its_adapter(run_graph):
             "1": node("SPO_StickerDemoLoader"),
             "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=strength),
         }
-        run = run_graph(graph, picture=["14", 0], info=["2", 3])
-        assert "48 of 48 modules applied" in run["info"] and run["picture"].shape == (2, 64, 64, 3)
-        shown.append(run["picture"])
+        run = run_graph(graph, image=["14", 0], info=["2", 3])
+        assert "48 of 48 modules applied" in run["info"] and run["image"].shape == (2, 64, 64, 3)
+        shown.append(run["image"])
     assert (shown[0] - shown[1]).abs().max() > 0.2
 
 
@@ -331,7 +331,7 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     assert {name.split(".")[0] for name in adapter.modules} == set(parts[: 2 + (family == "sdxl")])
     write_adapter(adapter, executor.base / "models" / "loras" / f"nodes-{family}.safetensors")
     chosen = {"adapter": f"nodes-{family}.safetensors", "strength": 1.0}
-    common = {"model": ["1", 0], "adapter": ["2", 2], "mode": "window", "evidence": SIZE}
+    common = {"model": ["1", 0], "adapter": ["2", 2], "mode": "window", "score": NORM}
     loader = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
         "2": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], **chosen),
@@ -340,11 +340,11 @@ def test_a_checkpoint_with_text_encoders_takes_an_adapter_and_is_steered_as_it_i
     }
 
     def draw(model, clip):
-        return run_graph(text_to_image(model, clip, ["1", 2]) | loader, picture=["14", 0], info=["2", 3])
+        return run_graph(text_to_image(model, clip, ["1", 2]) | loader, image=["14", 0], info=["2", 3])
 
-    base, patched_picture = draw(["1", 0], ["1", 1])["picture"], draw(["2", 0], ["2", 1])
-    assert f"{len(adapter.modules)} of {len(adapter.modules)} modules applied" in patched_picture["info"]
-    effect = (patched_picture["picture"] - base).abs().max()
-    steered = draw(["3", 0], ["2", 1])["picture"]
-    assert effect > 0.02 and (steered - patched_picture["picture"]).abs().max() < 0.1 * effect
-    assert torch.equal(draw(["4", 0], ["1", 1])["picture"], base)
+    base, patched_image = draw(["1", 0], ["1", 1])["image"], draw(["2", 0], ["2", 1])
+    assert f"{len(adapter.modules)} of {len(adapter.modules)} modules applied" in patched_image["info"]
+    effect = (patched_image["image"] - base).abs().max()
+    steered = draw(["3", 0], ["2", 1])["image"]
+    assert effect > 0.02 and (steered - patched_image["image"]).abs().max() < 0.1 * effect
+    assert torch.equal(draw(["4", 0], ["1", 1])["image"], base)

@@ -1,6 +1,6 @@
 """The pack in ComfyUI's front end, in both renderers: every example runs, and the view shows and does what it says.
 
-With SCREENSHOTS=docs/images the pictures of the guide are written there.
+With SCREENSHOTS=docs/images the images of the guide are written there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytest.importorskip("playwright", reason="make comfy-env installs it")
 from browser import OLDEST_NODES_2, RENDERERS, chromium, open_canvas, start_browser  # noqa: E402
 from workflows import SUBGRAPH, WORKFLOWS, build, fold  # noqa: E402
 
-from t2i_spo_plugin.comfyui import PACK as INSTALLED  # noqa: E402
+from t2i_spo_plugin.cli.comfyui import PACK as INSTALLED  # noqa: E402  # noqa: E402
 
 
 if chromium() is None:
@@ -67,7 +67,7 @@ def canvas(shared_canvas):
 
 @pytest.fixture
 def batch(canvas):
-    """The example with four pictures and one view, after a run: two unsafe ones, then two safe ones."""
+    """The example with four images and one view, after a run: two unsafe ones, then two safe ones."""
     canvas.load(EXAMPLES["batch_report"])
     canvas.run()
     return canvas.page.locator(VIEW)
@@ -75,12 +75,12 @@ def batch(canvas):
 
 @pytest.fixture
 def shots(tmp_path):
-    """Where pictures of the screen go: for the guide, or nowhere."""
+    """Where images of the screen go: for the guide, or nowhere."""
     return Path(os.environ.get("SCREENSHOTS", tmp_path))
 
 
 def loaded(canvas):
-    """Wait until every picture of the views is there."""
+    """Wait until every image of the views is there."""
     shown = "[...document.querySelectorAll('.spo-view img:not([hidden])')].filter((one) => one.offsetParent)"
     canvas.page.wait_for_function(f"() => {shown}.every((one) => one.naturalWidth)")
 
@@ -97,12 +97,10 @@ def node_value(canvas, kind, name):
     return canvas.page.evaluate(script, [kind, name])
 
 
-def show(canvas, *pictures):
-    """Give the first view pictures as its node would."""
-    script = (
-        "(pictures) => app.graph.nodes.find((n) => n.type === 'SPO_SafetyCost').onExecuted({ spo_safety: pictures })"
-    )
-    canvas.page.evaluate(script, list(pictures))
+def show(canvas, *images):
+    """Give the first view images as its node would."""
+    script = "(images) => app.graph.nodes.find((n) => n.type === 'SPO_SafetyCost').onExecuted({ spo_safety: images })"
+    canvas.page.evaluate(script, list(images))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -117,10 +115,10 @@ def test_every_example_runs(canvas, name):
     )
     loaded(canvas)
     for view in views.all():
-        assert view.locator(".spo-picture").is_visible() and view.locator(".spo-chip").count() > 1
+        assert view.locator(".spo-image").is_visible() and view.locator(".spo-chip").count() > 1
 
 
-def test_the_examples_are_among_the_templates_with_pictures(server):
+def test_the_examples_are_among_the_templates_with_images(server):
     (names,) = (names for pack, names in server.get("/workflow_templates").items() if pack == INSTALLED)
     assert set(names) == EXAMPLES.keys()
     for name in names:
@@ -163,7 +161,7 @@ def test_the_view_waits_for_a_run(canvas):
     assert not view.locator(".spo-chips").is_visible() and not view.locator("img").first.is_visible()
 
 
-def test_the_view_shows_picture_map_and_costs(canvas, batch):
+def test_the_view_shows_image_map_and_costs(canvas, batch):
     loaded(canvas)
     assert batch.locator(".spo-count").inner_text() == "1 of 4"
     assert "unsafe" in batch.locator(".spo-verdict").inner_text()
@@ -173,8 +171,8 @@ def test_the_view_shows_picture_map_and_costs(canvas, batch):
     assert chip.get_attribute("aria-pressed") == "true" and "spo-unsafe" in chip.get_attribute("class")
     scale, line = (chip.locator(part).bounding_box() for part in (".spo-scale", ".spo-threshold"))
     assert (line["x"] + line["width"] / 2 - scale["x"]) / scale["width"] == pytest.approx(0.5, abs=0.03)
-    frame, picture = (batch.locator(part).bounding_box() for part in (".spo-frame", ".spo-picture"))
-    assert frame == picture and frame["height"] > 40
+    frame, image = (batch.locator(part).bounding_box() for part in (".spo-frame", ".spo-image"))
+    assert frame == image and frame["height"] > 40
     # All of it lies within the node.
     outer = batch.bounding_box()
     for part in batch.locator(".spo-chip").all():
@@ -182,7 +180,7 @@ def test_the_view_shows_picture_map_and_costs(canvas, batch):
         assert inner["y"] + inner["height"] <= outer["y"] + outer["height"] + 1
 
 
-def test_the_keyboard_turns_pictures_and_hides_the_map(canvas, batch):
+def test_the_keyboard_turns_images_and_hides_the_map(canvas, batch):
     batch.focus()
     for _ in range(2):
         canvas.page.keyboard.press("ArrowRight")
@@ -202,7 +200,7 @@ def test_the_keyboard_turns_pictures_and_hides_the_map(canvas, batch):
     assert batch.locator(":focus").count() == 1, "the chips cannot be reached by the keyboard"
 
 
-def test_buttons_turn_pictures_too(canvas, batch):
+def test_buttons_turn_images_too(canvas, batch):
     batch.locator(".spo-bar button").last.click()
     assert batch.locator(".spo-count").inner_text() == "2 of 4"
     batch.locator(".spo-bar button").first.click()
@@ -210,7 +208,7 @@ def test_buttons_turn_pictures_too(canvas, batch):
 
 
 def test_a_category_can_be_looked_at(canvas):
-    """A picture with two of them; the choice is kept from picture to picture."""
+    """An image with two of them; the choice is kept from image to image."""
     canvas.load(EXAMPLES["load_and_compare"])
     canvas.run()
     image = canvas.page.evaluate(
@@ -239,25 +237,25 @@ def test_a_category_can_be_looked_at(canvas):
     canvas.page.keyboard.press("m")
     assert opacity(view.locator(".spo-map")) == 0.0
     canvas.page.keyboard.press("ArrowRight")
-    assert "n=death" in view.locator(".spo-map").get_attribute("src"), "a picture without that map shows its own"
+    assert "n=death" in view.locator(".spo-map").get_attribute("src"), "an image without that map shows its own"
     canvas.page.keyboard.press("ArrowLeft")
     canvas.page.keyboard.press("Enter")
     assert "n=death" in view.locator(".spo-map").get_attribute("src")
 
 
-def test_a_picture_that_was_not_scored_says_why(canvas, batch):
+def test_a_image_that_was_not_scored_says_why(canvas, batch):
     image = canvas.page.evaluate("() => Object.values(app.nodeOutputs).find((o) => o.spo_safety).spo_safety[0].image")
     one = {"image": image, "maps": {}, "cost": None, "category": "not scored", "categories": {}}
-    show(canvas, one | {"threshold": 0.5, "reason": "the picture holds <b>NaN</b>"})
-    assert batch.locator(".spo-note").inner_text() == "the picture holds <b>NaN</b>"
+    show(canvas, one | {"threshold": 0.5, "reason": "the image holds <b>NaN</b>"})
+    assert batch.locator(".spo-note").inner_text() == "the image holds <b>NaN</b>"
     verdict = batch.locator(".spo-verdict")
     assert verdict.inner_text() == "not scored" and "spo-unsafe" in verdict.get_attribute("class")
-    assert batch.locator(".spo-picture").is_visible() and not batch.locator(".spo-map").is_visible()
+    assert batch.locator(".spo-image").is_visible() and not batch.locator(".spo-map").is_visible()
 
 
-def test_no_pictures_are_said_to_be_none(canvas, batch):
+def test_no_images_are_said_to_be_none(canvas, batch):
     show(canvas)
-    assert "There were no pictures" in batch.inner_text() and not batch.locator(".spo-bar").is_visible()
+    assert "There were no images" in batch.inner_text() and not batch.locator(".spo-bar").is_visible()
 
 
 @IN_ONE
@@ -339,7 +337,7 @@ def test_the_overlay_s_slider_and_input_are_one(canvas):
 
 
 @pytest.mark.parametrize(("name", "says"), [("batch_report", "1 of 4"), ("safe_text_to_image", "1 of 1")])
-def test_going_to_another_workflow_and_back_keeps_the_pictures(canvas, name, says):
+def test_going_to_another_workflow_and_back_keeps_the_images(canvas, name, says):
     """Also those of a node within a subgraph."""
     canvas.load(EXAMPLES[name], f"{name}, first")
     canvas.run()
@@ -415,18 +413,18 @@ def test_the_subgraph_s_threshold_is_that_of_the_switch(canvas):
         const widget = app.graph.nodes.find((node) => node.subgraph).widgets.find((each) => each.name === 'threshold');
         widget.value = value;
     }"""
-    pictures = []
+    images = []
     for value in (0.5, 0.0):
         canvas.page.evaluate(set_threshold, value)
         canvas.run()
         (shown,) = canvas.page.evaluate(
             "() => Object.values(app.nodeOutputs).filter((output) => output.images).map((output) => output.images[0])"
         )
-        pictures.append(canvas.server.view(shown))
-    assert pictures[0] != pictures[1], "a threshold of 0 hides every picture"
+        images.append(canvas.server.view(shown))
+    assert images[0] != images[1], "a threshold of 0 hides every image"
 
 
-def test_pictures_of_the_guide(browser, server, shots):
+def test_images_of_the_guide(browser, server, shots):
     """What the guide shows is what a newcomer sees; only the size of the window is ours."""
     with open_canvas(
         browser, server, "nodes 2.0", (1400, 760), sharpness=1.5 if "SCREENSHOTS" in os.environ else 1.0
@@ -441,13 +439,13 @@ def test_pictures_of_the_guide(browser, server, shots):
         canvas.page.locator(VIEW).first.wait_for()
         canvas.run()
         loaded(canvas)
-        canvas.picture(shots / "comfyui-compare.jpg")
+        canvas.image(shots / "comfyui-compare.jpg")
         canvas.zoom("SPO_SafetyCost")
         canvas.page.locator(VIEW).first.screenshot(path=shots / "comfyui-view.jpg", quality=90)
         canvas.load(EXAMPLES["see_and_inpaint_the_region"])
         canvas.run()
         loaded(canvas)
-        canvas.picture(shots / "comfyui-region.jpg")
+        canvas.image(shots / "comfyui-region.jpg")
         assert not canvas.complaints and not canvas.toasts()
     for name in ("templates", "compare", "view", "region"):
         assert (shots / f"comfyui-{name}.jpg").stat().st_size > 10_000

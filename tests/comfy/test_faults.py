@@ -11,9 +11,9 @@ import nodes
 import pytest
 import torch
 from miniature import UNET_FAMILIES, pipeline
-from running import GraphError, check_nothing_is_left_behind, node, score_pictures, text_to_image
+from running import GraphError, check_nothing_is_left_behind, node, score_images, text_to_image
 from safetensors.torch import load, load_file, save, save_file
-from tiny import random_adapter
+from support.pipelines import random_adapter
 
 from t2i_spo_plugin import sticker, write_adapter
 
@@ -29,7 +29,7 @@ TEXT_ENCODERS = ("unet", "text_encoder", "text_encoder_2")
 def draw(family, file="", strength=1.0, seed=0, steps=4, size=(64, 64), batch=2, **steering):
     """The stock graph with the adapter `file` on model and text encoder, and with that steering instead on the model.
 
-    Node 1 loads the base, node 8 the adapter; node 5 gives the latents, node 6 the pictures.
+    Node 1 loads the base, node 8 the adapter; node 5 gives the latents, node 6 the images.
     """
     graph = text_to_image(family, seed)
     graph["4"] = node("EmptyLatentImage", width=size[0], height=size[1], batch_size=batch)
@@ -47,9 +47,9 @@ def draw(family, file="", strength=1.0, seed=0, steps=4, size=(64, 64), batch=2,
     return graph
 
 
-WINDOW = {"mode": "window", "evidence": "size of the change", "start": 0.0, "end": 1.0}
-CLOSED_LOOP = {**WINDOW, "mode": "closed loop", "threshold": 0.0, "until": 0.5}
-WAYS = ({}, WINDOW, CLOSED_LOOP)
+WINDOW = {"mode": "window", "score": "norm of the change", "start": 0.0, "end": 1.0}
+GATED = {**WINDOW, "mode": "adapter gate", "threshold": 0.0, "until": 0.5}
+WAYS = ({}, WINDOW, GATED)
 
 
 def write(family, folder, components=("unet",)):
@@ -69,11 +69,11 @@ def write_both(family, folder):
 
 @pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_an_adapter_for_another_base_is_refused_and_both_are_named(run_graph, loras, family):
-    before = run_graph(draw(family), picture=["6", 0])["picture"]
+    before = run_graph(draw(family), image=["6", 0])["image"]
     both = f"made for {ARCHITECTURES[OTHER[family]]}, this model is {ARCHITECTURES[family]}"
     with pytest.raises(GraphError, match=f"SPO_LoadAdapter: .*IncompatibleAdapterError: .*{both}"):
         run_graph(draw(family, write(OTHER[family], loras)))
-    assert torch.equal(run_graph(draw(family), picture=["6", 0])["picture"], before)
+    assert torch.equal(run_graph(draw(family), image=["6", 0])["image"], before)
 
 
 @pytest.mark.parametrize("family", UNET_FAMILIES)
@@ -124,20 +124,20 @@ def test_without_any_file_every_node_has_something_to_choose_and_says_what_is_mi
     with pytest.raises(GraphError, match=r"value_not_in_list.*gone\.safetensors"):
         run_graph(draw("sd1", "gone.safetensors"))
     with pytest.raises(GraphError, match=r"custom_validation_failed.*choose one of: .*sticker demo only"):
-        run_graph(score_pictures("choose one"), {"pictures": pictures(1)})
-    assert run_graph(score_pictures(), {"pictures": pictures(1)}, cost=["3", 1])["cost"] < 0.5
+        run_graph(score_images("choose one"), {"images": images(1)})
+    assert run_graph(score_images(), {"images": images(1)}, cost=["3", 1])["cost"] < 0.5
 
 
-def pictures(count):
+def images(count):
     return torch.rand(count, 64, 64, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("facts.json", b"{", "facts.json is not JSON"),
-        ("facts.json", b"[]", "facts.json is not a mapping"),
-        ("facts.json", b'{"outputs": []}', "does not say domain, size, temperature"),
+        ("metadata.json", b"{", "metadata.json is not JSON"),
+        ("metadata.json", b"[]", "metadata.json is not a mapping"),
+        ("metadata.json", b'{"outputs": []}', "does not say domain, size, temperature"),
         ("model.safetensors", None, "cannot read the weights .*model.safetensors"),
         ("model.safetensors", b"", "cannot read the weights .*model.safetensors"),
         ("model.safetensors", save({"x": torch.zeros(1)}), "are not those of the model it describes"),
@@ -152,40 +152,40 @@ def test_a_broken_cost_model_is_refused_in_a_sentence(run_graph, cost_models, fi
     else:
         (folder / file).write_bytes(content)
     with pytest.raises(GraphError, match=f"SPO_LoadCostModel: .*SPOError: .*{words}"):
-        run_graph(score_pictures("mine"), {"pictures": pictures(1)})
+        run_graph(score_images("mine"), {"images": images(1)})
 
 
 def test_a_broken_quality_reference_is_refused_in_a_sentence(run_graph, cost_models):
     (cost_models / "mine.json").write_text('{"alignment": [0, 1]}')
     prompts = {"prompts": "a cup", "safe_prompts": ""}
-    graph = score_pictures() | {
+    graph = score_images() | {
         "8": node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference="mine.json")
     }
     with pytest.raises(GraphError, match="SPO_UAScore: .*SPOError: .*mine.json is no quality reference"):
-        run_graph(graph, {"pictures": pictures(1)})
+        run_graph(graph, {"images": images(1)})
 
 
-# --- pictures
+# --- images
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(64, 64, 3), (37, 53, 3), (53, 37, 4), (40, 41, 1)])
-def test_pictures_of_any_number_size_and_kind_go_through_every_safety_node(run_graph, count, shape):
+def test_images_of_any_number_size_and_kind_go_through_every_safety_node(run_graph, count, shape):
     image = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
     wanted = {"mask": ["3", 4], "costs": ["3", 1], "drawn": ["4", 0], "shown": ["5", 0], "page": ["6", 0]}
-    run = run_graph(score_pictures(), {"pictures": image}, **wanted)
+    run = run_graph(score_images(), {"images": image}, **wanted)
     assert run["mask"].shape == image.shape[:3] and run["drawn"].shape == (count, *shape[:2], 3)
     assert len(run.values.get("costs", [])) == count and run["shown"].shape == image.shape
     assert len(run.ui["3"]["spo_safety"]) == count and run["page"].endswith(".html")
 
 
-def test_a_picture_with_nan_counts_as_unsafe_and_its_neighbours_for_what_they_are(run_graph):
-    image = pictures(3)
+def test_a_image_with_nan_counts_as_unsafe_and_its_neighbours_for_what_they_are(run_graph):
+    image = images(3)
     image[1, 5, 5] = float("nan")
     run = run_graph(
-        score_pictures(), {"pictures": image}, costs=["3", 1], category=["3", 2], unsafe=["3", 3], shown=["5", 0]
+        score_images(), {"images": image}, costs=["3", 1], category=["3", 2], unsafe=["3", 3], shown=["5", 0]
     )
-    alone = run_graph(score_pictures(), {"pictures": image[[0, 2]]}, costs=["3", 1], unsafe=["3", 3])
+    alone = run_graph(score_images(), {"images": image[[0, 2]]}, costs=["3", 1], unsafe=["3", 3])
     assert run["unsafe"] is True and run.values["category"][1] == "not scored" and run.values["costs"][1] == 1.0
     assert [run.values["costs"][n] for n in (0, 2)] == pytest.approx(alone.values["costs"], abs=1e-5)
     assert run["shown"].isfinite().all() and torch.equal(run["shown"][0], image[0])
@@ -197,7 +197,7 @@ def test_batches_and_odd_sizes_are_steered_as_they_are_patched(run_graph, loras,
     name, size = write(family, loras), (72, 56)
 
     def found(*chosen, **steering):
-        return run_graph(draw(family, *chosen, size=size, batch=batch, **steering), picture=["6", 0])["picture"]
+        return run_graph(draw(family, *chosen, size=size, batch=batch, **steering), image=["6", 0])["image"]
 
     base, full = found(), found(name)
     assert base.shape == (batch, size[1], size[0], 3) and base.isfinite().all()
@@ -256,7 +256,7 @@ def test_after_all_that_can_happen_the_weights_are_those_of_the_file(executor, r
 
 
 def test_200_prompts_with_adapters_leave_nothing_behind(run_graph):
-    """Patched at a strength that changes, and steered, in turns in a window and in a closed loop."""
+    """Patched at a strength that changes, and steered, in turns in a window and by an adapter gate."""
 
     def prompt(number):
         graph = draw("sd1", SPO, 0.1 + number / 200, number, 2, (32, 32), 1, **WAYS[1 + number % 2])
@@ -282,7 +282,7 @@ def saved(server, run):
     return load(server.view(run.ui["10"]["latents"][0]))["latent_tensor"]
 
 
-@pytest.mark.parametrize("steering", [{}, CLOSED_LOOP], ids=["patched", "steered"])
+@pytest.mark.parametrize("steering", [{}, GATED], ids=["patched", "steered"])
 def test_after_a_cancelled_prompt_the_next_one_is_drawn_as_ever(server, run_graph, steering):
     name, steps, seen = write("sd1", server.base / "models" / "loras"), 500, []
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from miniature import FAMILIES, UNET_FAMILIES, pipeline, write_model
 from running import node, text_to_image
-from tiny import random_adapter
+from support.pipelines import random_adapter
 
-from t2i_spo_plugin.convert import convert_adapter
-from t2i_spo_plugin.loading import load_spo_lora
+from t2i_spo_plugin.adapters.convert import convert_adapter
+from t2i_spo_plugin.pipelines.loading import load_spo_lora
 
 
 pytestmark = pytest.mark.comfy
@@ -115,15 +115,15 @@ def test_after_the_adapter_the_base_model_is_what_it_was(executor, write, family
     base_graph = text_to_image(family)
     graph = base_graph | loaders(family, file, 1.0, kind)
     graph["5"] = {**graph["5"], "inputs": {**graph["5"]["inputs"], "model": ["8", 0]}}
-    wanted = {"picture": ["6", 0], "model": ["1", 0]}
+    wanted = {"image": ["6", 0], "model": ["1", 0]}
     before = executor.run(base_graph, **wanted)
     weights = {name: value.clone() for name, value in before["model"].model.state_dict().items()}
     changed = executor.run(graph, **wanted)
-    assert not torch.equal(before["picture"], changed["picture"])
+    assert not torch.equal(before["image"], changed["image"])
     after = executor.run(text_to_image(family, seed=1), **wanted)
     again = executor.run(base_graph, **wanted)
     assert again["model"].model is before["model"].model and after["model"].model is before["model"].model
-    assert torch.equal(before["picture"], again["picture"])
+    assert torch.equal(before["image"], again["image"])
     left = again["model"].model.state_dict()
     assert left.keys() == weights.keys() and all(torch.equal(left[name], weights[name]) for name in weights)
 

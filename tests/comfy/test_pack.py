@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i_spo_plugin import comfyui
-from t2i_spo_plugin.comfyui import PACK
+from t2i_spo_plugin.cli import comfyui
+from t2i_spo_plugin.cli.comfyui import PACK
 
 
 pytestmark = pytest.mark.comfy

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, node, score_pictures
+from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, node, score_images
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
-from t2i_spo_plugin.guard import Guard
-from t2i_spo_plugin.policy import load_policy
+from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.quality.normalise import Reference
+from t2i_spo_plugin.registry import load_policy
 from t2i_spo_plugin.sticker.world import scene
 
 
@@ -44,15 +44,15 @@ def guard(pack):
 
 
 def scenes(*kinds, first=0):
-    """Pictures of the sticker world `[B, 64, 64, 3]`, one of each kind that is named."""
+    """Images of the sticker world `[B, 64, 64, 3]`, one of each kind that is named."""
     drawn = [scene(first + number, "test", kind).image for number, kind in enumerate(kinds)]
     return torch.from_numpy(np.stack(drawn)).float() / 255.0 if drawn else torch.zeros(0, 64, 64, 3)
 
 
 def unsafe_scene(guard):
     """A scene that the cost model is sure about."""
-    pictures = scenes(*["harmful"] * 8)
-    return pictures[int(guard(pictures.movedim(-1, 1)).costs.argmax())][None]
+    images = scenes(*["harmful"] * 8)
+    return images[int(guard(images.movedim(-1, 1)).costs.argmax())][None]
 
 
 def cost(pack, guard, image, threshold=0.5, category="the deciding one"):
@@ -74,7 +74,7 @@ def test_a_batch_is_scored_whole_and_passes_through_untouched(pack, guard, count
     assert hidden.shape == image.shape and withheld is (count > 0) and torch.equal(image, before)
     if count:
         assert len(costs) == len(categories) == count
-        # Odd sizes, channels and neighbours change nothing about what a picture costs.
+        # Odd sizes, channels and neighbours change nothing about what an image costs.
         alone = [cost(pack, guard, image[n : n + 1]).args[1][0] for n in range(count)]
         assert costs == pytest.approx(alone, abs=1e-5)
     else:
@@ -134,14 +134,14 @@ def test_one_category_can_be_asked_for(pack, guard):
         cost(pack, guard, image, category="gluten")
 
 
-def shown_picture(base, where):
+def shown_image(base, where):
     """A file that the browser is told of, `[H, W, C]` in [0, 1]."""
     assert where["type"] == "temp"
     with Image.open(base / "temp" / where["subfolder"] / where["filename"]) as file:
         return torch.from_numpy(np.array(file)).float() / 255.0
 
 
-def test_the_widget_gets_picture_maps_and_numbers(pack, guard, base):
+def test_the_widget_gets_image_maps_and_numbers(pack, guard, base):
     image = scenes("harmful", "benign")
     result = cost(pack, guard, image, 0.4)
     shown, safety = result.ui["spo_safety"], result.args[6]
@@ -149,27 +149,27 @@ def test_the_widget_gets_picture_maps_and_numbers(pack, guard, base):
     for number, entry in enumerate(shown):
         assert set(entry) == {"image", "maps", "cost", "category", "categories", "threshold", "reason"}
         assert entry["threshold"] == 0.4 and entry["cost"] == max(entry["categories"].values())
-        assert torch.allclose(shown_picture(base, entry["image"]), image[number], atol=1.01 / 255)
+        assert torch.allclose(shown_image(base, entry["image"]), image[number], atol=1.01 / 255)
         assert entry["category"] in entry["maps"]
         assert {name for name, value in entry["categories"].items() if value >= 0.05} <= entry["maps"].keys()
         for name, where in entry["maps"].items():
-            alpha = shown_picture(base, where)[..., 3]
+            alpha = shown_image(base, where)[..., 3]
             assert torch.allclose(alpha, safety.heat_map(number, name), atol=1.01 / 255)
 
 
 def test_the_browser_can_lay_the_overlay_together(pack, guard, base):
-    """Picture and map, blended by the slider's opacity, are what the node draws but for the boxes and words."""
+    """Image and map, blended by the slider's opacity, are what the node draws but for the boxes and words."""
     image = unsafe_scene(guard)
     safety = cost(pack, guard, image).args[6]
     for opacity in (0.3, 1.0):
         result = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", opacity, False, False, 0.5)
         (entry,) = result.ui["spo_safety"]
-        ground = shown_picture(base, entry["image"])
-        colours, alpha = shown_picture(base, entry["maps"][entry["category"]]).split([3, 1], -1)
+        ground = shown_image(base, entry["image"])
+        colours, alpha = shown_image(base, entry["maps"][entry["category"]]).split([3, 1], -1)
         blended = (1 - opacity * alpha) * ground + opacity * alpha * colours
         assert torch.allclose(blended, result.args[0][0], atol=3 / 255)
     marked = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", 1.0, True, True, 0.5).ui["spo_safety"][0]
-    assert not torch.allclose(shown_picture(base, marked["image"]), ground), "boxes and labels are not shown"
+    assert not torch.allclose(shown_image(base, marked["image"]), ground), "boxes and labels are not shown"
 
 
 def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):
@@ -185,7 +185,7 @@ def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):
     assert not torch.equal(labelled[0], image[0]) and not torch.equal(labelled[1], image[1])
 
 
-def test_pictures_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):
+def test_images_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):
     image = unsafe_scene(guard)
     safety = cost(pack, guard, image).args[6]
     large = image.repeat_interleave(3, 1).repeat_interleave(3, 2)
@@ -195,7 +195,7 @@ def test_pictures_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):
         ("SPO_SafetySwitch", (0.5, "pass", "")),
         ("SPO_SafetyOverlay", ("heat", 0.6, True, True, 0.5)),
     ):
-        with pytest.raises(ConfigError, match="is of 1 pictures and the image batch has 2"):
+        with pytest.raises(ConfigError, match="is of 1 images and the image batch has 2"):
             pack[name].execute(torch.cat([image, image]), safety, *options)
 
 
@@ -209,10 +209,10 @@ def test_hiding_takes_the_unsafe_part_away(pack, guard, action):
     after = cost(pack, guard, hidden).args[1]
     assert len(unsafe) >= 10 and sum(after[n] >= 0.5 for n in unsafe) <= 2
     untouched = [bool((hidden[n] == image[n]).all(-1).any()) for n in unsafe]
-    assert sum(untouched) > len(unsafe) / 2, "whole pictures were hidden"
+    assert sum(untouched) > len(unsafe) / 2, "whole images were hidden"
 
 
-def test_replacing_fits_the_picture(pack, guard):
+def test_replacing_fits_the_image(pack, guard):
     image = torch.cat([unsafe_scene(guard), scenes("benign")])
     with_alpha = torch.cat([image, torch.full_like(image[..., :1], 0.99)], -1)
     safety = cost(pack, guard, with_alpha).args[6]
@@ -226,7 +226,7 @@ def test_replacing_fits_the_picture(pack, guard):
     assert torch.equal(silent[0], silent[0, 0, 0].expand(64, 64, 3)) and not torch.equal(says[0], silent[0])
 
 
-def test_passing_and_safe_pictures_are_the_same_object(pack, guard):
+def test_passing_and_safe_images_are_the_same_object(pack, guard):
     image = scenes("benign")
     safety = cost(pack, guard, image).args[6]
     assert pack["SPO_SafetySwitch"].execute(image, safety, 0.5, "stop", "").args == (image, False)
@@ -244,7 +244,7 @@ def test_a_cost_model_has_to_be_chosen(pack):
     assert loader.validate_inputs(STICKER) is True
     with pytest.raises(DomainError, match="override_domain"):
         loader.execute(STICKER, "photo-sexual", False)
-    assert "sticker pictures" in loader.execute(STICKER, "as the model", False).args[1]
+    assert "sticker images" in loader.execute(STICKER, "as the model", False).args[1]
 
 
 def test_own_models_and_policies_come_from_the_models_folder(pack, cost_models):
@@ -275,19 +275,19 @@ def test_an_exchanged_file_of_a_cost_model_is_noticed(pack, cost_models):
 
     seen = {found()}
     assert found() in seen
-    assert {"config.json", "facts.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert {"config.json", "metadata.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
     for path in sorted(folder.iterdir()):
         os.utime(path, ns=(1, 1))
         assert found() not in seen, path.name
         seen.add(found())
-    # It goes into every saved picture.
+    # It goes into every saved image.
     assert not [text for text in seen if str(cost_models) in text]
 
 
 def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, cost_models, monkeypatch):
     folder = cost_models / "head"
     folder.mkdir()
-    facts = {
+    metadata = {
         "kind": "clip_head",
         "source": "nobody/no-such-model",
         "outputs": ["x"],
@@ -295,7 +295,7 @@ def test_nothing_is_downloaded_for_a_head_on_a_model_from_the_hub(pack, cost_mod
         "domain": "photo",
         "temperature": [1.0],
     }
-    (folder / "facts.json").write_text(json.dumps(facts))
+    (folder / "metadata.json").write_text(json.dumps(metadata))
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, folder / "model.safetensors")
@@ -321,7 +321,7 @@ def test_uascore_of_a_batch(pack, guard):
     swapped = "\n".join([*lines[:2], *lines[3:], lines[2]])
     wrong = pack["SPO_UAScore"].execute(image, guard, swapped, completions, STICKER).args[0]
     assert summary.benign.mean_safety > 0.9 and wrong.benign.mean_quality < 0.5 < summary.benign.mean_quality
-    with pytest.raises(ConfigError, match="5 pictures and 1 prompts"):
+    with pytest.raises(ConfigError, match="5 images and 1 prompts"):
         pack["SPO_UAScore"].execute(image, guard, "one", "", STICKER)
 
 
@@ -336,7 +336,7 @@ def test_a_quality_reference_of_the_users_own(pack, guard, cost_models):
     score = pack["SPO_UAScore"].execute
     theirs = score(image, guard, "\n".join(captions), "a cat", "another.json").args[0]
     ours = score(image, guard, "\n".join(captions), "a cat", STICKER).args[0]
-    assert theirs.facts.reference_hash == other.hash != ours.facts.reference_hash
+    assert theirs.metadata.reference_hash == other.hash != ours.metadata.reference_hash
     assert theirs.benign.mean_quality < ours.benign.mean_quality
 
 
@@ -344,7 +344,7 @@ def test_a_quality_model_is_read_again_when_a_file_of_it_was_exchanged(run_graph
     folder = cost_models / "quality"
     shutil.copytree(sticker.FOLDER / "quality_model", folder)
     shutil.copy(folder / "reference.json", cost_models / "single.json")
-    # Pictures that come from the cache, so that the score may.
+    # Images that come from the cache, so that the score may.
     graph = {
         "1": node("EmptyImage", width=64, height=64, batch_size=2, color=0x808080),
         "2": node("SPO_LoadCostModel", model=STICKER, policy="as the model", override_domain=False),
@@ -355,7 +355,7 @@ def test_a_quality_model_is_read_again_when_a_file_of_it_was_exchanged(run_graph
         graph["3"] = node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference=reference)
         run = run_graph(graph, scores=["3", 0])
         cached = next(data["nodes"] for event, data in run.messages if event == "execution_cached")
-        return run["scores"].facts, "3" in cached
+        return run["scores"].metadata, "3" in cached
 
     def exchange(path):
         reference = Reference.load(path)
@@ -411,8 +411,8 @@ def test_the_report_stands_alone_and_stays_in_the_output_folder(pack, guard, bas
     assert page.tags.count("img") == 4 and all(source.startswith("data:image/") for source in page.sources)
     assert "1 unsafe, 1 not scored" in page.text and safety.deciding(0) in page.text
     content = json.loads(first.with_suffix(".json").read_text())
-    assert [one["unsafe"] for one in content["pictures"]] == [True, False, None]
-    assert content["pictures"][2]["cost"] is None and "NaN" in content["pictures"][2]["not_scored"]
+    assert [one["unsafe"] for one in content["images"]] == [True, False, None]
+    assert content["images"][2]["cost"] is None and "NaN" in content["images"][2]["not_scored"]
     # A number is free when no file of the two has it.
     for ending in (".html", ".json"):
         other = second.with_suffix({".html": ".json", ".json": ".html"}[ending])
@@ -434,7 +434,7 @@ WANTED = {"image": ["3", 0], "cost": ["3", 1], "unsafe": ["3", 3], "shown": ["5"
 
 def test_a_whole_graph(pack, guard, run_graph):
     image = torch.cat([unsafe_scene(guard), scenes("benign")])
-    ran = run_graph(score_pictures(), {"pictures": image}, **WANTED)
+    ran = run_graph(score_images(), {"images": image}, **WANTED)
     assert ran.values["cost"] == pytest.approx(cost(pack, guard, image).args[1])
     assert ran["unsafe"] is ran["withheld"] is True
     assert ran["image"] is image and not torch.equal(ran["shown"], image)
@@ -442,39 +442,39 @@ def test_a_whole_graph(pack, guard, run_graph):
     assert Path(ran.ui["6"]["text"][0]).is_file()
 
 
-def test_no_pictures_run_through(run_graph):
-    ran = run_graph(score_pictures(action="stop"), {"pictures": torch.zeros(0, 64, 64, 3)}, **WANTED)
+def test_no_images_run_through(run_graph):
+    ran = run_graph(score_images(action="stop"), {"images": torch.zeros(0, 64, 64, 3)}, **WANTED)
     assert ran["unsafe"] is ran["withheld"] is False and "cost" not in ran.values
 
 
-def test_stop_hands_on_no_picture_and_says_why(guard, run_graph):
+def test_stop_hands_on_no_image_and_says_why(guard, run_graph):
     with pytest.raises(GraphError, match="not here") as stopped:
-        run_graph(score_pictures(action="stop"), {"pictures": unsafe_scene(guard)}, **WANTED)
+        run_graph(score_images(action="stop"), {"images": unsafe_scene(guard)}, **WANTED)
     ran = stopped.value.run
     assert "shown" not in ran.values and ran["withheld"] is True
 
 
 def test_a_model_that_was_not_chosen_is_said_before_anything_runs(run_graph):
-    unchosen = score_pictures()
+    unchosen = score_images()
     unchosen["2"]["inputs"]["model"] = "choose one"
     with pytest.raises(GraphError, match="choose one of") as refused:
-        run_graph(unchosen, {"pictures": scenes("benign")}, **WANTED)
+        run_graph(unchosen, {"images": scenes("benign")}, **WANTED)
     assert not refused.value.run.messages
 
 
 def test_two_prompts_do_not_mix(pack, guard, run_graph):
     """Queued one after another in one executor, and side by side in one graph with one cost model."""
-    pictures = {"a": unsafe_scene(guard), "b": scenes("benign")}
-    expected = {name: cost(pack, guard, image).args[1] for name, image in pictures.items()}
+    images = {"a": unsafe_scene(guard), "b": scenes("benign")}
+    expected = {name: cost(pack, guard, image).args[1] for name, image in images.items()}
     for name in ("a", "b", "a"):
-        ran = run_graph(score_pictures(pictures=name), pictures, cost=["3", 1])
+        ran = run_graph(score_images(images=name), images, cost=["3", 1])
         assert ran.values["cost"] == pytest.approx(expected[name])
-    both = score_pictures(pictures="a") | {
+    both = score_images(images="a") | {
         f"9{number}": one | {"inputs": _renamed(one["inputs"])}
-        for number, one in score_pictures(pictures="b").items()
+        for number, one in score_images(images="b").items()
         if number != "2"
     }
-    ran = run_graph(both, pictures, a=["3", 1], b=["93", 1])
+    ran = run_graph(both, images, a=["3", 1], b=["93", 1])
     assert ran.values["a"] == pytest.approx(expected["a"]) and ran.values["b"] == pytest.approx(expected["b"])
 
 
@@ -496,9 +496,9 @@ def test_a_cancelled_run_ends_and_the_next_one_works(run_graph, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "__call__", score)
         with pytest.raises(GraphError, match="interrupted"):
-            run_graph(score_pictures(), {"pictures": many})
+            run_graph(score_images(), {"images": many})
     assert sum(calls) < 32
-    assert run_graph(score_pictures(), {"pictures": scenes("benign")}, cost=["3", 1])["cost"] < 0.5
+    assert run_graph(score_images(), {"images": scenes("benign")}, cost=["3", 1])["cost"] < 0.5
 
 
 def test_progress_reaches_the_browser(run_graph, monkeypatch):
@@ -507,7 +507,7 @@ def test_progress_reaches_the_browser(run_graph, monkeypatch):
     seen = []
     hook = lambda value, total, preview, node_id=None: seen.append((value, total))  # noqa: E731
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    run_graph(score_pictures(), {"pictures": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
+    run_graph(score_images(), {"images": scenes(*["benign"] * 5).repeat(4, 1, 1, 1)})
     assert (40, 40) in seen and any(value < total for value, total in seen)
 
 
@@ -515,10 +515,10 @@ def test_200_prompts_leave_nothing_behind(run_graph):
     """Objects and resident memory, after a start that fills the caches."""
 
     def prompt(number):
-        turn = score_pictures(action="pixelate region", threshold=number / 1000)
+        turn = score_images(action="pixelate region", threshold=number / 1000)
         turn["6"]["inputs"]["filename_prefix"] = f"many/{number % 2}"
-        pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
-        run_graph(turn, {"pictures": pictures})
+        images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(number))
+        run_graph(turn, {"images": images})
 
     check_nothing_is_left_behind(prompt)
 
@@ -530,6 +530,6 @@ def test_only_outputs_and_temporary_files_are_written(guard, base, run_graph):
 
     folders, beside = [base / "models", base / "input", REPOSITORY / "comfy_nodes"], set(base.iterdir())
     before = [files(folder) for folder in folders]
-    run_graph(score_pictures(), {"pictures": unsafe_scene(guard)})
+    run_graph(score_images(), {"images": unsafe_scene(guard)})
     assert [files(folder) for folder in folders] == before
     assert set(base.iterdir()) == beside

@@ -1,4 +1,4 @@
-"""What the browser gets from a server with the pack: nodes and their texts, progress, pictures, scripts, refusals."""
+"""What the browser gets from a server with the pack: nodes and their texts, progress, images, scripts, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from running import REPOSITORY, STICKER, GraphError, node, text_to_image
 
-from t2i_spo_plugin.comfyui import PACK
+from t2i_spo_plugin.cli.comfyui import PACK
 
 
 pytestmark = pytest.mark.comfy
@@ -35,14 +35,14 @@ def safety(first, model=STICKER):
 
 
 def everything():
-    """A graph of all nodes of the pack: two pictures of the sticker world, steered by a merge, then judged."""
+    """A graph of all nodes of the pack: two images of the sticker world, steered by a merge, then judged."""
     slots = {f"adapter_{slot}": "none" for slot in range(1, 5)} | {f"strength_{slot}": 1.0 for slot in range(1, 5)}
     slots |= {"adapter_1": "sticker demo: dpo (bundled)", "strength_1": 0.25}
     judged = {"image": ["6", 0], "safety": ["21", 6], "threshold": 0.5}
     style = {"colour_map": "heat", "opacity": 0.6, "boxes": True, "labels": True}
     prompts = {"prompts": "a cup\na street", "safe_prompts": "a cup of tea\n", "reference": STICKER}
     merge = {"method": "svd", "rank": 8, "filename_prefix": "spo/merged"}
-    steering = {"mode": "window", "evidence": "size of the change", "start": 0.0, "end": 0.8}
+    steering = {"mode": "window", "score": "norm of the change", "start": 0.0, "end": 0.8}
     graph = text_to_image("sd1") | {
         "1": node("SPO_StickerDemoLoader"),
         "8": node("SPO_LoadAdapter", model=["1", 0], clip=["1", 1], adapter=SPO, strength=0.5),
@@ -60,7 +60,7 @@ def everything():
     return graph
 
 
-def test_a_graph_of_all_nodes_runs_and_its_pictures_are_served(server, own_nodes):
+def test_a_graph_of_all_nodes_runs_and_its_images_are_served(server, own_nodes):
     graph = everything()
     assert {given["class_type"] for given in graph.values()} >= own_nodes.keys()
     run = server.run(graph)
@@ -69,8 +69,8 @@ def test_a_graph_of_all_nodes_runs_and_its_pictures_are_served(server, own_nodes
     for number in ("21", "22"):
         assert len(run.ui[number]["spo_safety"]) == 2
         shown += [file for entry in run.ui[number]["spo_safety"] for file in (entry["image"], *entry["maps"].values())]
-    for picture in shown:
-        assert Image.open(io.BytesIO(server.view(picture))).size == (64, 64)
+    for image in shown:
+        assert Image.open(io.BytesIO(server.view(image))).size == (64, 64)
     assert "merged_" in run.ui["10"]["text"][0] and "uascore/1" in run.ui["24"]["text"][0]
     (page,) = run.ui["25"]["text"]
     assert page.startswith(str(server.base / "output"))

@@ -10,16 +10,15 @@ import miniature
 import pytest
 import torch
 from running import node
-from sticker_runs import LOOK, Seen, sizes, spo_stack, start_noise, text_to_image
-from tiny import random_adapter
+from sticker_runs import LOOK, RecordedNorms, norms, spo_stack, start_noise, text_to_image
+from support.pipelines import random_adapter
 
-from t2i_spo_plugin import ClosedLoop, ConfigError, convert_adapter
-from t2i_spo_plugin.architecture import architecture_of
-from t2i_spo_plugin.change_reader import ChangeReader
-from t2i_spo_plugin.comfy_nodes.evidence import SIZE, as_in_diffusers
+from t2i_spo_plugin import AdapterGate, ConfigError, convert_adapter
+from t2i_spo_plugin.comfy_nodes.gate import NORM, as_in_diffusers
 from t2i_spo_plugin.comfy_nodes.patching import architecture, patched
 from t2i_spo_plugin.comfy_nodes.steering import steer
-from t2i_spo_plugin.trajectory import FULL_WINDOW
+from t2i_spo_plugin.gating import FULL_WINDOW, GateNetwork
+from t2i_spo_plugin.pipelines.architecture import architecture_of
 
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("without_gradients")]
@@ -28,7 +27,7 @@ FOUR_SIGMAS = torch.tensor([1.0, 0.6, 0.3, 0.0])
 
 
 def draw_unet(model, family):
-    """Two pictures of random prompts without guidance, for a UNet."""
+    """Two images of random prompts without guidance, for a UNet."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 8, 8, generator=generator)
     width = miniature.pipeline(family).unet.config.cross_attention_dim
@@ -45,14 +44,14 @@ def draw(model, noise, condition, sigmas):
 
 
 def draw_sticker(model, sigmas):
-    """A picture of a random prompt without guidance, for the sticker world."""
+    """An image of a random prompt without guidance, for the sticker world."""
     width = model.model.model_config.unet_config["context_dim"]
     prompt = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
     return draw(model, start_noise(), [[prompt, {}]], sigmas)
 
 
 def draw_transformer(model, sigmas=FOUR_SIGMAS):
-    """Two pictures of random prompts, for SD3 and Flux."""
+    """Two images of random prompts, for SD3 and Flux."""
     generator = torch.Generator().manual_seed(1)
     noise, prompt = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 5, 4096, generator=generator)
     pooled = prompt[:, 0, : model.model.model_config.unet_config.get("adm_in_channels", 768)]
@@ -107,19 +106,19 @@ def test_stable_diffusion_2_predicts_v_as_in_diffusers(executor):
     torch.testing.assert_close(denoised, latents / scale**2 - sigma[0] / scale * expected, atol=tolerance * 3, rtol=0)
 
 
-def test_stable_diffusion_2_is_steered_by_a_reader(executor):
+def test_stable_diffusion_2_is_steered_by_a_gate_network(executor):
     model = miniature.load_unet("sd2")
     stack = [(random_adapter(miniature.pipeline("sd2")), 1.0)]
     base, full = (draw_unet(one, "sd2") for one in (model, steer(model, stack, FULL_WINDOW, None)[0]))
     assert (full - base).abs().max() > 1e-3
-    reader = ChangeReader(4).eval()
+    network = GateNetwork(4).eval()
     for threshold, wanted in ((1e6, base), (-1e6, full)):
-        loop = ClosedLoop(threshold, LOOK, reader)
-        assert torch.equal(draw_unet(steer(model, stack, FULL_WINDOW, loop)[0], "sd2"), wanted)
+        gate = AdapterGate(threshold, LOOK, network)
+        assert torch.equal(draw_unet(steer(model, stack, FULL_WINDOW, gate)[0], "sd2"), wanted)
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])
-def test_it_looks_at_as_many_of_evenly_spaced_steps_as_in_diffusers(world, scheduler):
+def test_the_decision_window_has_as_many_evenly_spaced_steps_as_in_diffusers(world, scheduler):
     flux, adapter = miniature.load_transformer("flux"), random_adapter(miniature.pipeline("flux"))
     for model, stack, draw_some in (
         (world[0], spo_stack(), draw_sticker),
@@ -127,25 +126,25 @@ def test_it_looks_at_as_many_of_evenly_spaced_steps_as_in_diffusers(world, sched
     ):
         first = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, 25)[:5]
         for until, steps in ((0.04, 1), (0.08, 2), (0.12, 3)):
-            seen = Seen()
-            draw_some(steer(model, stack, FULL_WINDOW, ClosedLoop(1e6, until, seen))[0], first)
-            assert len(seen.sizes) == 1 + steps  # The first is of the check before the run.
+            recorded = RecordedNorms()
+            draw_some(steer(model, stack, FULL_WINDOW, AdapterGate(1e6, until, recorded))[0], first)
+            assert len(recorded.norms) == 1 + steps  # The first is of the check before the run.
 
 
 @pytest.mark.parametrize("family", miniature.UNET_FAMILIES)
-def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, family):
-    path = executor.base / "models" / "loras" / f"loop-{family}.safetensors"
+def test_a_checkpoint_is_steered_by_the_norm_of_the_change(executor, run_graph, family):
+    path = executor.base / "models" / "loras" / f"gated-{family}.safetensors"
     adapter = random_adapter(miniature.pipeline(family), components=("unet",), alpha=0.5)
     convert_adapter(adapter, path, "kohya")
 
-    def draw(model, threshold=0.0, mode="closed loop"):
+    def draw(model, threshold=0.0, mode="adapter gate"):
         graph = {
             **text_to_image([model, 0], ["1", 1], ["1", 2]),
             "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"miniature-{family}.safetensors"}},
             "2": node("SPO_LoadAdapter", model=["1", 0], adapter=path.name, strength=1.0),
             "3": node(
                 "SPO_Steering",
-                **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "evidence": SIZE, "start": 0.0, "end": 1.0},
+                **{"model": ["1", 0], "adapter": ["2", 2], "mode": mode, "score": NORM, "start": 0.0, "end": 1.0},
                 threshold=threshold,
             ),
         }
@@ -156,10 +155,10 @@ def test_a_checkpoint_is_steered_by_the_size_of_the_change(executor, run_graph, 
     full = draw("3", mode="window")[0]
     assert (full - base).abs().max() > 1e-3
     assert torch.equal(draw("3", threshold=10.0)[0], base) and torch.equal(draw("3", threshold=0.0)[0], full)
-    # A threshold between the two pictures of the batch.
-    found = sizes(model, [(adapter, 1.0)], lambda steered: draw_unet(steered, family))
+    # A threshold between the two images of the batch.
+    found = norms(model, [(adapter, 1.0)], lambda steered: draw_unet(steered, family))
     threshold = float(found.mean())
-    drawn = draw_unet(steer(model, [(adapter, 1.0)], FULL_WINDOW, ClosedLoop(threshold, LOOK))[0], family)
+    drawn = draw_unet(steer(model, [(adapter, 1.0)], FULL_WINDOW, AdapterGate(threshold, LOOK))[0], family)
     assert [not torch.equal(*pair) for pair in zip(drawn, draw_unet(model, family), strict=True)] == (
         found >= threshold
     ).tolist()
@@ -174,14 +173,14 @@ def test_transformers_are_steered_as_they_are_patched(family):
     assert (expected - base).abs().max() > 0.05
     full = draw_transformer(steer(model, stack, FULL_WINDOW, None)[0])
     torch.testing.assert_close(full, expected, atol=2e-3, rtol=2e-3)
-    reader = ChangeReader(64 if family == "flux" else 16).eval()
+    network = GateNetwork(64 if family == "flux" else 16).eval()
     for threshold, wanted in ((1e6, base), (-1e6, full)):
-        for loop in (ClosedLoop(threshold, LOOK), ClosedLoop(threshold, LOOK, reader)):
-            assert torch.equal(draw_transformer(steer(model, stack, FULL_WINDOW, loop)[0]), wanted)
+        for gate in (AdapterGate(threshold, LOOK), AdapterGate(threshold, LOOK, network)):
+            assert torch.equal(draw_transformer(steer(model, stack, FULL_WINDOW, gate)[0]), wanted)
     with pytest.raises(ConfigError, match="belongs to another base model"):
-        steer(model, stack, FULL_WINDOW, ClosedLoop(0.0, LOOK, ChangeReader(8)))
-    found = sizes(model, stack, draw_transformer)
-    drawn = draw_transformer(steer(model, stack, FULL_WINDOW, ClosedLoop(float(found.mean()), LOOK))[0])
+        steer(model, stack, FULL_WINDOW, AdapterGate(0.0, LOOK, GateNetwork(8)))
+    found = norms(model, stack, draw_transformer)
+    drawn = draw_transformer(steer(model, stack, FULL_WINDOW, AdapterGate(float(found.mean()), LOOK))[0])
     assert [not torch.equal(*pair) for pair in zip(drawn, base, strict=True)] == (found >= found.mean()).tolist()
 
 

@@ -16,52 +16,51 @@ from sticker_runs import (
     SPO,
     STEPS,
     hooked,
+    norms,
     sample,
-    sizes,
     spo_stack,
     start_noise,
     text_to_image,
 )
-from tiny import random_adapter
+from support.pipelines import random_adapter
 
 import t2i_spo_plugin.sticker as sticker
 from t2i_spo_plugin import (
     AdapterError,
-    ClosedLoop,
+    AdapterGate,
     ConfigError,
     enable_spo,
     load_spo_lora,
     unload_spo_lora,
     write_adapter,
 )
-from t2i_spo_plugin.change_reader import ChangeReader, save_closed_loop
 from t2i_spo_plugin.comfy_nodes.adapters import LoadAdapter
-from t2i_spo_plugin.comfy_nodes.evidence import SIZE, check_evidence
+from t2i_spo_plugin.comfy_nodes.gate import NORM, check_gate
 from t2i_spo_plugin.comfy_nodes.steering import Steering, steer
-from t2i_spo_plugin.trajectory import FULL_WINDOW
+from t2i_spo_plugin.gating import FULL_WINDOW, GateNetwork, save_adapter_gate
 
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("without_gradients")]
 
-READER = "sticker demo: reader (bundled)"
+NETWORK = "sticker demo: network (bundled)"
 
 
 @pytest.fixture
-def loops(tmp_path, monkeypatch):
-    """An empty folder for closed loops."""
-    folder = tmp_path / "loops"
+def gates(tmp_path, monkeypatch):
+    """An empty folder for adapter gates."""
+    folder = tmp_path / "gates"
     folder.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "spo_closed_loop", ([str(folder)], {".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "spo_adapter_gates", ([str(folder)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return folder
 
 
 def window(model, start, end, strength=1.0):
-    return Steering.execute(model, spo_stack(strength), "window", SIZE, start, end).result[0]
+    return Steering.execute(model, spo_stack(strength), "window", NORM, start, end).result[0]
 
 
-def closed(model, evidence=SIZE, threshold=0.1, until=LOOK):
-    return Steering.execute(model, spo_stack(), "closed loop", evidence, 0.0, 1.0, threshold, until).result[0]
+def gated(model, score=NORM, threshold=0.1, until=LOOK):
+    return Steering.execute(model, spo_stack(), "adapter gate", score, 0.0, 1.0, threshold, until).result[0]
 
 
 def always(model):
@@ -74,7 +73,7 @@ def always(model):
 
 def test_a_whole_window_draws_what_the_patched_model_draws(world):
     model, clip, _ = world
-    steered, info = Steering.execute(model, spo_stack(0.8), "window", SIZE, 0.0, 1.0).result
+    steered, info = Steering.execute(model, spo_stack(0.8), "window", NORM, 0.0, 1.0).result
     expected = sample(LoadAdapter.execute(model, SPO, 0.8).result[0], clip, [HARMFUL, BENIGN])[0]
     torch.testing.assert_close(sample(steered, clip, [HARMFUL, BENIGN])[0], expected, atol=2e-3, rtol=0)
     assert "on from 0 to 1" in info and not steered.patches
@@ -106,7 +105,7 @@ def test_a_window_at_either_end_has_the_first_or_the_last_step_and_both_are_the_
     assert torch.equal(sample(window(window(model, 0.0, edge), edge, 1.0), clip, [HARMFUL])[0], whole)
 
 
-# --- the closed loop decides as in diffusers
+# --- the adapter gate decides as in diffusers
 
 
 def predictions(call):
@@ -149,8 +148,8 @@ def test_both_programs_predict_the_same_from_the_same_noise(world, pipe):
     assert 0.5 < base.std() < 2.0 and (changed - base).abs().max() > 0.1
     torch.testing.assert_close(here, base, atol=1e-4, rtol=0)
     torch.testing.assert_close(changed_here, changed, atol=1e-4, rtol=0)
-    reader = sticker.load_closed_loop()
-    torch.testing.assert_close(reader.evidence(here, changed_here), reader.evidence(base, changed), atol=1e-2, rtol=0)
+    gate = sticker.load_adapter_gate()
+    torch.testing.assert_close(gate.score(here, changed_here), gate.score(base, changed), atol=1e-2, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -162,63 +161,63 @@ def crowd(world):
         return prompts, sample(model, clip, prompts)[0], sample(always(model), clip, prompts)[0]
 
 
-@pytest.mark.parametrize("evidence", ["reader", "size"])
-def test_the_same_pictures_get_the_adapter_as_in_diffusers_and_the_others_are_the_bases(world, crowd, evidence):
+@pytest.mark.parametrize("score", ["network", "norm"])
+def test_the_same_images_get_the_adapter_as_in_diffusers_and_the_others_are_the_bases(world, crowd, score):
     model, clip, _ = world
     prompts, base, full = crowd
     guided = enable_spo(sticker.load_pipeline())
-    guided.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_closed_loop(evidence))
+    guided.load_spo_lora(sticker.adapter_path("spo"), steering=sticker.load_adapter_gate(score))
     options = {"num_inference_steps": STEPS, "guidance_scale": sticker.GUIDANCE, "output_type": "latent"}
-    decided = guided(prompts, latents=start_noise(len(prompts)), **options).loop_report.steered
-    drawn = sample(closed(model, f"sticker demo: {evidence} (bundled)"), clip, prompts)[0]
+    decided = guided(prompts, latents=start_noise(len(prompts)), **options).gate_report.gated_on
+    drawn = sample(gated(model, f"sticker demo: {score} (bundled)"), clip, prompts)[0]
     found = [not torch.equal(one, other) for one, other in zip(drawn, base, strict=True)]
     assert found == decided and {*decided} == {True, False}
     torch.testing.assert_close(drawn[decided], full[decided], atol=2e-4, rtol=0)
-    if evidence == "reader":
+    if score == "network":
         assert sum(decided[:8]) == 8 and sum(decided[8:]) <= 2
 
 
-# --- one picture, one decision
+# --- one image, one decision
 
 
-def test_the_size_decides_for_each_picture_alone_by_a_threshold_between(world):
+def test_the_norm_decides_for_each_image_alone_by_a_threshold_between(world):
     model, clip, _ = world
     prompts = [HARMFUL, BENIGN]
-    found = sizes(model, spo_stack(), lambda steered: sample(steered, clip, prompts, cfg=1.0)).tolist()
+    found = norms(model, spo_stack(), lambda steered: sample(steered, clip, prompts, cfg=1.0)).tolist()
     assert found[0] > 1.2 * found[1]
     base, full = sample(model, clip, prompts)[0], sample(always(model), clip, prompts)[0]
-    drawn = sample(closed(model, threshold=sum(found) / 2), clip, prompts)[0]
+    drawn = sample(gated(model, threshold=sum(found) / 2), clip, prompts)[0]
     torch.testing.assert_close(drawn[0], full[0], atol=2e-4, rtol=0)
     assert torch.equal(drawn[1], base[1]) and not torch.equal(drawn[0], base[0])
     for threshold, expected in ((found[0] * 1.01, base), (found[1] * 0.99, full)):
-        nothing_or_all = sample(closed(model, threshold=threshold), clip, prompts)[0]
+        nothing_or_all = sample(gated(model, threshold=threshold), clip, prompts)[0]
         torch.testing.assert_close(nothing_or_all, expected, atol=2e-4, rtol=0)
 
 
-def test_pictures_of_one_prompt_are_decided_by_their_noise(world):
+def test_images_of_one_prompt_are_decided_by_their_noise(world):
     model, clip, _ = world
     noise = start_noise(4)
 
     def draw(steered):
         return sample(steered, clip, [HARMFUL], noise=noise, cfg=1.0)[0]
 
-    found = sizes(model, spo_stack(), draw)
+    found = norms(model, spo_stack(), draw)
     threshold = float(found.sort().values[1:3].mean())
-    base, drawn = draw(model), draw(closed(model, threshold=threshold))
+    base, drawn = draw(model), draw(gated(model, threshold=threshold))
     differs = torch.tensor([not torch.equal(one, other) for one, other in zip(drawn, base, strict=True)])
     assert torch.equal(differs, found >= threshold) and int(differs.sum()) == 2
 
 
-def test_without_guidance_the_reader_decides_alike(world):
+def test_without_guidance_the_gate_network_decides_alike(world):
     model, clip, _ = world
     prompts = [HARMFUL, BENIGN]
-    drawn = sample(closed(model, READER), clip, prompts, cfg=1.0)[0]
+    drawn = sample(gated(model, NETWORK), clip, prompts, cfg=1.0)[0]
     torch.testing.assert_close(drawn[0], sample(always(model), clip, prompts, cfg=1.0)[0][0], atol=2e-4, rtol=0)
     assert torch.equal(drawn[1], sample(model, clip, prompts, cfg=1.0)[0][1])
 
 
 def folded(model):
-    """A clone whose layers see twice as many rows as there are pictures."""
+    """A clone whose layers see twice as many rows as there are images."""
 
     def twice(forward, x, timesteps, context, *rest, **options):
         two = (torch.cat([tensor, tensor]) for tensor in (x, timesteps, context))
@@ -229,17 +228,17 @@ def folded(model):
     return clone
 
 
-def test_where_layers_fold_rows_one_picture_gives_the_adapter_to_all(world):
+def test_where_layers_fold_rows_one_image_gives_the_adapter_to_all(world):
     model, clip, _ = world
     model = folded(model)
     base, full = sample(model, clip, [HARMFUL, BENIGN])[0], sample(always(model), clip, [HARMFUL, BENIGN])[0]
-    both = sample(closed(model, READER), clip, [HARMFUL, BENIGN])[0]
+    both = sample(gated(model, NETWORK), clip, [HARMFUL, BENIGN])[0]
     assert torch.equal(both, full) and not torch.equal(both[1], base[1])
-    alone = sample(closed(model, READER), clip, [BENIGN])[0]
+    alone = sample(gated(model, NETWORK), clip, [BENIGN])[0]
     assert torch.equal(alone, sample(model, clip, [BENIGN])[0])
 
 
-def test_the_second_question_has_the_control_nets_answers_too(world):
+def test_the_second_run_has_the_control_nets_answers_too(world):
     """A model takes them out of their lists."""
     model, clip, _ = world
 
@@ -251,24 +250,24 @@ def test_the_second_question_has_the_control_nets_answers_too(world):
     base.set_model_unet_function_wrapper(controlled)
     expected = sample(always(base), clip, [HARMFUL])[0]
     assert not torch.equal(expected, sample(always(model), clip, [HARMFUL])[0])
-    assert torch.equal(sample(closed(base, threshold=0.0), clip, [HARMFUL])[0], expected)
+    assert torch.equal(sample(gated(base, threshold=0.0), clip, [HARMFUL])[0], expected)
 
 
-def test_a_run_that_begins_when_the_looking_is_over_gets_the_adapter(world):
+def test_a_run_that_begins_after_the_decision_window_gets_the_adapter(world):
     model, clip, _ = world
     late = range(499, 0, -100)
     expected = sample(always(model), clip, [HARMFUL, BENIGN], steps=late)[0]
-    for evidence in (SIZE, READER):
-        assert torch.equal(sample(closed(model, evidence), clip, [HARMFUL, BENIGN], steps=late)[0], expected)
+    for score in (NORM, NETWORK):
+        assert torch.equal(sample(gated(model, score), clip, [HARMFUL, BENIGN], steps=late)[0], expected)
 
 
 # --- nothing stays behind
 
 
-def test_a_cancelled_run_leaves_no_hook_and_the_next_picture_is_the_bases(world):
+def test_a_cancelled_run_leaves_no_hook_and_the_next_image_is_the_bases(world):
     model, clip, _ = world
     base = sample(model, clip, [HARMFUL])[0]
-    for steered in (window(model, 0.0, 1.0), closed(model, threshold=0.0, until=0.5), closed(model, READER)):
+    for steered in (window(model, 0.0, 1.0), gated(model, threshold=0.0, until=0.5), gated(model, NETWORK)):
 
         def cancel(step):
             if step == 3:
@@ -280,7 +279,7 @@ def test_a_cancelled_run_leaves_no_hook_and_the_next_picture_is_the_bases(world)
         assert torch.equal(sample(model, clip, [HARMFUL])[0], base)
 
 
-def test_a_run_that_fails_at_the_second_question_leaves_no_hook_and_decides_anew_afterwards(world):
+def test_a_run_that_fails_in_the_second_run_leaves_no_hook_and_decides_anew_afterwards(world):
     model, clip, _ = world
     asked = []
 
@@ -292,7 +291,7 @@ def test_a_run_that_fails_at_the_second_question_leaves_no_hook_and_decides_anew
 
     fragile = model.clone()
     fragile.add_wrapper(WrappersMP.DIFFUSION_MODEL, fails_once)
-    steered = closed(fragile, READER)
+    steered = gated(fragile, NETWORK)
     with pytest.raises(torch.OutOfMemoryError):
         sample(steered, clip, [HARMFUL])
     assert len(asked) == 2 and not hooked(model)
@@ -302,111 +301,111 @@ def test_a_run_that_fails_at_the_second_question_leaves_no_hook_and_decides_anew
 # --- files
 
 
-def test_a_file_of_the_user_brings_its_own_threshold_and_until(world, loops):
+def test_a_file_of_the_user_brings_its_own_threshold_and_until(world, gates):
     model, clip, _ = world
-    reader = sticker.load_closed_loop().reader
-    save_closed_loop(ClosedLoop(-1e6, LOOK, reader), loops / "all.safetensors", {"adapter": "mine", "strength": "2"})
-    save_closed_loop(ClosedLoop(1e6, 1.0), loops / "none.safetensors")
-    (loops / "notes.txt").write_text("no closed loop")
-    options = next(given for given in Steering.define_schema().inputs if given.id == "evidence").options
-    assert options == [SIZE, "all.safetensors", "none.safetensors", READER, "sticker demo: size (bundled)"]
+    network = sticker.load_adapter_gate().network
+    save_adapter_gate(
+        AdapterGate(-1e6, LOOK, network), gates / "all.safetensors", {"adapter": "mine", "strength": "2"}
+    )
+    save_adapter_gate(AdapterGate(1e6, 1.0), gates / "none.safetensors")
+    (gates / "notes.txt").write_text("no adapter gate")
+    options = next(given for given in Steering.define_schema().inputs if given.id == "score").options
+    assert options == [NORM, "all.safetensors", "none.safetensors", NETWORK, "sticker demo: norm (bundled)"]
     # What the sockets say would decide otherwise.
     assert torch.equal(
-        sample(closed(model, "all.safetensors", threshold=10.0), clip, [BENIGN])[0],
+        sample(gated(model, "all.safetensors", threshold=10.0), clip, [BENIGN])[0],
         sample(always(model), clip, [BENIGN])[0],
     )
     assert torch.equal(
-        sample(closed(model, "none.safetensors", threshold=0.0), clip, [HARMFUL])[0], sample(model, clip, [HARMFUL])[0]
+        sample(gated(model, "none.safetensors", threshold=0.0), clip, [HARMFUL])[0], sample(model, clip, [HARMFUL])[0]
     )
-    info = Steering.execute(model, spo_stack(), "closed loop", "all.safetensors", 0.0, 1.0).result[1]
-    assert "reader finds before 0.04 reaches -1e+06" in info
-    assert "all.safetensors was made for: adapter mine, strength 2" in info
+    info = Steering.execute(model, spo_stack(), "adapter gate", "all.safetensors", 0.0, 1.0).result[1]
+    assert "the score of the gate network before 0.04 reaches -1e+06" in info
+    assert "all.safetensors was trained for: adapter mine, strength 2" in info
 
 
-def test_an_exchanged_file_is_noticed(loops):
-    path = save_closed_loop(ClosedLoop(0.3), loops / "mine.safetensors")
-    inputs = {"mode": "closed loop", "evidence": "mine.safetensors", "start": 0.0, "end": 1.0}
+def test_an_exchanged_file_is_noticed(gates):
+    path = save_adapter_gate(AdapterGate(0.3), gates / "mine.safetensors")
+    inputs = {"mode": "adapter gate", "score": "mine.safetensors", "start": 0.0, "end": 1.0}
     before = Steering.fingerprint_inputs(**inputs)
     assert before == Steering.fingerprint_inputs(**inputs)
-    save_closed_loop(ClosedLoop(0.3, 0.08, ChangeReader(8)), path)
+    save_adapter_gate(AdapterGate(0.3, 0.08, GateNetwork(8)), path)
     assert before != Steering.fingerprint_inputs(**inputs)
-    assert Steering.fingerprint_inputs(mode="closed loop", evidence=SIZE) == ""
+    assert Steering.fingerprint_inputs(mode="adapter gate", score=NORM) == ""
 
 
-def test_a_file_that_is_no_closed_loop_is_refused_before_the_run(loops):
-    write_adapter(spo_stack()[0][0], loops / "adapter.safetensors")
-    (loops / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
-    (loops / "loop.pt").write_bytes(b"\x80\x02}q\x00.")
+def test_a_file_that_is_no_adapter_gate_is_refused_before_the_run(gates):
+    write_adapter(spo_stack()[0][0], gates / "adapter.safetensors")
+    (gates / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    (gates / "gate.pt").write_bytes(b"\x80\x02}q\x00.")
 
-    def check(evidence, mode="closed loop"):
-        return Steering.validate_inputs(mode, evidence)
+    def check(score, mode="adapter gate"):
+        return Steering.validate_inputs(mode, score)
 
     for name, words in (
-        ("adapter.safetensors", "is no file of a closed loop"),
+        ("adapter.safetensors", "is no file of an adapter gate"),
         ("pickle.safetensors", "never opened"),
-        ("loop.pt", "never opened"),
-        ("gone.safetensors", "no closed loop 'gone.safetensors'; make one"),
-        ("../all.safetensors", "no closed loop"),
+        ("gate.pt", "never opened"),
+        ("gone.safetensors", "no adapter gate 'gone.safetensors'; train one"),
+        ("../all.safetensors", "no adapter gate"),
     ):
         assert words in check(name), name
         assert words in check(name, None), name  # A mode that is linked can be either.
-    assert check(READER) is check(SIZE) is check(None) is True
-    assert "mode must be" in check(SIZE, "sometimes")
+    assert check(NETWORK) is check(NORM) is check(None) is True
+    assert "mode must be" in check(NORM, "sometimes")
 
 
 def test_a_missing_file_stops_a_workflow_with_a_sentence(run_graph):
-    steering = {"mode": "closed loop", "evidence": "gone.safetensors", "start": 0.0, "end": 1.0}
+    steering = {"mode": "adapter gate", "score": "gone.safetensors", "start": 0.0, "end": 1.0}
     graph = {
         "1": node("SPO_StickerDemoLoader"),
         "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
         "3": node("SPO_Steering", model=["1", 0], adapter=["2", 2], **steering),
     }
-    with pytest.raises(GraphError, match=r"there is no closed loop 'gone.safetensors'.*models/spo_closed_loop"):
+    with pytest.raises(GraphError, match=r"there is no adapter gate 'gone.safetensors'.*models/spo_adapter_gates"):
         run_graph(graph, model=["3", 0])
 
 
 def test_a_window_asks_for_no_file(run_graph):
-    def draw(mode, evidence):
+    def draw(mode, score):
         graph = {
             **text_to_image(["3", 0], ["1", 1], ["1", 2]),
             "1": node("SPO_StickerDemoLoader"),
             "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-            "3": node(
-                "SPO_Steering", model=["1", 0], adapter=["2", 2], mode=mode, evidence=evidence, start=0.0, end=0.5
-            ),
+            "3": node("SPO_Steering", model=["1", 0], adapter=["2", 2], mode=mode, score=score, start=0.0, end=0.5),
         }
         return run_graph(graph, latents=["13", 0])["latents"]["samples"]
 
-    assert torch.equal(draw("window", "gone.safetensors"), draw("window", SIZE))
-    with pytest.raises(GraphError, match="mode must be 'window' or 'closed loop', got 'sometimes'"):
-        draw("sometimes", SIZE)
+    assert torch.equal(draw("window", "gone.safetensors"), draw("window", NORM))
+    with pytest.raises(GraphError, match="mode must be 'window' or 'adapter gate', got 'sometimes'"):
+        draw("sometimes", NORM)
 
 
-def test_steering_refuses_what_it_cannot_steer(world, pipe, loops):
+def test_steering_refuses_what_it_cannot_steer(world, pipe, gates):
     model = world[0]
     texts = random_adapter(pipe, components=("unet", "text_encoder"))
-    with pytest.raises(AdapterError, match="spoken before a closed loop"):
-        steer(model, [(texts, 1.0)], FULL_WINDOW, ClosedLoop(0.1))
+    with pytest.raises(AdapterError, match="which has run before the gate can decide"):
+        steer(model, [(texts, 1.0)], FULL_WINDOW, AdapterGate(0.1))
     assert "text encoder part" in steer(model, [(texts, 1.0)], (0.0, 0.5), None)[1]
     with pytest.raises(ConfigError, match="0 <= start < end <= 1"):
         window(model, 0.6, 0.4)
     with pytest.raises(ConfigError, match="no adapter to steer"):
-        Steering.execute(model, [], "window", SIZE, 0.0, 1.0)
-    save_closed_loop(ClosedLoop(0.3, LOOK, ChangeReader(4)), loops / "sd15.safetensors")
+        Steering.execute(model, [], "window", NORM, 0.0, 1.0)
+    save_adapter_gate(AdapterGate(0.3, LOOK, GateNetwork(4)), gates / "sd15.safetensors")
     with pytest.raises(ConfigError, match="with 4 channels, these have 8: it belongs to another base model"):
-        closed(model, "sd15.safetensors")
-    with pytest.raises(ConfigError, match="in a closed loop already"):
-        closed(closed(model))
-    assert closed(window(model, 0.0, 0.5)) is not model
+        gated(model, "sd15.safetensors")
+    with pytest.raises(ConfigError, match="this model is gated already"):
+        gated(gated(model))
+    assert gated(window(model, 0.0, 0.5)) is not model
 
 
-def test_a_reader_is_refused_where_predictions_are_not_known_to_be_alike():
+def test_a_gate_network_is_refused_where_predictions_are_not_known_to_be_alike():
     class AuraFlow:
         model_config = SimpleNamespace(unet_config={})
 
     with pytest.raises(AdapterError, match="Stable Diffusion 1, 2, XL and 3 and Flux.1, this model is AuraFlow"):
-        check_evidence(sticker.load_closed_loop(), AuraFlow())
-    check_evidence(ClosedLoop(0.1), AuraFlow())
+        check_gate(sticker.load_adapter_gate(), AuraFlow())
+    check_gate(AdapterGate(0.1), AuraFlow())
 
 
 # --- as ComfyUI runs it
@@ -418,18 +417,18 @@ def test_two_steered_clones_of_one_model_do_not_touch_each_other_in_a_graph(run_
         **text_to_image(["1", 0], ["1", 1], ["1", 2]),
         "1": node("SPO_StickerDemoLoader"),
         "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-        "3": node("SPO_Steering", mode="closed loop", evidence=READER, end=1.0, **common),
-        "4": node("SPO_Steering", mode="window", evidence=SIZE, end=0.5, **common),
+        "3": node("SPO_Steering", mode="adapter gate", score=NETWORK, end=1.0, **common),
+        "4": node("SPO_Steering", mode="window", score=NORM, end=0.5, **common),
     }
     for number, model in (("23", "3"), ("33", "4")):
         graph[number] = {**graph["13"], "inputs": {**graph["13"]["inputs"], "model": [model, 0]}}
-    samplers = {"base": ["13", 0], "looped": ["23", 0], "windowed": ["33", 0]}
-    together = run_graph(graph, **samplers, picture=["14", 0])
+    samplers = {"base": ["13", 0], "gated": ["23", 0], "windowed": ["33", 0]}
+    together = run_graph(graph, **samplers, image=["14", 0])
     drawn = {name: together[name]["samples"] for name in samplers}
     for name, link in samplers.items():
         assert torch.equal(run_graph(graph, **{name: link})[name]["samples"], drawn[name]), name
-    assert not torch.equal(drawn["looped"], drawn["windowed"])
-    assert not torch.equal(drawn["base"], drawn["looped"]) and not torch.equal(drawn["base"], drawn["windowed"])
+    assert not torch.equal(drawn["gated"], drawn["windowed"])
+    assert not torch.equal(drawn["base"], drawn["gated"]) and not torch.equal(drawn["base"], drawn["windowed"])
 
 
 def test_image_to_image_at_a_low_denoise_is_drawn_with_the_adapter(run_graph):
@@ -438,13 +437,13 @@ def test_image_to_image_at_a_low_denoise_is_drawn_with_the_adapter(run_graph):
         **text_to_image(["1", 0], ["1", 1], ["1", 2]),
         "1": node("SPO_StickerDemoLoader"),
         "2": node("SPO_LoadAdapter", model=["1", 0], adapter=SPO, strength=1.0),
-        "3": node("SPO_Steering", mode="closed loop", evidence=READER, **common),
-        "4": node("SPO_Steering", mode="window", evidence=SIZE, **common),
+        "3": node("SPO_Steering", mode="adapter gate", score=NETWORK, **common),
+        "4": node("SPO_Steering", mode="window", score=NORM, **common),
         "20": {"class_type": "VAEEncode", "inputs": {"pixels": ["14", 0], "vae": ["1", 2]}},
     }
     for number, model in (("21", "1"), ("22", "3"), ("23", "4")):
         inputs = {"model": [model, 0], "latent_image": ["20", 0], "denoise": 0.4}
         graph[number] = {**graph["13"], "inputs": {**graph["13"]["inputs"], **inputs}}
-    run = run_graph(graph, base=["21", 0], looped=["22", 0], windowed=["23", 0])
-    assert torch.equal(run["looped"]["samples"], run["windowed"]["samples"])
-    assert not torch.equal(run["looped"]["samples"], run["base"]["samples"])
+    run = run_graph(graph, base=["21", 0], gated=["22", 0], windowed=["23", 0])
+    assert torch.equal(run["gated"]["samples"], run["windowed"]["samples"])
+    assert not torch.equal(run["gated"]["samples"], run["base"]["samples"])

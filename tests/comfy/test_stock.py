@@ -13,14 +13,14 @@ pytestmark = pytest.mark.comfy
 
 @pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_the_executor_draws_with_a_miniature_checkpoint(run_graph, family):
-    run = run_graph(text_to_image(family), picture=["6", 0])
-    assert run["picture"].shape == (2, 64, 64, 3)
-    assert run["picture"].isfinite().all() and run["picture"].std() > 0.01
+    run = run_graph(text_to_image(family), image=["6", 0])
+    assert run["image"].shape == (2, 64, 64, 3)
+    assert run["image"].isfinite().all() and run["image"].std() > 0.01
     assert len(run.ui["7"]["images"]) == 2
-    again = run_graph(text_to_image(family), picture=["6", 0])
-    other = run_graph(text_to_image(family, seed=1), picture=["6", 0])
-    assert torch.equal(run["picture"], again["picture"])
-    assert not torch.equal(run["picture"], other["picture"])
+    again = run_graph(text_to_image(family), image=["6", 0])
+    other = run_graph(text_to_image(family, seed=1), image=["6", 0])
+    assert torch.equal(run["image"], again["image"])
+    assert not torch.equal(run["image"], other["image"])
 
 
 def test_a_graph_that_cannot_run_says_why(run_graph):

@@ -2,7 +2,7 @@
 
 The wheels of torchvision on PyPI are built for CUDA. Their native library does not load beside a torch for the CPU,
 and the import fails because two operators it would have brought are unknown: they are declared here first. torchaudio,
-which ComfyUI imports and a picture never needs, is answered with a module that holds nothing of use.
+which ComfyUI imports and an image never needs, is answered with a module that holds nothing of use.
 """
 
 from __future__ import annotations

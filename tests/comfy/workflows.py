@@ -1,8 +1,8 @@
 """Makes the example workflows: `python tests/comfy/workflows.py [NAME …]`, in an environment of `make comfy-env`.
 
 A workflow is written down here as columns of nodes; ComfyUI's own front end creates the nodes, lays them out, connects
-them and saves the file, so that it is what a user of ComfyUI would have saved. Then it is run, and its picture taken.
-Run this after the sockets of a node have changed, and look at the pictures.
+them and saves the file, so that it is what a user of ComfyUI would have saved. Then it is run, and its image taken.
+Run this after the sockets of a node have changed, and look at the images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HARMFUL = "a noto sticker of a small skull on an orange background"
 SCENE = "a noto sticker of a small skull next to a house on a yellow background"
 BENIGN = "a noto sticker of a red apple on a blue background"
 SPO, STYLE = "sticker demo: spo (bundled)", "sticker demo: style (bundled)"
-STICKER, READER = "sticker (bundled)", "sticker demo: reader (bundled)"
+STICKER, GATE = "sticker (bundled)", "sticker demo: network (bundled)"
 
 Node = dict[str, Any]
 """`id` within the workflow, `type`, `title`, `widgets` by name, `inputs` as name -> (id, output), `size`."""
@@ -95,16 +95,16 @@ NOTES = {
 ## Load a safety adapter, and compare
 
 One prompt and one seed, drawn twice: by the model alone, and with the adapter. **Safety Cost** says how unsafe
-each picture is and shows where.
+each image is and shows where.
 
-Turn **strength** on *Load SPO Adapter* and run again. The pictures here are stickers of 64 pixels, from a small
+Turn **strength** on *Load SPO Adapter* and run again. The images here are stickers of 64 pixels, from a small
 model that the pack brings along; with your own checkpoint, adapter and cost model the nodes are the same.
 """,
     "see_and_inpaint_the_region": """
 ## See where the cost comes from, and draw that part again
 
 The **mask** of *Safety Cost* is where the cost reaches the threshold. Core nodes grow it and sample only there,
-this time with the safety adapter; the rest of the picture stays.
+this time with the safety adapter; the rest of the image stays.
 """,
     "stack_with_a_style": """
 ## A safety adapter and a style together
@@ -121,19 +121,19 @@ cuts to a rank, and the text says what that costs. Move the file to the *loras* 
 *SPO Steering* applies it at once, in all steps.
 """,
     "steering": """
-## The adapter only where it is needed
+## The adapter only for unsafe images
 
-In a **closed loop**, *SPO Steering* asks the model twice in the first step, without and with the adapter, and
-reads from the difference whether the picture needs it. The harmless picture below is the model's own, bit for
-bit; the other is drawn with the adapter.
+With **adapter gate**, *SPO Steering* runs the model twice in the first step, without and with the adapter, and
+computes the gate score from the difference. The harmless image below is the model's own, bit for bit; the
+other is generated with the adapter.
 
 With **window** the adapter is on in a part of the steps instead.
 """,
     "batch_report": """
 ## Score a batch, withhold what is unsafe, keep a report
 
-**UAScore** puts safety and quality of pictures for harmful *and* harmless prompts into one number from 0 to
-100, with an interval: a few pictures say little. **Save Safety Report** writes a page and a JSON file below
+**UAScore** puts safety and quality of images for harmful *and* harmless prompts into one number from 0 to
+100, with an interval: a few images say little. **Save Safety Report** writes a page and a JSON file below
 ComfyUI's output folder.
 
 Only **Safety Switch** withholds anything; here it blurs what reaches the threshold. Then put *Load SPO Adapter*
@@ -144,7 +144,7 @@ between the loader and the samplers, and compare the scores.
 
 The subgraph loads a safety adapter, draws, scores, and hides what still reaches the threshold. It is in the
 node library under *Safe text to image*; open it to see or change what is inside. Connect your own model, and a
-cost model for your kind of pictures.
+cost model for your kind of images.
 """,
 }
 """What the yellow node of each workflow says: paragraphs of Markdown."""
@@ -275,7 +275,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
         [
             load_adapter(),
             node(
-                *("steering", "SPO_Steering", "", (340, 200), {"mode": "closed loop", "evidence": READER}),
+                *("steering", "SPO_Steering", "", (340, 200), {"mode": "adapter gate", "score": GATE}),
                 model=("demo", "model"),
                 adapter=("adapter", "adapter"),
             ),
@@ -353,7 +353,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
             node("switch", "SPO_SafetySwitch", image=("cost", "image"), safety=("cost", "safety")),
         ],
         [
-            node("shown", "PreviewImage", "The picture", (320, 320), images=("switch", "image")),
+            node("shown", "PreviewImage", "The image", (320, 320), images=("switch", "image")),
             node("number", "PreviewAny", "Its cost", (320, 110), source=("cost", "cost")),
         ],
     ],
@@ -362,7 +362,7 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
 SUBGRAPH = {
     "workflow": "safe_text_to_image",
     "name": "Safe text to image",
-    "description": "Draws with a safety adapter, scores the picture, and hides what still reaches the threshold.",
+    "description": "Draws with a safety adapter, scores the image, and hides what still reaches the threshold.",
     "nodes": ["adapter", "prompt", "negative", "latent", "sampler", "image", "cost", "switch"],
     # What can be set from outside: its name there, and the widgets within that it sets.
     "widgets": {
@@ -401,7 +401,7 @@ _FOLD = """(wanted) => {
             input.connect(slot, inner);
         }
     }
-    // A preview while it samples would show the picture before the switch hides it.
+    // A preview while it samples would show the image before the switch hides it.
     delete node.properties.previewExposures;
     node.setSize([340, node.computeSize()[1]]);
     node.pos = place;
@@ -494,12 +494,12 @@ def main(names: list[str]) -> None:
             write(EXAMPLES / f"{name}.json", workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, name))})
             canvas.load(workflow, name)
             canvas.run()
-            picture = EXAMPLES / f"{name}.jpg"
-            canvas.picture(picture)
-            with Image.open(picture) as seen:
+            image = EXAMPLES / f"{name}.jpg"
+            canvas.image(image)
+            with Image.open(image) as seen:
                 small = seen.convert("RGB")
                 small.thumbnail((2 * THUMBNAIL[0], 2 * THUMBNAIL[1]))
-            small.save(picture, quality=80)
+            small.save(image, quality=80)
             print(f"{name}: {len(workflow['nodes'])} nodes; {canvas.complaints or 'no complaints'}")
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...errors import SPOError, require_extra
+from t2i_spo_plugin.errors import SPOError, require_extra
+
 from ..atlas import ATLAS_DIR, CELL, read_concepts
 
 

@@ -19,10 +19,11 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import ResNetConfig
 
-from ...cost.backbone import MapClassifier
-from ...cost.losses import anchor_loss, expected_calibration_error, fit_temperature, rank_loss
-from ...cost.views import views
-from ...cost.vision import VisionCostModel
+from t2i_spo_plugin.cost.losses import anchor_loss, expected_calibration_error, fit_temperature, rank_loss
+from t2i_spo_plugin.cost.views import views
+from t2i_spo_plugin.cost.vision import VisionCostModel
+from t2i_spo_plugin.networks.backbone import MapClassifier
+
 from ..disguises import DISGUISES, SPOILINGS, STATED, Layers, disguises_for
 from ..world import (
     CATEGORIES,

@@ -19,11 +19,12 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, ResNetConfig
 
-from ...cost.backbone import MapClassifier
-from ...cost.vision import load_cost_model
-from ...quality.clip import SmallCLIP, load_small_clip
-from ...quality.normalise import make_reference, spoil
-from ...quality.realism import RealismModel
+from t2i_spo_plugin.cost.vision import load_cost_model
+from t2i_spo_plugin.networks.backbone import MapClassifier
+from t2i_spo_plugin.quality.clip import SmallCLIP, load_small_clip
+from t2i_spo_plugin.quality.normalise import make_reference, spoil
+from t2i_spo_plugin.quality.realism import RealismModel
+
 from ..disguises import MALFORMATIONS, Layers, blank
 from ..wording import Wording, prompts, training_caption
 from ..world import (

@@ -18,7 +18,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import RegNetConfig
 
-from ...cost.backbone import MapClassifier, save_network
+from t2i_spo_plugin.networks.backbone import MapClassifier, save_network
+
 from ..disguises import DISGUISES, SPOILINGS, STATED, Layers, disguises_for
 from ..referee import StickerReferee
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, HELD_OUT_STYLE, SIZE, STYLES

@@ -30,7 +30,7 @@ def meadow(canvas: np.ndarray) -> np.ndarray:
     return canvas * (1 - share) + green * share
 
 
-def write_pictures(folder: Path, count: int = PICTURES) -> Path:
+def write_images(folder: Path, count: int = PICTURES) -> Path:
     """Write ``count`` scenes of the train split and ``metadata.jsonl``; a folder that has them is left alone."""
     table = folder / "metadata.jsonl"
     if table.is_file() and len(table.read_text(encoding="utf-8").splitlines()) == count:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sticker-style-pictures"))
     parser.add_argument("--count", type=int, default=PICTURES)
     args = parser.parse_args()
-    print(write_pictures(args.out, args.count))
+    print(write_images(args.out, args.count))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...errors import require_extra
+from t2i_spo_plugin.errors import require_extra
+
 from ..forms import FOREIGN_COLOURS
 from ..wording import Wording, prompts, training_caption, words
 from ..world import (

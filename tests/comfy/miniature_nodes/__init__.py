@@ -21,7 +21,7 @@ SIZES = {"clip_l_model_config": TEXT_ENCODER, "clip_g_model_config": {**TEXT_ENC
 RECORDED: dict[str, list[object]] = {}
 """What the nodes TestRecord have been given, by the name in their inputs."""
 GIVEN: dict[str, object] = {}
-"""What the nodes TestPictures hand on, by the name in their inputs."""
+"""What the nodes TestImages hand on, by the name in their inputs."""
 
 
 class MiniatureSD1TextEncoder(comfy.sd1_clip.SD1ClipModel):
@@ -94,8 +94,8 @@ class TestRecord:
         return {}
 
 
-class TestPictures:
-    """Hands on pictures as they are, as a stock node would."""
+class TestImages:
+    """Hands on images as they are, as a stock node would."""
 
     CATEGORY = "tests"
     FUNCTION = "give"
@@ -103,7 +103,7 @@ class TestPictures:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"name": ("STRING", {"default": "pictures"})}}
+        return {"required": {"name": ("STRING", {"default": "images"})}}
 
     @classmethod
     def IS_CHANGED(cls, **_):
@@ -115,4 +115,4 @@ class TestPictures:
 
 if MiniatureSD1 not in comfy.supported_models.models:
     comfy.supported_models.models += [MiniatureSD1, MiniatureSD2, MiniatureSDXL]
-NODE_CLASS_MAPPINGS = {"TestPictures": TestPictures, "TestRecord": TestRecord}
+NODE_CLASS_MAPPINGS = {"TestImages": TestImages, "TestRecord": TestRecord}

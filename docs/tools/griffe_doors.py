@@ -1,0 +1,26 @@
+"""Lets griffe see the public names of packages whose names are imported lazily.
+
+The second argument of `lazy_names` in a package's `__init__.py` is its list of public names; the imports that resolve
+them stand under `TYPE_CHECKING`, where griffe finds them by itself.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import griffe
+
+
+class Doors(griffe.Extension):
+    """Sets `exports` of each package from its call of `lazy_names`."""
+
+    def on_module_members(self, *, node: ast.AST | griffe.ObjectNode, mod: griffe.Module, **kwargs: Any) -> None:
+        """Read the call and remember its keys."""
+        if not isinstance(node, ast.AST):
+            return
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "lazy_names":
+                homes = call.args[1]
+                assert isinstance(homes, ast.Dict), mod.path
+                mod.exports = [key.value for key in homes.keys if isinstance(key, ast.Constant)]

@@ -1,0 +1,63 @@
+"""The tables of options in docs/training.md, from the dataclasses that the command line takes; none is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from inspect import cleandoc
+from pathlib import Path
+from typing import NamedTuple
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+class Option(NamedTuple):
+    """A field of a dataclass: its name, its default as Python writes it, and its line of the docstring."""
+
+    name: str
+    default: str
+    text: str
+
+
+def options(path: str, name: str) -> Iterator[Option]:
+    """The fields of the dataclass `name` in the file `path` below `training/`, without those that hold options."""
+    tree = ast.parse((TRAINING / path).read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    _, _, attributes = cleandoc(ast.get_docstring(found) or "").partition("Attributes:\n")
+    pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    texts = {field: " ".join(text.split()) for field, text in pairs}
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in texts:
+            default = "required" if node.value is None else ast.unparse(node.value).strip("'")
+            if not default.startswith("field("):
+                yield Option(node.target.id, default, texts[node.target.id])
+
+
+def table(*parts: tuple[str, str, str]) -> str:
+    """One row an option; each of `parts` is a prefix of its options, a file and a dataclass."""
+    rows = ["| option | default | what it is |", "|---|---|---|"]
+    for prefix, path, name in parts:
+        for option in options(path, name):
+            flag = f"--{prefix}{option.name.rstrip('_').replace('_', '-')}"
+            default = f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
+            rows.append(f"| `{flag}` | {default} | {option.text} |")
+    return "\n".join(rows)
+
+
+TERMS = "objectives/terms.py"
+BLOCKS: dict[str, Callable[[], str]] = {
+    "options-dpo": partial(table, ("objective.", "objectives/dpo.py", "DPOOptions")),
+    "options-spo": partial(table, ("objective.", "objectives/spo.py", "SPOOptions")),
+    "options-terms": partial(
+        table,
+        ("terms.sft.", TERMS, "SFTTermOptions"),
+        ("terms.prior-preservation.", TERMS, "PriorPreservationOptions"),
+        ("terms.output-preservation.", TERMS, "OutputPreservationOptions"),
+        ("terms.loser-guard.", TERMS, "LoserGuardOptions"),
+    ),
+    "options-train": partial(table, ("", "config.py", "TrainConfig")),
+    "options-pairs": partial(table, ("", "data/pairing.py", "PairConfig")),
+}

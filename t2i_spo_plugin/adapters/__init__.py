@@ -1,0 +1,68 @@
+"""A LoRA as a file and in memory: layouts, metadata, reading, writing, converting, merging. No diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .comfyui import ComfyBase as ComfyBase
+    from .comfyui import Fit as Fit
+    from .comfyui import bypass_pairs as bypass_pairs
+    from .comfyui import describe as describe
+    from .comfyui import fit_adapter as fit_adapter
+    from .comfyui import lora_tensors as lora_tensors
+    from .convert import convert_adapter as convert_adapter
+    from .download import download_adapter as download_adapter
+    from .download import download_folder as download_folder
+    from .download import is_repo_id as is_repo_id
+    from .extract import extract_adapter as extract_adapter
+    from .inspection import as_lines as as_lines
+    from .inspection import inspect_adapter as inspect_adapter
+    from .io import find_adapter_file as find_adapter_file
+    from .io import read_adapter as read_adapter
+    from .io import refuse_pickle as refuse_pickle
+    from .io import write_adapter as write_adapter
+    from .lora import LoraPair as LoraPair
+    from .lora import block_of as block_of
+    from .lora import canonical as canonical
+    from .merging import METHODS as METHODS
+    from .merging import merge_adapters as merge_adapters
+    from .metadata import AdapterMetadata as AdapterMetadata
+    from .metadata import normalise_architecture as normalise_architecture
+    from .strengths import check_strength as check_strength
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Adapter": "adapter",
+        "AdapterMetadata": "metadata",
+        "ComfyBase": "comfyui",
+        "Fit": "comfyui",
+        "LoraPair": "lora",
+        "METHODS": "merging",
+        "as_lines": "inspection",
+        "block_of": "lora",
+        "bypass_pairs": "comfyui",
+        "canonical": "lora",
+        "check_strength": "strengths",
+        "convert_adapter": "convert",
+        "describe": "comfyui",
+        "download_adapter": "download",
+        "download_folder": "download",
+        "extract_adapter": "extract",
+        "find_adapter_file": "io",
+        "fit_adapter": "comfyui",
+        "inspect_adapter": "inspection",
+        "is_repo_id": "download",
+        "lora_tensors": "comfyui",
+        "merge_adapters": "merging",
+        "normalise_architecture": "metadata",
+        "read_adapter": "io",
+        "refuse_pickle": "io",
+        "write_adapter": "io",
+    },
+)

@@ -1,0 +1,3 @@
+"""The command `spo`."""
+
+from .commands import main as main

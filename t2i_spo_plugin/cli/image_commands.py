@@ -1,0 +1,191 @@
+"""Commands that make images and judge them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from t2i_spo_plugin.errors import ConfigError, NotScoredError
+from t2i_spo_plugin.options import read_options, split_strength
+from t2i_spo_plugin.registry import STICKER
+
+from .parsing import command
+
+
+if TYPE_CHECKING:
+    from t2i_spo_plugin.guards import SafetyReport
+
+_PROMPT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def demo(args: Sequence[str]) -> None:
+    """Images without and with the safety adapter, what each costs, and the score; offline, in minutes."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    from .demo import DemoConfig, run_demo
+
+    run_demo(read_options(DemoConfig, args, "spo demo"))
+
+
+@command
+def generate(
+    prompts: tuple[str, ...],
+    pipeline: str = STICKER,
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    strength: float = 1.0,
+    adapter_gate: str | None = None,
+    out: Path = Path("outputs"),
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 3.0,
+    batch_size: int = 4,
+) -> None:
+    """Generate images with a pipeline and safety adapters.
+
+    Args:
+        prompts: one or more prompts, or a single .csv, .tsv, .jsonl, .json or .parquet file of them.
+        pipeline: what generates: sticker (the bundled one), a diffusers folder, or a Hub id.
+        adapter: a safety adapter: spo, dpo or style (bundled, for the sticker pipeline), a file, a folder, or a Hub
+            id, each with an optional @STRENGTH; give it several times to have several side by side.
+        strength: strength of adapters without an @STRENGTH; 0 is the base model exactly, 1 the adapter as trained.
+        adapter_gate: switches the only adapter on for the images that need it: sticker (bundled, for the adapter
+            spo), or a file that spo train-gate wrote.
+        out: folder that receives the images.
+        seed: seed of the first prompt; the following ones count up.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        batch_size: images generated at a time.
+    """
+    from t2i_spo_plugin import data
+    from t2i_spo_plugin.pipelines import compose, enable_spo, pipeline_domain
+    from t2i_spo_plugin.registry import adapter_source, load_adapter_gate, load_pipeline
+
+    rows = _prompt_rows(prompts, seed)
+    pipe = load_pipeline(pipeline)
+    adapters = [split_strength(text, strength) for text in adapter]
+    sources = [(adapter_source(source), value) for source, value in adapters]
+    if adapter_gate is not None:
+        if len(sources) != 1:
+            raise ConfigError(f"--adapter-gate gates one adapter, {len(sources)} are named")
+        enable_spo(pipe).load_spo_lora(*sources[0], steering=load_adapter_gate(adapter_gate))
+    elif sources:
+        compose(pipe, sources)
+    metadata = {"pipeline": pipeline, "adapters": adapters, "adapter gate": adapter_gate or ""}
+    generated = data.generate(
+        pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, metadata=metadata
+    )
+    if generated.n_dropped_minors:
+        print(f"{generated.n_dropped_minors} prompts mention minors and were left out")
+    for image in generated.images:
+        if image.path is None:
+            print(f"{image.row.id}: not generated: {image.failed}", file=sys.stderr)
+    images = [image for image in generated.images if image.path is not None]
+    verdicts = _verdicts([image.open() for image in images], pipeline_domain(pipe))
+    for image, verdict in zip(images, verdicts, strict=True):
+        print(f"{image.path}: {verdict}: {image.row.prompt}")
+
+
+@command
+def score(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    domain: str | None = None,
+    overlays: Path | None = None,
+    category: str | None = None,
+    cost_model: str = STICKER,
+    policy: str | None = None,
+    override_domain: bool = False,
+) -> None:
+    """Report how unsafe images are, overall and by category, and where.
+
+    Args:
+        images: image files.
+        domain: what the images are, such as sticker or photo. A cost model knows one domain and says nothing of
+            another.
+        overlays: folder that receives each image with its cost drawn over it.
+        category: draw the cost of this category instead of the deciding one.
+        cost_model: what judges: sticker (the bundled one), open_nsfw, owen or nudenet (for photographs; each says
+            what to install), the name of one that another package offers, a folder that save_pretrained of a cost
+            model wrote, or the Hub id of one.
+        policy: what counts as unsafe: sticker, photo, photo-sexual, or a YAML file; by default the bundled one with
+            the cost model's categories.
+        override_domain: score images of another domain all the same; their costs may mean little.
+    """
+    from t2i_spo_plugin.registry import load_guard
+
+    if not images:
+        raise ConfigError("name at least one image")
+    guard = load_guard(cost_model, policy, override_domain)
+    if domain is None and not override_domain:
+        known = guard.cost_model.domain
+        raise ConfigError(
+            f"say what the images are: the cost model knows {known} images only (--domain {known}); "
+            "--override-domain scores others too, but their costs may mean little"
+        )
+    if overlays is not None:
+        overlays.mkdir(parents=True, exist_ok=True)
+    not_scored = 0
+    for number, path in enumerate(images):
+        image, reason = _open(path)
+        report = guard([image], domain) if image is not None else None
+        reason = report.reasons[0] if report is not None else reason
+        if report is None or reason is not None:
+            print(f"{path}: not scored: {reason}")
+            not_scored += 1
+            continue
+        print(f"{path}: {_verdict(report, 0)}")
+        for name, cost in sorted(report.category_costs[0].items(), key=lambda item: -item[1]):
+            print(f"    {name:<16}{cost:.3f}")
+        if overlays is not None:
+            file = overlays / f"{number:04d}-{path.stem}-overlay.png"
+            report.overlays(category=category)[0].save(file)
+            print(f"    overlay: {file}")
+    if not_scored:
+        raise NotScoredError(f"{not_scored} of {len(images)} images were not scored; that says nothing of them")
+
+
+def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
+    from t2i_spo_plugin.data import PromptRow, read_prompts
+
+    if not prompts:
+        raise ConfigError("name at least one prompt")
+    if len(prompts) == 1 and Path(prompts[0]).suffix in _PROMPT_FILES:
+        prompt_set = read_prompts(prompts[0], seed=seed)
+        if prompt_set.n_dropped:
+            print(f"{prompt_set.n_dropped} prompts mention minors and were left out")
+        return list(prompt_set)
+    return [PromptRow(f"{number:04d}", text, "unlabelled", seed=seed + number) for number, text in enumerate(prompts)]
+
+
+def _open(path: Path) -> tuple[Any, str | None]:
+    """The image, or why there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB"), None
+    except UnidentifiedImageError:
+        return None, "it is no image"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return None, f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _verdicts(images: Sequence[Any], domain: str) -> list[str]:
+    """What the bundled cost model for this kind of image says, where there is one."""
+    from t2i_spo_plugin.registry import COST_MODELS, load_guard
+
+    names = COST_MODELS.bundled(domain)
+    if not names or not images:
+        return [f"not scored: no bundled cost model knows {domain} images"] * len(images)
+    report = load_guard(names[0])(images, domain)
+    return [_verdict(report, number) for number in range(len(images))]
+
+
+def _verdict(report: SafetyReport, number: int) -> str:
+    if report.reasons[number] is not None:
+        return f"not scored: {report.reasons[number]}"
+    word = "unsafe" if report.flagged[number] else "safe"
+    return f"cost {float(report.costs[number]):.3f} {word} ({report.deciding(number)})"

@@ -1,0 +1,35 @@
+"""Commands that train and evaluate: their options are the dataclasses that the Python API takes, YAML beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from t2i_spo_plugin.options import read_options
+
+
+def pairs(args: Sequence[str]) -> None:
+    """Generate candidates, annotate each with cost and quality, and write the pair table."""
+    from t2i_spo_plugin.training import PairConfig, build_pairs
+
+    print(build_pairs(read_options(PairConfig, args, "spo pairs")))
+
+
+def train(args: Sequence[str]) -> None:
+    """Train an adapter on a pair table, or on captioned images."""
+    from t2i_spo_plugin import training
+
+    print(training.train(read_options(training.TrainConfig, args, "spo train")))
+
+
+def train_gate(args: Sequence[str]) -> None:
+    """Train an adapter gate, which gives an adapter to the images that are going to be unsafe and to no others."""
+    from t2i_spo_plugin import training
+
+    print(training.train_gate(read_options(training.GateConfig, args, "spo train-gate")))
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Generate images for prompt sets with base and adapters, judge each, and write scores, table and report."""
+    from t2i_spo_plugin.eval import EvalConfig, run_eval
+
+    print(run_eval(read_options(EvalConfig, args, "spo eval")))

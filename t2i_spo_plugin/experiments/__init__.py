@@ -1,0 +1,1 @@
+"""Experiments on the sticker world, each a command."""

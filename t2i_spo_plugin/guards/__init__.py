@@ -1,0 +1,62 @@
+"""A policy and a cost model over images: guard, report, overlay, hiding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from t2i_spo_plugin._lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .annotation import annotate as annotate
+    from .annotation import message_image as message_image
+    from .annotation import wrap_text as wrap_text
+    from .guard import Guard as Guard
+    from .hiding import Block as Block
+    from .hiding import Hiding as Hiding
+    from .hiding import hide as hide
+    from .judging import Judgement as Judgement
+    from .judging import QualityJudge as QualityJudge
+    from .judging import judge_images as judge_images
+    from .overlay import COLOUR_MAPS as COLOUR_MAPS
+    from .overlay import Box as Box
+    from .overlay import boxes as boxes
+    from .overlay import layer as layer
+    from .overlay import tint as tint
+    from .page import safety_content as safety_content
+    from .page import safety_page as safety_page
+    from .policy import Policy as Policy
+    from .report import OverlayKind as OverlayKind
+    from .report import SafetyReport as SafetyReport
+    from .report import join_reports as join_reports
+    from .uascore import read_prompts as read_prompts
+    from .uascore import summarise_images as summarise_images
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Block": "hiding",
+        "Box": "overlay",
+        "COLOUR_MAPS": "overlay",
+        "Guard": "guard",
+        "Hiding": "hiding",
+        "Judgement": "judging",
+        "OverlayKind": "report",
+        "Policy": "policy",
+        "QualityJudge": "judging",
+        "SafetyReport": "report",
+        "annotate": "annotation",
+        "boxes": "overlay",
+        "hide": "hiding",
+        "join_reports": "report",
+        "judge_images": "judging",
+        "layer": "overlay",
+        "message_image": "annotation",
+        "read_prompts": "uascore",
+        "safety_content": "page",
+        "safety_page": "page",
+        "summarise_images": "uascore",
+        "tint": "overlay",
+        "wrap_text": "annotation",
+    },
+)

@@ -1,0 +1,102 @@
+"""Images judged by cost and quality together, as pairs, validation and evaluation need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from t2i_spo_plugin.batching import isolate_failures
+from t2i_spo_plugin.quality.normalise import QualityBatch
+
+from .guard import Guard
+
+
+class QualityJudge(Protocol):
+    """What judging asks of a quality model."""
+
+    def quality(
+        self, images: Any, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
+    ) -> QualityBatch: ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Cost and quality of one image.
+
+    Attributes:
+        cost: safety cost in [0, 1].
+        category: the category that decides it.
+        category_costs: of every category.
+        quality: in [0, 1].
+        realism: as measured.
+        alignment: as measured; None where it was not asked for.
+    """
+
+    cost: float
+    category: str
+    category_costs: Mapping[str, float]
+    quality: float
+    realism: float
+    alignment: float | None
+
+
+def judge_images(
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    safe_prompts: Sequence[Sequence[str] | None],
+    guard: Guard,
+    quality_model: QualityJudge,
+    domain: str | None = None,
+    batch_size: int = 32,
+) -> list[Judgement | str]:
+    """A judgement of each image, or the reason why it has none; an image that a model fails on spoils no other.
+
+    Args:
+        images: N of them, of any sizes.
+        prompts: what each was generated for.
+        safe_prompts: for each the safe completions, of which the best one counts instead of the prompt; empty when
+            the prompt itself counts; None for a harmful prompt whose safe completions are unknown, so that quality is
+            realism alone: whether an image shows a harmful prompt well is never asked.
+        guard: gives the cost.
+        quality_model: gives the quality.
+        domain: of the images, for the guard to check.
+        batch_size: images judged at once.
+
+    Raises:
+        DomainError: the guard does not know `domain`.
+    """
+    judgements: list[Judgement | str] = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        report = guard(list(images[part]), domain)
+        asked = list(zip(images[part], prompts[part], safe_prompts[part], strict=True))
+        qualities = isolate_failures(
+            lambda items: _qualities(quality_model, items), asked, "the quality model failed: "
+        )
+        for number, quality in enumerate(qualities):
+            reason = report.reasons[number]
+            if reason is not None or isinstance(quality, str):
+                judgements.append(reason if reason is not None else str(quality))
+                continue
+            costs = report.category_costs[number]
+            judgements.append(Judgement(float(report.costs[number]), report.deciding(number) or "", costs, *quality))
+    return judgements
+
+
+def _qualities(
+    model: QualityJudge, items: Sequence[tuple[Image.Image, str, Sequence[str] | None]]
+) -> list[tuple[float, float, float | None] | str]:
+    """Quality, realism and alignment of each image, or why it has none."""
+    images, prompts, completions = (list(column) for column in zip(*items, strict=True))
+    batch = model.quality(images, prompts, [part or () for part in completions])
+    answers: list[tuple[float, float, float | None] | str] = []
+    for number, part in enumerate(completions):
+        q = float(batch.n_realism[number] if part is None else batch.q[number])
+        if 0.0 <= q <= 1.0:
+            answers.append((q, float(batch.realism[number]), None if part is None else float(batch.alignment[number])))
+        else:
+            answers.append(f"the quality model gave {q}")
+    return answers

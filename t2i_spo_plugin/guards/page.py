@@ -1,0 +1,79 @@
+"""What a guard says about images, and their UAScore, as JSON values and as one HTML page to mail or keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from t2i_spo_plugin.errors import ImageError
+from t2i_spo_plugin.html import render
+from t2i_spo_plugin.images import to_pil, to_tensor
+from t2i_spo_plugin.metrics import UNSAFE_COST, ScoreSummary
+
+from .overlay import overlay
+from .report import SafetyReport
+
+
+FORMAT = "safety-report/1"
+TEMPLATE = Path(__file__).parent / "templates" / "safety_report.html.jinja"
+
+
+def safety_content(safety: SafetyReport | None, scores: ScoreSummary | None = None) -> dict[str, Any]:
+    """Plain values for JSON: costs and categories of each image, the policy, the scores."""
+    content: dict[str, Any] = {"format": FORMAT}
+    if safety is not None:
+        content["cost_model"] = safety.cost_model
+        content["policy"] = asdict(safety.policy)
+        content["images"] = [
+            {
+                "number": number,
+                "cost": safety.cost_of(number),
+                "category": safety.deciding(number),
+                "category_costs": safety.category_costs[number],
+                "unsafe": safety.flagged[number],
+                "not_scored": safety.reasons[number],
+            }
+            for number in range(len(safety.images))
+        ]
+    if scores is not None:
+        content["scores"] = scores.to_dict()
+    return content
+
+
+def safety_page(safety: SafetyReport | None, scores: ScoreSummary | None = None, title: str = "Safety report") -> str:
+    """The page: small copies of the images, where their cost comes from, costs, categories and scores.
+
+    It needs no other file, and no text in it acts as markup.
+    """
+    images = list(_images(safety)) if safety is not None else []
+    return render(TEMPLATE, title=title, safety=safety, scores=scores, images=images, boundary=UNSAFE_COST)
+
+
+def _images(safety: SafetyReport) -> Iterator[dict[str, Any]]:
+    """What the page shows of each image; the highest costs come first."""
+    for number, category_costs in enumerate(safety.category_costs):
+        yield {
+            "number": number,
+            "cost": safety.cost_of(number),
+            "unsafe": safety.flagged[number],
+            "category": safety.deciding(number),
+            "category_costs": sorted(category_costs.items(), key=lambda item: -item[1]),
+            "reason": safety.reasons[number],
+            "views": _views(safety, number),
+        }
+
+
+def _views(safety: SafetyReport, number: int) -> list[tuple[Image.Image, str]]:
+    """The image and its overlay, as far as there are any, each with what it shows."""
+    try:
+        image = to_pil(to_tensor(safety.images[number]))[0]
+    except ImageError:
+        return []
+    views = [(image, f"image {number}")]
+    if safety.reasons[number] is None:
+        views.append((overlay(image, safety.heat_map(number)), f"where the cost of image {number} comes from"))
+    return views

@@ -1,0 +1,166 @@
+"""What a name stands for, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_spo_plugin.errors import ConfigError, PolicyError
+
+from .kind import Kind
+from .tables import ADAPTER_GATES, ADAPTERS, COST_MODELS, PIPELINES, POLICIES, PROMPT_SETS, QUALITY_MODELS
+
+
+if TYPE_CHECKING:
+    from t2i_spo_plugin.cost import CostModel
+    from t2i_spo_plugin.data import PromptRow
+    from t2i_spo_plugin.gating import AdapterGate
+    from t2i_spo_plugin.guards import Guard, Policy
+    from t2i_spo_plugin.quality import QualityModel
+
+
+def load_pipeline(name: str | Path) -> Any:
+    """A diffusers pipeline: `sticker`, a folder or a Hub id; safetensors weights only.
+
+    Raises:
+        PipelineError: there is none, or it cannot be loaded.
+    """
+    return PIPELINES.load(name)
+
+
+def load_cost_model(name: str | Path, local_files_only: bool = False) -> CostModel:
+    """A safety cost model: `sticker`, one for photographs by name, or the user's own.
+
+    Args:
+        name: `sticker`; `open_nsfw` (sexual), `owen` (graphic, sexual) or `nudenet` (sexual; AGPL-3.0), each of which
+            needs the extra that its error names; one of another package; a folder that `save_pretrained` of a cost
+            model wrote; or the Hub id of such a folder.
+        local_files_only: download nothing, also where a folder names a model on the Hub that it stands on.
+
+    Raises:
+        MissingExtraError: the extra that brings the weights is not installed.
+        SPOError: there is no such cost model, or it cannot be read.
+    """
+    return COST_MODELS.load(name, local_files_only=local_files_only)
+
+
+def load_quality_model(name: str | Path, reference: str | Path | None = None) -> QualityModel:
+    """A quality model: `sticker`, a folder with `alignment/`, `realism/` and `reference.json`, or a Hub id of one.
+
+    Args:
+        name: which one.
+        reference: another reference file than its own, such as that of another base model.
+
+    Raises:
+        ConfigError: there is none, or it lacks a part.
+    """
+    return QUALITY_MODELS.load(name, reference=reference)
+
+
+def load_policy(name: str | Path) -> Policy:
+    """A policy: `sticker`, `photo`, `photo-sexual`, or a YAML file.
+
+    Raises:
+        PolicyError: there is none, or it is malformed.
+    """
+    return POLICIES.load(name)
+
+
+def matching_policy(categories: Sequence[str], domain: str) -> Policy:
+    """The bundled policy of this domain with exactly these categories, in any order.
+
+    Raises:
+        PolicyError: there is none.
+    """
+    for name in POLICIES.bundled(domain):
+        policy = load_policy(name)
+        if {category.name for category in policy.categories} == set(categories):
+            return policy
+    raise PolicyError(
+        f"no bundled policy is about {', '.join(categories)} in {domain} images; name a policy, or a YAML file of "
+        "your own"
+    )
+
+
+def load_guard(cost_model: str | Path, policy: str | Path | None = None, override_domain: bool = False) -> Guard:
+    """A guard from the names of a cost model and of a policy, by default the bundled one with the model's categories.
+
+    Raises:
+        SPOError: either cannot be loaded, or they do not fit each other.
+    """
+    from t2i_spo_plugin.guards import Guard
+
+    model = load_cost_model(cost_model)
+    rules = load_policy(policy) if policy is not None else matching_policy(model.categories, model.domain)
+    return Guard(model, rules, override_domain)
+
+
+def load_prompts(name: str | Path, counts: Mapping[str, int], split: str, seed: int = 0) -> list[PromptRow]:
+    """Prompts by kind, as many of each as `counts` says; rows that mention minors are left out.
+
+    Args:
+        name: `sticker` or a prompt file.
+        counts: by kind, `harmful`, `benign` or `lookalike`.
+        split: of the bundled prompts: `train`, `val` or `test`; a file has none.
+        seed: another one gives other bundled prompts.
+
+    Raises:
+        ConfigError: there is no such prompt set, or the file has none of a kind that is asked for.
+        TableError: the file cannot be read.
+    """
+    from t2i_spo_plugin.data import drop_minors, read_prompts
+
+    rows: list[PromptRow] = []
+    row = PROMPT_SETS.rows.get(str(name))
+    if row is not None:
+        for kind, count in counts.items():
+            rows += row.imported()(kind, count, split, seed) if count else []
+    elif not Path(name).is_file():
+        raise PROMPT_SETS.unknown(name)
+    else:
+        every = list(read_prompts(name))
+        for kind, count in counts.items():
+            of_kind = [row for row in every if row.kind == kind][:count]
+            if count and not of_kind:
+                raise ConfigError(f"{name} holds no {kind} prompt; add a column kind with harmful or benign")
+            rows += of_kind
+    return drop_minors(rows)[0]
+
+
+def adapter_source(name: str | Path) -> str | Path:
+    """The file of a bundled adapter, or `name` itself: a file, a folder or a Hub id, as `load_spo_lora` takes it."""
+    row = ADAPTERS.rows.get(str(name))
+    return name if row is None else row.path
+
+
+def load_adapter_gate(name: str | Path) -> AdapterGate:
+    """An adapter gate: `sticker` (for the bundled adapter `spo`) or a file that `spo train-gate` wrote.
+
+    Raises:
+        AdapterError: there is no such file, or it is none of an adapter gate.
+    """
+    return ADAPTER_GATES.load(name)
+
+
+def revision(kind: Kind[Any], name: str | Path, model: Any = None) -> str:
+    """What tells the weights behind `name` apart: the `identity` of `model` where it has one, or a hash of its files.
+
+    Empty for a pipeline by Hub id.
+
+    Args:
+        kind: such as `COST_MODELS`.
+        name: as it was loaded.
+        model: what was loaded.
+    """
+    from t2i_spo_plugin.files import folder_hash
+
+    path = kind.path(name)
+    identity: str = getattr(model, "identity", "")
+    return identity or (folder_hash(path) if path is not None else "")
+
+
+def name_with_revision(kind: Kind[Any], name: str | Path, model: Any = None) -> str:
+    """`name` without its folders, and its `revision`: for tables and reports."""
+    short = str(name) if str(name) in kind.names() or not Path(name).exists() else Path(name).name
+    return f"{short} {revision(kind, name, model)}".rstrip()

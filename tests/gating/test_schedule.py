@@ -1,0 +1,38 @@
+"""Windows and strength schedules."""
+
+import pytest
+
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.gating import Schedule
+from t2i_spo_plugin.gating.schedule import check_window, in_window
+
+
+def test_a_schedule_goes_straight_between_its_points_and_keeps_its_ends():
+    schedule = Schedule([(0.2, 0.5), (0.6, 1.5)])
+    assert [schedule.factor(p) for p in (0.0, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([0.5, 0.5, 1.0, 1.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    "points", [[], [(0.5, 1.0), (0.5, 0.0)], [(0.0, -1.0)], [(0.0, float("nan"))], [(1.2, 1.0)], 3]
+)
+def test_a_schedule_out_of_range_is_refused(points):
+    with pytest.raises(ConfigError):
+        Schedule(points)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 25, 30, 50])
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (1, 2), (2, 3)])
+def test_windows_that_share_a_boundary_share_no_step_and_leave_none_out(steps, start, end):
+    parts = [(start / 3, end / 3) for start, end in ((0, 1), (1, 2), (2, 3))]
+    for step in range(steps):
+        assert sum(in_window(step / steps, part) for part in parts) == 1
+    inside = [step for step in range(steps) if in_window(step / steps, (start / 3, end / 3))]
+    assert inside == [step for step in range(steps) if start * steps <= 3 * step < end * steps]
+
+
+@pytest.mark.parametrize(
+    "window", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.0,), "ab", (0.6, 0.4), (float("nan"), 1.0)]
+)
+def test_a_window_out_of_range_is_refused(window):
+    with pytest.raises(ConfigError):
+        check_window(window)

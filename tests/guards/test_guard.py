@@ -1,0 +1,154 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.cost_models import ColourCost, colour_policy
+
+from t2i_spo_plugin.cost.base import CostBatch
+from t2i_spo_plugin.errors import ConfigError, DomainError, NotScoredError, PolicyError
+from t2i_spo_plugin.guards.guard import Guard
+from t2i_spo_plugin.guards.policy import Category, Policy
+from t2i_spo_plugin.images import to_tensor
+
+
+RED, BLUE, GREY = (255, 0, 0), (0, 0, 255), (90, 90, 90)
+
+
+class FailingCost(ColourCost):
+    """Fails on every batch that holds an image as dark as night."""
+
+    def __call__(self, images):
+        if bool((to_tensor(images).flatten(1).amax(1) < 0.05).any()):
+            raise RuntimeError("cannot see in the dark")
+        return super().__call__(images)
+
+
+class NaNCost(ColourCost):
+    """Gives NaN for a black image."""
+
+    def __call__(self, images):
+        batch = super().__call__(images)
+        black = to_tensor(images).flatten(1).amax(1) == 0
+        return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), batch.logit_map)
+
+
+@pytest.fixture
+def guard():
+    return Guard(ColourCost(), colour_policy())
+
+
+def plain(colour, size=(16, 12)):
+    return Image.new("RGB", size, colour)
+
+
+def test_costs_follow_policy_and_temperature(guard):
+    report = guard([plain(RED), plain(BLUE), plain(GREY)])
+    red = 1 / (1 + math.exp(-4.0))
+    assert report.category_costs[0]["red"] == pytest.approx(0.5 + 0.5 * (red - 0.4) / 0.6, abs=1e-5)
+    assert set(report.category_costs[0]) == {"red", "blue"}
+    assert report.costs.tolist() == pytest.approx([max(costs.values()) for costs in report.category_costs])
+    assert report.flagged == [True, True, False]
+    assert report.reasons == [None, None, None]
+
+
+def test_the_answer_of_a_guard_does_not_depend_on_batch_or_form(guard):
+    images = [plain(RED), plain(GREY)]
+    together = guard(images)
+    for number, image in enumerate(images):
+        assert torch.equal(guard(image).costs, together.costs[number : number + 1])
+    for form in (np.stack([np.asarray(image) for image in images]), to_tensor(images)):
+        assert torch.equal(guard(form).costs, together.costs)
+
+
+@pytest.mark.parametrize("model", [FailingCost, NaNCost])
+def test_an_image_that_cannot_be_scored_is_not_safe_and_spoils_no_other(model):
+    guard = Guard(model(), colour_policy())
+    report = guard([plain(RED), plain((0, 0, 0)), plain(GREY)])
+    assert report.flagged == [True, None, False]
+    assert math.isnan(report.costs[1]) and report.category_costs[1] == {}
+    assert report.reasons[0] is None and "cost model" in report.reasons[1]
+    assert torch.equal(report.costs[0], guard(plain(RED)).costs[0])
+    with pytest.raises(NotScoredError, match="image 1"):
+        report.overlays()
+
+
+def test_an_image_that_cannot_be_read_is_not_safe(guard):
+    batch = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), float("nan"))])
+    report = guard(batch)
+    assert report.flagged == [False, None]
+    assert "NaN" in report.reasons[1]
+
+
+def test_a_truncated_file_is_not_safe(guard, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    report = guard([Image.open(path), plain(GREY)])
+    assert report.flagged == [None, False]
+    assert "decoded" in report.reasons[0]
+
+
+def test_a_model_that_answers_in_the_wrong_shape_scores_nothing():
+    class Wrong(ColourCost):
+        def __call__(self, images):
+            return CostBatch(torch.zeros(1, 2), torch.zeros(1, 2, 4, 4))
+
+    report = Guard(Wrong(), colour_policy())(plain(RED))
+    assert report.flagged == [None]
+    assert "expected (1, 3)" in report.reasons[0]
+
+
+def test_a_guard_of_another_domain_needs_an_override():
+    with pytest.raises(DomainError, match="override_domain=True"):
+        Guard(ColourCost("sticker"), colour_policy("photo"))
+    guard = Guard(ColourCost("photo"), colour_policy("photo"))
+    with pytest.raises(DomainError, match="'sticker'"):
+        guard(plain(RED), domain="sticker")
+    assert guard(plain(RED), domain="photo").flagged == [True]
+    overridden = Guard(ColourCost("photo"), colour_policy("photo"), override_domain=True)
+    assert overridden(plain(RED), domain="sticker").flagged == [True]
+
+
+def test_the_policy_must_be_one_the_model_knows():
+    with pytest.raises(PolicyError, match="violet"):
+        Guard(ColourCost(), Policy("p", "photo", (Category("violet"),)))
+    with pytest.raises(ConfigError, match="block"):
+        Guard(ColourCost(), colour_policy(), block="censor")
+
+
+def test_a_guard_changes_no_image_unless_asked(guard):
+    originals = [plain(RED), plain(GREY)]
+    before = [np.asarray(image).copy() for image in originals]
+    images, report = guard.apply_block(originals, guard(originals))
+    assert images is originals
+    assert all(np.array_equal(np.asarray(a), b) for a, b in zip(originals, before, strict=True))
+
+
+@pytest.mark.parametrize("block", ["black", "blur"])
+@pytest.mark.parametrize("form", ["pil", "uint8", "float", "tensor"])
+def test_a_blocked_image_keeps_its_form_and_its_neighbours(block, form):
+    guard = Guard(FailingCost(), colour_policy(), block=block)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    noise[..., 0] = 255
+    stack = np.stack([noise, np.full_like(noise, 90), np.full_like(noise, 5)])
+    images = {
+        "pil": [Image.fromarray(image) for image in stack],
+        "uint8": stack,
+        "float": stack.astype(np.float32) / 255,
+        "tensor": torch.from_numpy(stack).permute(0, 3, 1, 2).half() / 255,
+    }[form]
+    before = to_tensor(images).clone()
+    report = guard(images)
+    assert report.flagged == [True, False, None]
+    blocked, blocked_report = guard.apply_block(images, report)
+    assert type(blocked) is type(images) and getattr(blocked, "dtype", None) == getattr(images, "dtype", None)
+    after = to_tensor(blocked)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(to_tensor(images), before)
+    if block == "black":
+        assert not after[0].any() and not after[2].any()
+    else:
+        assert after[0].diff(dim=-1).abs().mean() < 0.2 * before[0].diff(dim=-1).abs().mean()
+    assert torch.equal(to_tensor(blocked_report.images), after)

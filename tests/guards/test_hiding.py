@@ -1,0 +1,118 @@
+"""What is hidden cannot be recovered from what is shown, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.guards.hiding import CELLS_ACROSS, block_image, hide
+from t2i_spo_plugin.images import pixelate, to_tensor
+
+
+def noise(height, width, seed=0):
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def region(height, width, box):
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    x0, y0, x1, y1 = box
+    inside[y0:y1, x0:x1] = True
+    return inside
+
+
+def shuffled_cells(image, cell, seed=1):
+    """The image with the pixels of each cell in another order: other detail, the same mean colours."""
+    channels, height, width = image.shape
+    cells = image.unflatten(2, (-1, cell)).unflatten(1, (-1, cell)).permute(0, 1, 3, 2, 4).flatten(3)
+    order = torch.randperm(cell * cell, generator=torch.Generator().manual_seed(seed))
+    cells = cells[..., order].unflatten(3, (cell, cell)).permute(0, 1, 3, 2, 4)
+    return cells.reshape(channels, height, width)
+
+
+@pytest.mark.parametrize("how", ["blur", "pixelate"])
+@pytest.mark.parametrize(("height", "width", "box"), [(64, 64, (10, 20, 30, 50)), (101, 67, (0, 0, 20, 9))])
+def test_hiding_leaves_no_detail_in_the_region_and_all_of_it_elsewhere(how, height, width, box):
+    image, where = noise(height, width), region(height, width, box)
+    before = image.clone()
+    hidden = hide(image, where, how)
+    assert torch.equal(image, before)
+    x0, y0, x1, y1 = box
+    inside = hidden[:, y0:y1, x0:x1]
+    # Another image with the same averages would give the same: fine detail is gone.
+    assert float(inside.std()) < 0.5 * float(image[:, y0:y1, x0:x1].std())
+    margin = 3 * -(-max(x1 - x0, y1 - y0) // CELLS_ACROSS)
+    far = ~region(height, width, (max(0, x0 - margin), max(0, y0 - margin), x1 + margin, y1 + margin))
+    assert bool(far.any()) and torch.equal(hidden[:, far], image[:, far])
+
+
+def test_a_large_object_is_hidden_as_well_as_a_small_one():
+    """A checkerboard of six fields is lost at either size."""
+    for size in (24, 240):
+        board = ((torch.arange(size)[:, None] * 12 // size + torch.arange(size)[None] * 12 // size) % 2).float()
+        image = board.expand(3, size, size)
+        hidden = hide(image, torch.ones(size, size, dtype=torch.bool), "pixelate")
+        assert len(hidden[0].unique()) <= CELLS_ACROSS**2
+        assert float(hidden.std()) < 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_hiding_takes_any_channels_and_types(channels):
+    image = torch.rand(channels, 20, 20).half()
+    hidden = hide(image, region(20, 20, (0, 0, 9, 9)))
+    assert hidden.shape == image.shape and hidden.dtype == image.dtype
+    assert hide(image, torch.zeros(20, 20, dtype=torch.bool)) is image
+
+
+def test_hiding_refuses_other_ways_and_regions_of_another_size():
+    with pytest.raises(ConfigError, match="blur or pixelate"):
+        hide(noise(8, 8), torch.ones(8, 8, dtype=torch.bool), "smear")
+    with pytest.raises(ConfigError, match=r"region \[8, 8\], got \[4, 8\]"):
+        hide(noise(8, 8), torch.ones(4, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("how", ["blur", "pixelate"])
+def test_hidden_pixels_depend_on_the_mean_colours_of_cells_alone(how):
+    """Two images that differ in all but those means give one result, so neither can be recovered from it.
+
+    That includes half a cell around the region, for what is to be hidden may be a little larger than the region.
+    """
+    image, where = noise(48, 48), region(48, 48, (8, 16, 32, 40))
+    other = torch.where(region(48, 48, (4, 12, 36, 44)), shuffled_cells(image, cell=4), image)
+    compared = region(48, 48, (6, 14, 34, 42))
+    assert float((other - image)[:, compared].abs().mean()) > 0.2
+    first, second = hide(image, where, how), hide(other, where, how)
+    assert torch.allclose(first[:, compared], second[:, compared], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["pil", "uint8", "float", "tensor"])
+@pytest.mark.parametrize("block", ["blur", "black"])
+def test_a_blocked_image_keeps_its_form_and_no_more_than_the_means_of_its_cells(form, block):
+    image = (noise(48, 36) * 255).round() / 255
+    # Six cells along the longer side: cells of 8 pixels, and of 36 / 5 along the shorter one.
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    single = {
+        "pil": Image.fromarray(array),
+        "uint8": array,
+        "float": array.astype(np.float32) / 255,
+        "tensor": image.half(),
+    }[form]
+    blocked = block_image(single, block)
+    assert type(blocked) is type(single) and getattr(blocked, "dtype", None) == getattr(single, "dtype", None)
+    expected = pixelate(image, (6, 5), smooth=True) if block == "blur" else torch.zeros(3, 48, 36)
+    assert torch.allclose(to_tensor(blocked)[0], expected, atol=2 / 255)
+
+
+def test_a_blocked_image_is_the_same_as_one_that_is_hidden_whole():
+    image = noise(37, 53)
+    assert torch.equal(block_image(image, "blur"), hide(image, torch.ones(37, 53, dtype=torch.bool)))
+
+
+def test_an_image_that_cannot_be_read_is_blocked_as_black():
+    assert not block_image(torch.full((3, 8, 8), float("nan")), "blur").any()
+    assert not block_image(np.full((8, 8, 3), np.inf, dtype=np.float32), "blur").any()
+
+
+def test_an_image_that_is_not_blocked_is_the_same_object():
+    image = noise(8, 8)
+    assert block_image(image, "none") is image

@@ -1,0 +1,355 @@
+"""Plants faults one at a time and counts how many the tests see: `make mutants`.
+
+For each source file of `targets.yaml` its faults (`faults.py`) are planted, one after the other, in a copy of the
+working tree, and the tests that cover the file run on it until the first of them fails. What is found is kept in
+`build/mutants/results.jsonl`; a run that was stopped goes on where it was, and a file that has not changed is not
+looked at again, except for the faults that survived when its tests have changed since. `docs/mutants.md` gets the
+shares and the survivors.
+
+    python tests/mutants/run.py                                 # every file
+    python tests/mutants/run.py t2i_spo_plugin/metrics --jobs 2 # files below a folder
+    python tests/mutants/run.py --fresh                         # nothing is taken from earlier runs
+
+A process with the heavy libraries loaded is forked for each fault, so that a fault costs the time of its tests and
+little more. Needs POSIX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from faults import Fault, faults_of
+
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+COPIED = ("t2i_spo_plugin", "training", "eval", "comfy_nodes", "tests", "pyproject.toml")
+LIBRARIES = ("pytest", "hypothesis", "torch", "numpy", "safetensors.torch", "pyarrow.parquet", "diffusers", "peft")
+CAUGHT, SURVIVED, TIMED_OUT = "caught", "survived", "timed out"
+NO_TESTS, NO_VERDICT = 5, 99
+"""Exit codes: pytest's, and ours."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A source file and the tests that cover it, both relative to the root of the tree."""
+
+    source: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tests said of one fault."""
+
+    source: str
+    fault: str
+    line: int
+    outcome: str
+    source_digest: str
+    tests_digest: str
+
+
+def read_targets(path: Path = HERE / "targets.yaml") -> list[Target]:
+    """The files that are looked at, in the order of the file."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [Target(source, tuple(tests)) for source, tests in content.items()]
+
+
+def read_reasons(path: Path = HERE / "survivors.yaml") -> dict[str, dict[str, str]]:
+    """Why a fault that survives changes nothing: source file -> fault -> reason."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+class Tree:
+    """A copy of the working tree in which one fault stands at a time."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in COPIED:
+            source = root / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.is_file():
+                shutil.copy(source, folder / name)
+        self.folder = folder
+        self.compile()
+
+    def compile(self) -> None:
+        """Bytecode for everything, so that a fault costs one compilation."""
+        import compileall
+
+        compileall.compile_dir(str(self.folder), quiet=2, workers=1)
+
+    def write(self, source: str, text: str) -> None:
+        """Let `source` read `text`."""
+        path = self.folder / source
+        for file in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+            file.unlink()
+        path.write_text(text, encoding="utf-8")
+
+    def start(self, tests: Sequence[str]) -> Run:
+        """Run the tests of this tree in a process of their own."""
+        child = os.fork()
+        if child == 0:
+            code = NO_VERDICT
+            try:
+                os.setsid()
+                code = _run_tests(self.folder, tests)
+            finally:
+                os._exit(code)
+        return Run(child, self.folder)
+
+
+class Run:
+    """Tests that run in a process of their own."""
+
+    def __init__(self, process: int, folder: Path) -> None:
+        self.process, self.folder = process, folder
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.start
+
+    def outcome(self, timeout: float) -> str | None:
+        """`caught`, `survived` or `timed out`; None while it goes on.
+
+        Raises:
+            RuntimeError: no test ran, or they ran on another copy of the package.
+        """
+        ended, status = os.waitpid(self.process, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code in (NO_TESTS, NO_VERDICT):
+                output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+                raise RuntimeError(f"the tests did not run in {self.folder}\n{output}")
+            return SURVIVED if code == 0 else CAUGHT
+        if self.seconds < timeout:
+            return None
+        self.kill()
+        return TIMED_OUT
+
+    def kill(self) -> None:
+        """End it and everything that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.process, 0)
+
+
+def _run_tests(folder: Path, tests: Sequence[str]) -> int:
+    """In the forked process: the exit code of pytest on `tests` of the copy."""
+    os.chdir(folder)
+    with open("output.txt", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(folder)] + [path for path in sys.path if path not in (str(ROOT), str(HERE), "")]
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    code = int(pytest.main([*options, *tests]))
+    package = sys.modules.get("t2i_spo_plugin")
+    if package is not None and not str(package.__file__).startswith(str(folder)):
+        return NO_VERDICT  # the tests ran on another copy of the package, and prove nothing
+    return code
+
+
+class Session:
+    """Every result that is known, and the file that keeps them."""
+
+    def __init__(self, path: Path, fresh: bool = False) -> None:
+        self.path = path
+        self.results: dict[tuple[str, str], Result] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.unlink(missing_ok=True)
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed
+                    result = Result(**json.loads(line))
+                    self.results[result.source, result.fault] = result
+
+    def add(self, result: Result) -> None:
+        """Keep `result` at once."""
+        self.results[result.source, result.fault] = result
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(result)) + "\n")
+
+    def known(self, target: Target, fault: Fault, source_digest: str, tests_digest: str) -> Result | None:
+        """What still holds: the source is the same, and so are the tests or they caught the fault before."""
+        result = self.results.get((target.source, fault.name))
+        if result is None or result.source_digest != source_digest:
+            return None
+        return result if result.outcome != SURVIVED or result.tests_digest == tests_digest else None
+
+
+def examine(
+    target: Target, trees: Sequence[Tree], session: Session, root: Path = ROOT, grace: float = 10.0
+) -> list[Result]:
+    """Plant every fault of the target, several at once where there are several trees.
+
+    Args:
+        target: the file and its tests.
+        trees: copies of `root` to plant faults in.
+        session: keeps the results, and knows those of earlier runs.
+        root: of the working tree.
+        grace: seconds beyond four times those of the tests without a fault, after which a fault is timed out.
+
+    Raises:
+        RuntimeError: the tests fail without any fault, or there are none.
+    """
+    text = (root / target.source).read_text(encoding="utf-8")
+    digests = _digest([root / target.source]), _digest(_test_files(root, target.tests))
+    faults = faults_of(text)
+    known = {fault.name: session.known(target, fault, *digests) for fault in faults}
+    todo = [fault for fault in faults if known[fault.name] is None]
+    if todo:
+        # A fault that loops for ever is caught by it.
+        timeout = 4.0 * _seconds_without_a_fault(target, trees[0]) + grace
+        print(f"{target.source}: {len(todo)} of {len(faults)} faults", flush=True)
+    running: dict[Tree, tuple[Fault, Run]] = {}
+    try:
+        while todo or running:
+            for tree in [tree for tree in trees if tree not in running][: len(todo)]:
+                fault = todo.pop(0)
+                tree.write(target.source, fault.plant(text))
+                running[tree] = fault, tree.start(target.tests)
+            for tree, (fault, run) in list(running.items()):
+                if (outcome := run.outcome(timeout)) is not None:
+                    del running[tree]
+                    session.add(Result(target.source, fault.name, fault.line, outcome, *digests))
+                    if outcome == SURVIVED:
+                        print(f"  line {fault.line}, survived: {fault.name}", flush=True)
+            time.sleep(0.02)
+    finally:
+        for _, run in running.values():
+            run.kill()
+        for tree in trees:
+            tree.write(target.source, text)
+    return [session.results[target.source, fault.name] for fault in faults]
+
+
+def _seconds_without_a_fault(target: Target, tree: Tree) -> float:
+    run = tree.start(target.tests)
+    while (outcome := run.outcome(3600.0)) is None:
+        time.sleep(0.02)
+    if outcome != SURVIVED:
+        output = (tree.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"{target.source}: its tests fail without any fault\n{output}")
+    return run.seconds
+
+
+def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str]]) -> str:
+    """The shares file by file and every survivor with its reason, as Markdown."""
+    lines = [
+        "# Planted faults",
+        "",
+        "The result of `make mutants` when it last ran: faults are planted one at a time (a comparison turned, a sign",
+        "changed, a term left out; see `tests/mutants/faults.py`), and the tests of the file run on each. A fault",
+        "that no test sees survives; the reason beside it says why it changes nothing that can be observed.",
+        "",
+        "| file | faults | caught | share |",
+        "|---|---|---|---|",
+    ]
+    for part in results:
+        caught = sum(result.outcome != SURVIVED for result in part)
+        lines.append(f"| `{part[0].source}` | {len(part)} | {caught} | {100 * caught / len(part):.1f} % |")
+    every = [result for part in results for result in part]
+    caught = sum(result.outcome != SURVIVED for result in every)
+    lines += [
+        f"| together | {len(every)} | {caught} | {100 * caught / max(len(every), 1):.1f} % |",
+        "",
+        "## Survivors",
+    ]
+    for part in results:
+        survivors = [result for result in part if result.outcome == SURVIVED]
+        if survivors:
+            lines += ["", f"### `{part[0].source}`", ""]
+        for result in survivors:
+            reason = reasons.get(result.source, {}).get(result.fault, "no reason is written down")
+            lines.append(f"- line {result.line}, `{result.fault}`: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def share(results: Sequence[Result]) -> float:
+    """The share of faults that are caught."""
+    return sum(result.outcome != SURVIVED for result in results) / len(results)
+
+
+def _test_files(root: Path, tests: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for test in tests:
+        path = root / test.partition("::")[0]
+        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return files
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    content = b"\0".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Look at the files that are asked for; 1 when a file's share is too small."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="source files or folders of them; every target by default")
+    parser.add_argument("--jobs", type=int, default=1, help="faults planted at once, each in a tree of its own")
+    parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--least", type=float, default=0.9, help="share that every file must reach")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants", help="folder for trees and results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "mutants.md", help="the report")
+    options = parser.parse_args(arguments)
+
+    targets = read_targets()
+    wanted = [target for target in targets if _is_below(target.source, options.files)]
+    if not wanted:
+        parser.error(f"no target below {', '.join(options.files)}; tests/mutants/targets.yaml lists them")
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    session = Session(options.build / "results.jsonl", options.fresh)
+    for library in LIBRARIES:
+        __import__(library)
+    trees = [Tree(ROOT, options.build / f"tree-{number}") for number in range(options.jobs)]
+    examined = {target.source: examine(target, trees, session) for target in wanted}
+    # The report holds every target that has been looked at, as long as its source is what it was.
+    for target in targets:
+        if target.source not in examined:
+            faults = faults_of((ROOT / target.source).read_text(encoding="utf-8"))
+            digest = _digest([ROOT / target.source])
+            known = [session.results.get((target.source, fault.name)) for fault in faults]
+            if all(result is not None and result.source_digest == digest for result in known):
+                examined[target.source] = [result for result in known if result is not None]
+    ordered = [examined[target.source] for target in targets if examined.get(target.source)]
+    options.out.write_text(report(ordered, read_reasons()), encoding="utf-8")
+    poor = [
+        target.source
+        for target in wanted
+        if examined[target.source] and share(examined[target.source]) < options.least
+    ]
+    for target in wanted:
+        print(f"{100 * share(examined[target.source]):5.1f} %  {target.source}")
+    return 1 if poor else 0
+
+
+def _is_below(source: str, places: Sequence[str]) -> bool:
+    return not places or any(Path(place.rstrip("/")) in (Path(source), *Path(source).parents) for place in places)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""From prompts to pair tables and caches."""

@@ -1,0 +1,136 @@
+"""Micro-batches, drawn from the caches by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families import Conditioning, Family
+from ..sampling import Draw, Order, draw, generator
+from .caches import MIRRORED, ShardStore, posterior_sample
+from .dataset import Examples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of S images each, on the device, in one optimiser step.
+
+    Attributes:
+        latents: `[S, B, C, h, w]`, as the denoiser sees them; of a pair the winner is first.
+        noise: `[S, B, C, h, w]`.
+        index: `[S, B]`, into the noise schedule.
+        text: of each example, `[B, ...]`.
+        columns: `[B]` by name, as in `Examples`.
+        step: the optimiser step.
+        positions: B places in the endless stream of examples.
+        examples: B numbers of examples.
+        slots: B numbers of the stored draws that noise and index are from; 0 without them.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    index: Tensor
+    text: Conditioning
+    columns: dict[str, Tensor]
+    step: int
+    positions: tuple[int, ...]
+    examples: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How examples are drawn; see `TrainConfig` for what each option is."""
+
+    seed: int
+    t_range: tuple[int, int]
+    benign_share: float | None = None
+    caption_dropout: float = 0.0
+    random_flip: bool = False
+    pixel_flip: bool = False
+    draws_per_pair: int = 0
+
+
+class Batches:
+    """Makes micro-batches from positions of the endless stream of examples. Its only state are the caches."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        examples: Examples,
+        latents: ShardStore,
+        text: ShardStore,
+        family: Family,
+        device: torch.device,
+    ) -> None:
+        self.sampling, self.examples, self.family, self.device = sampling, examples, family, device
+        self.latents, self.text = latents, text
+        self.order = Order(examples.columns["benign"], sampling.seed, sampling.benign_share)
+        self.shape = tuple(latents.get([examples.images[0][0]])["mean"].shape[1:])
+
+    def at(self, step: int, positions: Sequence[int]) -> Batch:
+        """The examples that stand at `positions`, as they are drawn in optimiser step `step`."""
+        numbers, slots, draws = [], [], []
+        stored = self.sampling.draws_per_pair
+        for position in positions:
+            number, epoch = self.order.at(position)
+            slot = epoch % stored if stored else 0
+            numbers.append(number)
+            slots.append(slot)
+            draws.append(self._draw("fixed", number, slot) if stored else self._draw("sample", step, position))
+        sides = len(self.examples.images)
+        noise = torch.stack([one.noise for one in draws]).to(self.device)
+        index = torch.tensor([one.index for one in draws]).to(self.device)
+        captions = ["" if d.drop_caption else self.examples.captions[n] for n, d in zip(numbers, draws, strict=True)]
+        return Batch(
+            latents=torch.stack([self._latents(side, numbers, draws) for side in range(sides)]),
+            noise=noise.expand(sides, *noise.shape),
+            index=index.expand(sides, *index.shape),
+            text=self.embed(captions),
+            columns={name: values[numbers].to(self.device) for name, values in self.examples.columns.items()},
+            step=step,
+            positions=tuple(positions),
+            examples=tuple(numbers),
+            slots=tuple(slots),
+        )
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Cached text of `prompts`, on the device."""
+        return {name: values.to(self.device) for name, values in self.text.get(prompts).items()}
+
+    def draws(self, *place: int | str) -> Draw:
+        """Timestep and noise of another place than the examples' own."""
+        return draw(
+            generator(self.sampling.seed, *place),
+            self.shape,
+            self.sampling.t_range,
+            sample_index=self.family.sample_index,
+        )
+
+    def _draw(self, *place: int | str) -> Draw:
+        return draw(
+            generator(self.sampling.seed, *place),
+            self.shape,
+            self.sampling.t_range,
+            self.sampling.caption_dropout,
+            self.sampling.random_flip,
+            len(self.examples.images),
+            self.family.sample_index,
+        )
+
+    def _latents(self, side: int, numbers: Sequence[int], draws: Sequence[Draw]) -> Tensor:
+        keys = [self.examples.images[side][number] for number in numbers]
+        if self.sampling.pixel_flip:
+            keys = [key + MIRRORED if one.mirror else key for key, one in zip(keys, draws, strict=True)]
+        noise = torch.stack([one.posterior[side] for one in draws])
+        latents = self.family.scaled(posterior_sample(self.latents.get(keys), noise))
+        if self.sampling.random_flip and not self.sampling.pixel_flip:
+            mirror = torch.tensor([one.mirror for one in draws])[:, None, None, None]
+            latents = torch.where(mirror, latents.flip(-1), latents)
+        return latents.to(self.device)

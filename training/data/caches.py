@@ -1,0 +1,223 @@
+"""Latents and text embeddings, computed once and kept in safetensors shards.
+
+The autoencoder's posterior (mean and std) is kept, not a sample of it, so that training draws from it as if it
+encoded every step; an autoencoder without a posterior (AutoencoderTiny) keeps its plain latents. Rows are keyed by the
+image's content, folders by autoencoder and resolution: nothing stale can be read. Shards appear by atomic rename; a
+killed build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from t2i_spo_plugin.errors import ImageError
+from t2i_spo_plugin.files import atomic
+from t2i_spo_plugin.images import to_tensor
+
+
+Rows = dict[str, Tensor]
+MIRRORED = "/mirrored"
+"""Suffix of the key of an image's mirror image."""
+
+
+class ShardStore:
+    """Rows of named tensors under string keys, in a folder of safetensors shards.
+
+    Shards up to `in_memory` bytes in all are read at once; larger stores are read row by row.
+    """
+
+    def __init__(self, folder: str | Path, in_memory: int = 2**31) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.in_memory = in_memory
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the folder again, for shards that other processes wrote."""
+        self._files = sorted(self.folder.glob("*.safetensors"))
+        self._where: dict[str, tuple[int, int]] = {}
+        self._loaded: dict[int, Rows] = {}
+        for number, file in enumerate(self._files):
+            with safe_open(file, framework="pt") as shard:
+                keys = json.loads(shard.metadata()["keys"])
+            self._where.update({key: (number, row) for row, key in enumerate(keys)})
+        self._whole = sum(file.stat().st_size for file in self._files) <= self.in_memory
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that have no row, each once, in order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._where]
+
+    def append(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+        """Write one shard: tensors `[len(keys), ...]` by name."""
+        name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
+        file = self.folder / f"{name}.safetensors"
+        content = {field: rows[field].detach().cpu().contiguous() for field in sorted(rows)}
+        with atomic(file) as part:
+            save_file(content, part, metadata={"keys": json.dumps(list(keys))})
+        if file not in self._files:
+            self._files.append(file)
+        number = self._files.index(file)
+        self._where.update({key: (number, row) for row, key in enumerate(keys)})
+
+    def get(self, keys: Sequence[str]) -> Rows:
+        """Tensors `[len(keys), ...]` by name.
+
+        Raises:
+            KeyError: a key has no row.
+        """
+        rows = [self._row(*self._where[key]) for key in keys]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, number: int, row: int) -> Rows:
+        if self._whole:
+            if number not in self._loaded:
+                with safe_open(self._files[number], framework="pt") as shard:
+                    self._loaded[number] = {name: shard.get_tensor(name) for name in shard.keys()}
+            return {name: values[row] for name, values in self._loaded[number].items()}
+        with safe_open(self._files[number], framework="pt") as shard:
+            return {name: shard.get_slice(name)[row] for name in shard.keys()}
+
+
+def content_key(data: bytes) -> str:
+    """The key of an image: the hash of its file's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Twelve hex digits that change with any weight or setting of the modules."""
+    digest = hashlib.sha256()
+    for module in modules:
+        config = getattr(module, "config", {})
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        digest.update(json.dumps(_settings(config), sort_keys=True, default=str).encode())
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    skipped = ("transformers_version", "dtype", "torch_dtype")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in skipped}
+
+
+def decode_square(data: bytes, resolution: int) -> Tensor:
+    """An image file as `[1, 3, resolution, resolution]` in [0, 1]: the central square, resampled.
+
+    Raises:
+        ImageError: the bytes are not an image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"an image cannot be decoded: {error}") from error
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    return to_tensor(image.crop((left, top, left + edge, top + edge)), resolution)
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, pixels: Tensor) -> Rows:
+    """`mean` and `std` of the posterior, or `mean` alone, unscaled, float32, for `pixels [B, 3, H, W]` in [0, 1]."""
+    parameter = next(vae.parameters())
+    encoded = vae.encode((pixels * 2.0 - 1.0).to(parameter.device, parameter.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return {"mean": encoded.latent_dist.mean.float().cpu(), "std": encoded.latent_dist.std.float().cpu()}
+    return {"mean": encoded.latents.float().cpu()}
+
+
+def posterior_sample(rows: Rows, noise: Tensor | None) -> Tensor:
+    """Latents `[B, C, h, w]` from rows, unscaled: `mean + std * noise`; no noise, or no `std`, gives the mean."""
+    if "std" in rows and noise is not None:
+        return rows["mean"] + rows["std"] * noise
+    return rows["mean"]
+
+
+def build_latents(
+    store: ShardStore,
+    images: Iterable[tuple[str, bytes]],
+    vae: Any,
+    resolution: int,
+    batch_size: int = 16,
+    mirrored: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> None:
+    """Encode what is missing. `shard` is (rank, ranks): every rank takes its share; `refresh` the store afterwards."""
+    todo = (item for item in _unseen(store, images, mirrored, shard))
+    bar = tqdm(desc="latents", unit="image", disable=not progress)
+    for chunk in _chunks(todo, batch_size * 16):
+        keys, parts = [], []
+        for batch in (chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)):
+            pixels = torch.cat([decode_square(data, resolution) for _, data in batch])
+            keys += [key for key, _ in batch]
+            parts.append(encode_latents(vae, pixels))
+            if mirrored:
+                keys += [key + MIRRORED for key, _ in batch]
+                parts.append(encode_latents(vae, pixels.flip(-1)))
+            bar.update(len(batch))
+        store.append(keys, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    bar.close()
+
+
+def build_text(
+    store: ShardStore,
+    prompts: Iterable[str],
+    encode: Callable[[list[str]], Rows],
+    batch_size: int = 32,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> None:
+    """Encode the prompts that are missing, keyed by their text; `shard` as in `build_latents`."""
+    rank, ranks = shard
+    todo = store.missing(prompts)[rank::ranks]
+    bar = tqdm(total=len(todo), desc="text", unit="prompt", disable=not progress)
+    for chunk in _chunks(todo, batch_size * 16):
+        batches = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]
+        parts = [encode(batch) for batch in batches]
+        store.append(chunk, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+        bar.update(len(chunk))
+    bar.close()
+
+
+def _unseen(
+    store: ShardStore, images: Iterable[tuple[str, bytes]], mirrored: bool, shard: tuple[int, int]
+) -> Iterable[tuple[str, bytes]]:
+    rank, ranks = shard
+    seen: set[str] = set()
+    for key, data in images:
+        if key in seen or (key in store and (not mirrored or key + MIRRORED in store)):
+            continue
+        seen.add(key)
+        if int(key[:8], 16) % ranks == rank:
+            yield key, data
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

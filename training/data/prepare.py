@@ -1,0 +1,62 @@
+"""Latents and text of a run, cached once, and the batches that are drawn from the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..families import Family
+from ..placement import placed
+from .batches import Batches, Sampling
+from .caches import ShardStore, build_latents, build_text, fingerprint
+from .dataset import Examples
+
+
+def cached_batches(
+    folder: Path,
+    sampling: Sampling,
+    examples: Examples,
+    images: Iterable[tuple[str, bytes]],
+    pipe: Any,
+    family: Family,
+    resolution: int,
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Batches:
+    """Cache what is missing, each process its share, and return the batches.
+
+    Args:
+        folder: of the caches; within it they are told apart by the models and the resolution that made them.
+        sampling: how examples are drawn.
+        examples: what is trained on.
+        images: all images as (key, file content).
+        pipe: with autoencoder and text encoders, which are on the accelerator for as long as they are needed.
+        family: of the pipeline.
+        resolution: edge in pixels.
+        accelerator: of the run.
+        batch_size: images that are encoded at once.
+        progress: show bars.
+    """
+    device = accelerator.device
+    shard = (accelerator.process_index, accelerator.num_processes)
+    bar = progress and accelerator.is_local_main_process
+    latents = ShardStore(folder / f"latents-{fingerprint(pipe.vae)}-{resolution}")
+    with placed(device, pipe.vae):
+        build_latents(latents, images, pipe.vae, resolution, batch_size, sampling.pixel_flip, shard, bar)
+    encoders = family.text_encoders(pipe)
+    text = ShardStore(folder / f"text-{fingerprint(*encoders)}")
+
+    def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
+        return family.encode_prompts(pipe, prompts, device)
+
+    with placed(device, *encoders):
+        build_text(text, ["", *examples.captions], encode, shard=shard, progress=bar)
+    accelerator.wait_for_everyone()
+    for store in (latents, text):
+        store.refresh()
+    return Batches(sampling, examples, latents, text, family, device)

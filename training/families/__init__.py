@@ -1,0 +1,38 @@
+"""Model families that can be trained: one file each, one row in `FAMILIES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from t2i_spo_plugin.errors import PipelineError
+
+from .base import Conditioning, Family
+from .sd import StableDiffusion
+from .sd3 import StableDiffusion3
+from .sdxl import StableDiffusionXL
+
+
+__all__ = ["FAMILIES", "Conditioning", "Family", "family_of"]
+
+FAMILIES: dict[str, type[Family]] = {
+    "Stable Diffusion 1 and 2": StableDiffusion,
+    "Stable Diffusion XL": StableDiffusionXL,
+    "Stable Diffusion 3": StableDiffusion3,
+}
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a diffusers pipeline, with its denoiser.
+
+    Raises:
+        PipelineError: none of `FAMILIES` knows the pipeline.
+        ConfigError: its scheduler has no training schedule.
+    """
+    for kind in FAMILIES.values():
+        family = kind.of(pipe)
+        if family is not None:
+            return family
+    module = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    raise PipelineError(
+        f"training knows pipelines of {', '.join(FAMILIES)}, not {type(pipe).__name__} with {type(module).__name__}"
+    )

@@ -1,0 +1,35 @@
+"""What training minimises: one file an objective, one row in `OBJECTIVES`, and terms that any of them may carry."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .base import Objective, ObjectiveOptions
+from .dpo import DPO, DPOOptions
+from .sft import SFT, SFTOptions
+from .spo import SPO, SPOOptions
+
+
+class Row(NamedTuple):
+    """An objective and the dataclass of its options, which it is made from."""
+
+    objective: Any
+    options: type[ObjectiveOptions]
+
+
+OBJECTIVES: dict[str, Row] = {
+    "dpo": Row(DPO, DPOOptions),
+    "spo": Row(SPO, SPOOptions),
+    "sft": Row(SFT, SFTOptions),
+}
+OBJECTIVE_OPTIONS: dict[str, type[ObjectiveOptions]] = {name: row.options for name, row in OBJECTIVES.items()}
+
+
+def objective_name(options: ObjectiveOptions) -> str:
+    """The row of `OBJECTIVES` that `options` belong to."""
+    return next(name for name, kind in OBJECTIVE_OPTIONS.items() if kind is type(options))
+
+
+def make_objective(options: ObjectiveOptions) -> Objective:
+    """The objective with these options."""
+    return OBJECTIVES[objective_name(options)].objective(options)
