@@ -66,10 +66,17 @@ class MapClassifier(nn.Module):
         return logit_map.mean((2, 3)), logit_map
 
 
-def save_network(network: nn.Module, config: Any, metadata: Mapping[str, Any], folder: Path | str) -> None:
-    """Write `config.json` (transformers), `metadata.json` and fp16 weights into `folder`."""
+def save_network(
+    network: nn.Module, config: Any, metadata: Mapping[str, Any], folder: Path | str, without: str | None = None
+) -> None:
+    """Write `config.json` (transformers), `metadata.json` and fp16 weights into `folder`.
+
+    Weights whose names start with `without` are left out.
+    """
     state = {
-        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
+        name: value.half() if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+        if without is None or not name.startswith(without)
     }
     write_model(folder, metadata, state)
     config.save_pretrained(folder)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -235,7 +236,7 @@ def _negated(
     return rng.choice(pool).format_map(slots), (other,)
 
 
-def _foreign(description: Description, rng: random.Random, pool: dict[str, tuple[str, ...]]) -> str:
+def _foreign(description: Description, rng: random.Random, pool: Mapping[str, tuple[str, ...]]) -> str:
     language = rng.choice(LANGUAGES)
     names = [words()[n].foreign[language] for n in description.concepts]
     colour = forms.FOREIGN_COLOURS[language][list(BACKGROUNDS).index(description.background)]

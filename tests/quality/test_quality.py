@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, ResNetConfig
 
 from t2i_spo_plugin.errors import SPOError
@@ -50,6 +51,20 @@ def realism(vision):
 @pytest.fixture(scope="module")
 def model(clip, realism):
     return QualityModel(clip, realism, Reference((-1.0, 1.0), (-1.0, 1.0), "none", 1))
+
+
+def test_a_clip_may_leave_its_text_tower_where_the_pipeline_has_it(clip, tmp_path):
+    clip.text.save_pretrained(tmp_path / "pipeline" / "text_encoder")
+    clip.tokenizer.save_pretrained(tmp_path / "pipeline" / "tokenizer")
+    folder = tmp_path / "quality" / "alignment"
+    clip.save_pretrained(folder, text_encoder="../../pipeline/text_encoder")
+    assert not any(name.startswith("text.") for name in load_file(folder / "model.safetensors"))
+    assert not (folder / "tokenizer.json").exists() and not (folder / "text_config.json").exists()
+    loaded = load_small_clip(folder)
+    assert torch.allclose(loaded.embed_prompts(PROMPTS), clip.embed_prompts(PROMPTS), atol=1e-3)
+    (tmp_path / "pipeline").rename(tmp_path / "elsewhere")
+    with pytest.raises(SPOError, match="tokenizer"):
+        load_small_clip(folder)
 
 
 def test_normalise_is_linear_between_its_ends_and_clipped_outside():

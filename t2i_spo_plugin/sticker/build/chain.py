@@ -51,7 +51,7 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
     vae, text = ("--autoencoder", str(work / "autoencoder" / "vae")), ("--text", str(work / "text"))
     pipeline = ("--pipeline", str(out / "pipeline"))
     cost, referee = str(out / "cost_model"), str(out / "referee")
-    quality = (*folder("quality"), "--out", str(out / "quality_model"), "--cost", cost, *text, *vae)
+    quality = (*folder("quality"), "--out", str(out / "quality_model"), "--cost", cost, *text, *vae, *pipeline)
     batch = ("--batch", "48")
     return (
         Stage("autoencoder", "autoencoder", folder("autoencoder"), (24_000, 6_000), batch, 28_000),
@@ -95,13 +95,15 @@ def stages(work: Path, out: Path) -> tuple[Stage, ...]:
             ("autoencoder",),
         ),
         # The scenes of the cost model serve the quality model too.
-        Stage("alignment", "quality", ("alignment", *quality), (4_000, 4_000), (), 16_000, needs=("cost", "text")),
+        Stage(
+            "alignment", "quality", ("alignment", *quality), (4_000, 4_000), (), 16_000, needs=("cost", "generator")
+        ),
         Stage("realism", "quality", ("realism", *quality), (2_500, 2_500), (), 16_000, needs=("cost",)),
         Stage(
             "reference",
             "quality",
-            ("reference", *quality, *pipeline),
-            needs=("alignment", "realism", "generator"),
+            ("reference", *quality),
+            needs=("alignment", "realism"),
         ),
         Stage(
             "recognised",

@@ -56,7 +56,7 @@ def network(seed: int = 0) -> MapClassifier:
     torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 160], depths=[1, 2, 2], layer_type="basic")
     net = MapClassifier(config, len(CATEGORIES) + 1, "peak", fine=64)
-    torch.nn.init.constant_(net.head.bias, -3.0)  # most of an image shows nothing unsafe
+    torch.nn.init.constant_(net.head.get_parameter("bias"), -3.0)  # most of an image shows nothing unsafe
     return net
 
 
@@ -66,7 +66,7 @@ class ConceptHead(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution = torch.nn.Conv2d(64, len(NAMES), 1)
-        torch.nn.init.constant_(self.convolution.bias, -4.0)
+        torch.nn.init.constant_(self.convolution.get_parameter("bias"), -4.0)
 
     def loss(self, features: Tensor, batch: Judged) -> Tensor:
         """Cross entropy of cells that a concept covers, and of what the image shows at all."""
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that render")
     args = parser.parse_args()
     scenes = JudgedScenes(args.work.parent / "judged.uint8", args.scenes, jobs=args.jobs)
-    net, concepts = network().to(memory_format=torch.channels_last), ConceptHead()
+    net, concepts = network(), ConceptHead()
     config = LoopConfig(args.steps, args.learning_rate, weight_decay=1e-2, decay=0.5)
     trainer = Trainer(args.work, {"net": net, "concepts": concepts}, config, args.device)
 

@@ -21,6 +21,7 @@ from ..world import (
     GENERATOR_CONCEPTS,
     GENERATOR_STYLES,
     SIZE,
+    STYLES,
     Description,
     PlacedObject,
     Split,
@@ -80,8 +81,7 @@ def scene_and_cover(seed: int, split: Split = "train") -> tuple[Description, Des
     """
     declared = seed % 3 > 0
     concepts = GENERATOR_CONCEPTS if declared else None
-    options = {"styles": GENERATOR_STYLES} if declared and seed % 2 else {}
-    d = describe(seed, split, "any", concepts, **options)
+    d = describe(seed, split, "any", concepts, GENERATOR_STYLES if declared and seed % 2 else STYLES)
     twins = [CONCEPTS[n].twin or n for n in d.concepts]
     if d.unsafe and all(d.style in CONCEPTS[n].styles for n in twins):
         return d, replace(d, concepts=tuple(twins), words=tuple(twins))

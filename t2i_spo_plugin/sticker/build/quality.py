@@ -7,6 +7,7 @@ from malformed images too (doubled, half drawn, warped, blotted): a blob is a go
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,14 +44,13 @@ from .data import Judged, JudgedScenes, draw, pixels, through_autoencoder
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
-from .tokenizer import write_classic_files
 
 
 BATCH = 64
 
 
 def small_clip(text_folder: Path, cost_folder: Path, seed: int = 5) -> SmallCLIP:
-    """The image tower starts from the cost model's, the text tower from the distilled text encoder."""
+    """The image tower starts from the cost model's; the text tower is the pipeline's text encoder, as it is."""
     torch.manual_seed(seed)
     text = CLIPTextModel.from_pretrained(text_folder / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
@@ -58,6 +58,7 @@ def small_clip(text_folder: Path, cost_folder: Path, seed: int = 5) -> SmallCLIP
     model = SmallCLIP(seen.config, text.config, tokenizer, SIZE)
     model.vision.load_state_dict(seen.state_dict())
     model.text.load_state_dict(text.state_dict())
+    model.text.requires_grad_(False)
     return model
 
 
@@ -178,8 +179,9 @@ def train_alignment(args: argparse.Namespace) -> None:
     vae = AutoencoderTiny.from_pretrained(args.autoencoder).eval().to(args.device)
     state = trainer.run(step, title="alignment")
     model.to("cpu").eval()
-    model.save_pretrained(args.out / "alignment")
-    write_classic_files(args.out / "alignment")
+    model.save_pretrained(
+        args.out / "alignment", text_encoder=os.path.relpath(args.pipeline / "text_encoder", args.out / "alignment")
+    )
     model = load_small_clip(args.out / "alignment")
     x, described, _ = draw(16_000_000, 400, "test", concepts=GENERATOR_CONCEPTS)
     rng = random.Random(0)

@@ -41,7 +41,7 @@ def network(seed: int = 77) -> MapClassifier:
         embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 3, 2], groups_width=32, layer_type="y"
     )
     net = MapClassifier(config, len(NAMES), "peak")
-    torch.nn.init.constant_(net.head.bias, -4.0)  # an image shows one or two concepts of many
+    torch.nn.init.constant_(net.head.get_parameter("bias"), -4.0)  # an image shows one or two concepts of many
     return net
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that render")
     args = parser.parse_args()
     scenes = JudgedScenes(args.work.parent / "refereed.uint8", args.scenes, FIRST_SEED, args.jobs)
-    net = network().to(memory_format=torch.channels_last)
+    net = network()
     config = LoopConfig(args.steps, args.learning_rate, weight_decay=2e-2, decay=0.5)
     trainer = Trainer(args.work, {"net": net}, config, args.device)
     vae = (
