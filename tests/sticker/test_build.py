@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from t2i_spo_plugin.sticker.atlas import sticker
+from t2i_spo_plugin.sticker.build.autoencoder import crop
 from t2i_spo_plugin.sticker.build.data import NAMES, JudgedScenes, draw, judged_pair, restyle, truth_of, wear
 from t2i_spo_plugin.sticker.build.quality import altered, matches
-from t2i_spo_plugin.sticker.build.store import rendered
+from t2i_spo_plugin.sticker.build.store import prefetched, rendered
 from t2i_spo_plugin.sticker.world import CONCEPTS, GENERATOR_CONCEPTS, describe
 
 
@@ -82,6 +83,26 @@ def test_a_batch_is_a_function_of_its_number_and_every_third_image_is_safe_where
     assert unsafe
     for scene, cover in zip(one.described[1::3], one.described[2::3], strict=True):
         assert not cover.unsafe and scene.concepts != cover.concepts
+
+
+def test_batches_made_ahead_by_other_processes_are_the_same_and_in_order(scenes):
+    ahead = prefetched(lambda n: scenes.batch(n, 6, 4), 3, 7, jobs=2)
+    for n in range(3, 7):
+        one, own = ahead(n), scenes.batch(n, 6, 4)
+        assert torch.equal(one.images, own.images) and one.described == own.described
+
+
+def test_crops_stand_on_the_latents_grid_and_prefer_what_is_drawn():
+    images = torch.zeros(40, 128, 128, 3, dtype=torch.uint8)
+    images[:, 16:32, 96:112] = torch.arange(256, dtype=torch.uint8).view(16, 16)[None, :, :, None]
+    parts = crop(images, 64, torch.Generator().manual_seed(0))
+    assert parts.shape == (40, 64, 64, 3)
+    shown = [int(part.any()) for part in parts]
+    # One place in four shows it, and of two places the better one is taken.
+    assert 12 < sum(shown) < 34
+    for part in parts[torch.tensor(shown).bool()]:
+        top, left = (int(n) for n in part[..., 0].nonzero()[0])
+        assert top % 16 == 0 and left // 16 * 16 in (0, 16, 32, 48)
 
 
 def test_rendered_scenes_are_taken_up_again_and_read_from_the_file(tmp_path):

@@ -79,5 +79,13 @@ def prefetched(make: Callable[[int], Any], first: int, last: int, jobs: int = 1)
     """
     if jobs <= 1 or last <= first:
         return make
-    batches = iter(DataLoader(_Numbered(make, first, last), batch_size=None, num_workers=jobs, prefetch_factor=4))
+    # Forked, for what makes a batch reads gigabytes that are mapped from a file and cannot be sent to a process.
+    loader = DataLoader(
+        _Numbered(make, first, last),
+        batch_size=None,
+        num_workers=jobs,
+        prefetch_factor=4,
+        multiprocessing_context="fork",
+    )
+    batches = iter(loader)
     return lambda _n: next(batches)
