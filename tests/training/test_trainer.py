@@ -250,3 +250,16 @@ def test_callbacks_see_the_beginning_every_step_and_the_end(config):
 
     train(replace(config, steps=2), tiny_pipeline("sd1"), callbacks=[Watch()])
     assert seen == [("begin", 0), ("step", 1, 1), ("step", 2, 2), ("end", 2)]
+
+
+@pytest.mark.gpu
+def test_validation_on_a_gpu_has_the_whole_pipeline_there_and_leaves_it_as_it_was(config):
+    pipe, seen = tiny_pipeline("sd1"), []
+
+    def validate(step: int, pipe) -> float:
+        seen.append({model.device.type for model in (pipe.unet, pipe.vae, pipe.text_encoder)})
+        return float(np.mean(pipe(["a cat"], num_inference_steps=1, output_type="np").images))
+
+    train(replace(config, validate_every=1, device="auto"), pipe, validate)
+    assert seen and all(devices == {"cuda"} for devices in seen)
+    assert pipe.unet.device.type == "cuda" and {pipe.vae.device.type, pipe.text_encoder.device.type} == {"cpu"}
