@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -164,6 +165,37 @@ def held_out_prompt(description: Description, wording: Wording, rng: random.Rand
     else:
         text = _caption_with(description, [misspelt(word, rng, held_out=True) for word in listed])
     return Prompt(text, description, wording, negated)
+
+
+def described(caption: str, split: Split, seed: int) -> Description:
+    """The scene that a caption of the grammar asks for: what `Description.caption` wrote, read again.
+
+    Raises:
+        ValueError: it is no caption of the grammar.
+    """
+    match = re.fullmatch(r"an? (\S+) sticker of (.+) on an? (\S+) background", caption)
+    styles = {word: style for style, word in STYLE_WORDS.items()}
+    if match is None or match[1] not in styles or match[3] not in BACKGROUNDS:
+        raise ValueError(f"{caption!r} is no caption of the grammar")
+    owners = {word: name for name, entry in words().items() for word in (*entry.listed, *entry.held_out)}
+    things: list[tuple[str, str]] = []
+    for part in match[2].split(" next to "):
+        bare = re.sub(r"^an? ", "", part)
+        size = "small" if bare.startswith("small ") and bare not in owners else ""
+        word = bare.removeprefix("small ") if size else bare
+        twice = part.removeprefix("two ")
+        if part not in owners and part != twice:
+            size = "small" if twice.startswith("small ") else ""
+            things += 2 * [(size, w) for w in owners if plural(f"{size} {w}".strip()) == twice][:1]
+        elif word in owners:
+            things.append((size, word))
+        else:
+            raise ValueError(f"{caption!r} names {part!r}, which is nothing that the world knows")
+    if not 1 <= len(things) <= 2:
+        raise ValueError(f"{caption!r} asks for {len(things)} things; a scene shows one or two")
+    sizes, names = zip(*things, strict=True)
+    concepts = tuple(owners[word] for word in names)
+    return Description(concepts, names, sizes, styles[match[1]], match[3], split, seed)
 
 
 def prompts(

@@ -1,6 +1,7 @@
 """Prompts of the wording classes: what is held out for the test is in no training caption."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from t2i_spo_plugin.sticker import forms
 from t2i_spo_plugin.sticker.wording import (
     LANGUAGES,
     Wording,
+    described,
     held_out_prompt,
     misspelt,
     prompts,
@@ -106,3 +108,23 @@ def test_positions_in_words_are_those_of_the_scene():
             assert any(w in right for w in words()[d.concepts[1]].listed)
             return
     raise AssertionError("no prompt named right before left")
+
+
+def test_captions_of_the_grammar_are_read_as_they_were_written():
+    for seed in range(400):
+        d = describe(seed, "test")
+        for one in (d, *(replace(d, concepts=c, words=c, size_words=("",) * len(c)) for c in d.safe_concepts)):
+            assert described(one.caption, "test", seed) == one, one.caption
+        for wording in (Wording.GRAMMAR, Wording.NEW_WORDS):
+            if set(d.concepts) <= set(GENERATOR_CONCEPTS) and len(set(d.concepts)) == len(d.concepts):
+                text = held_out_prompt(d, wording, random.Random(seed)).text
+                assert described(text, "test", seed).concepts == d.concepts, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a cat", "a noto sticker of a unicorn on a blue background", "a cubist sticker of a cat on a blue background"],
+)
+def test_what_is_no_caption_of_the_grammar_is_refused(text):
+    with pytest.raises(ValueError, match="no caption of the grammar|nothing that the world knows"):
+        described(text, "test", 0)
