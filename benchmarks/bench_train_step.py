@@ -178,7 +178,7 @@ def main() -> None:
         build_latents(latents, images(pairs), pipe.vae, args.resolution, progress=False)
         prompts = ["", *examples.captions]
         build_text(text, prompts, lambda some: family.encode_prompts(pipe, some, device), progress=False)
-        files = dict(images(pairs))
+        files = {image.key: image.data for image in images(pairs)}
         with fresh_adapter(pipe.unet, "bench", family.targets, 8, 8.0, 0):
             optimizer = torch.optim.AdamW([v for v in pipe.unet.parameters() if v.requires_grad], lr=1e-6)
 

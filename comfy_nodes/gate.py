@@ -13,14 +13,14 @@ from torch import Tensor
 from t2i_spo_plugin.errors import UnreadableAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.gating import AdapterGate, gate_metadata
 from t2i_spo_plugin.registry import ADAPTER_GATES as GATES
-from t2i_spo_plugin.registry import load_adapter_gate
+from t2i_spo_plugin.registry import STICKER, load_adapter_gate
 
 from . import ADAPTER_GATES
 from .patching import architecture
 
 
 NORM = "norm of the change"
-_BUNDLED = {"sticker demo: network (bundled)": "sticker", "sticker demo: norm (bundled)": "sticker-norm"}
+_BUNDLED = {"sticker demo: network (bundled)": STICKER, "sticker demo: norm (bundled)": "sticker-norm"}
 _TOKENS = "flux-1-dev"
 """Its prediction is a sequence of patches in diffusers, and a map in ComfyUI."""
 _ALIKE = (

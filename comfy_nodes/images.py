@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,13 +38,15 @@ def steps(total: int, size: int = 1, progress: ProgressBar | None = None) -> Ite
 
 
 def score(guard: Guard, image: Tensor, progress: ProgressBar | None = None) -> SafetyReport:
-    """What `guard` says about every image of `image` `[B, H, W, C]`."""
-    pixels = channels_first(image)
+    """What `guard` says about every image of `image` `[B, H, W, C]`; of a transparent one, over white and black."""
+    pixels = channels_first(image, ground=None)
     return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH, progress)])
 
 
 def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
     """`safety` with its maps at the size of `image` `[B, H, W, C]`, which may have been enlarged since it was scored.
+
+    Transparency is laid over the ground on which the image costs most.
 
     Raises:
         ConfigError: the report is of another number of images.
@@ -55,7 +56,9 @@ def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
             f"the safety report is of {len(safety.images)} images and the image batch has {len(image)}; connect "
             "the images that were scored"
         )
-    return replace(safety, images=list(channels_first(image)))
+    grounds = [view.ground if (view := safety.view(number)) is not None else None for number in range(len(image))]
+    laid = [channels_first(one[None], ground or "white")[0] for one, ground in zip(image, grounds, strict=True)]
+    return safety.with_images(laid)
 
 
 def heat_map(safety: SafetyReport, number: int, category: str | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import Guard, SafetyReport, read_prompts, safety_content, safety_page, summarise_images
+from t2i_spo_plugin.guards import Guard, SafetyReport, parse_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
 from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
 from t2i_spo_plugin.quality import QualityModel
@@ -76,7 +76,7 @@ class UAScore(io.ComfyNode):
     def execute(
         cls, image: Tensor, cost_model: Guard, prompts: str, safe_prompts: str, reference: str
     ) -> io.NodeOutput:
-        asked = read_prompts(prompts, safe_prompts, len(image))
+        asked = parse_prompts(prompts, safe_prompts, len(image))
         path = _reference_path(reference)
         if _is_bundled(path):
             cost_model.check_domain(QUALITY_MODELS.rows[STICKER].domain)

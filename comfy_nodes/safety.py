@@ -34,7 +34,7 @@ from t2i_spo_plugin.registry import POLICIES, load_cost_model, load_policy, matc
 
 from . import COST_MODELS, sockets
 from .files import files_below, fingerprint
-from .images import category_of, grey, heat_map, payload, report_of, score, stacked, steps
+from .images import NOT_SCORED, category_of, grey, heat_map, payload, report_of, score, stacked, steps
 
 
 CHOOSE = "choose one"
@@ -203,7 +203,9 @@ class SafetyOverlay(io.ComfyNode):
                 io.Boolean.Input(
                     "boxes", default=True, tooltip="Draw a box around each part that reaches the threshold."
                 ),
-                io.Boolean.Input("labels", default=True, tooltip="Write the deciding category and its cost."),
+                io.Boolean.Input(
+                    "labels", default=True, tooltip="Write the cost, and on an unsafe image the deciding category."
+                ),
                 _threshold(),
             ],
             outputs=[io.Image.Output("image", tooltip="The images with their cost drawn over them.")],
@@ -228,7 +230,7 @@ class SafetyOverlay(io.ComfyNode):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
                 regions = _boxes(safety, number, maps[number], threshold) if boxes else []
-                label = _label(safety, number) if labels else ""
+                label = _label(safety, number, threshold) if labels else ""
                 tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
                 overlaid[number] = annotate(tinted, regions, label).movedim(0, -1)
                 marked[number] = annotate(pixels, regions, label).movedim(0, -1)
@@ -363,9 +365,13 @@ def _boxes(safety: SafetyReport, number: int, cost_map: Tensor, threshold: float
     return [] if safety.cost_of(number) is None else boxes((cost_map >= threshold).cpu().numpy())
 
 
-def _label(safety: SafetyReport, number: int) -> str:
+def _label(safety: SafetyReport, number: int, threshold: float) -> str:
+    """What is written on an image: a safe one has a highest category too, and naming it would accuse the image."""
     cost = safety.cost_of(number)
-    return category_of(safety, number) if cost is None else f"{safety.deciding(number)} {cost:.2f}"
+    if cost is None:
+        return NOT_SCORED
+    label = f"{safety.deciding(number) if cost >= threshold else 'safe'} {cost:.2f}"
+    return ", ".join(part for part in (label, safety.note(number)) if part)
 
 
 def _instead(image: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:

@@ -42,10 +42,7 @@ class Sampling:
     ) -> Any:
         """One sampling run. One that begins after the gate's decision window gets the adapter throughout."""
         if self.gate is not None:
-            sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
             self.state = GateState(self.gate, noise.shape[0])
-            if len(sigmas) > 0 and not self._inside(sampling, sigmas[0]):
-                self.state.gate_all_on()
         try:
             return executor(noise, latent, sampler, sigmas, *rest, **options)
         finally:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from t2i_spo_plugin.data import KINDS
+from t2i_spo_plugin.data import KINDS, count_cut_prompts
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
@@ -50,12 +51,13 @@ class EvalConfig:
         guidance_scale: classifier-free guidance.
         batch_size: images generated at once.
         shard_size: images after which a table is written.
+        skip_bad_rows: leave rows of prompt files out that cannot be used, instead of refusing the file.
         seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
         judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
         policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
         cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
         quality_model: `sticker` or a folder laid out like the bundled one.
-        override_domain: use the cost model on images of a domain it was not made for.
+        override_domain: use cost and quality model on images of a domain they were not made for.
         resamples: of the bootstrap.
         gallery: prompts shown in the report.
         keep_images: keep the images after the report is written; by default only in the sticker world, whose unsafe
@@ -82,6 +84,7 @@ class EvalConfig:
     guidance_scale: float = 3.0
     batch_size: int = 8
     shard_size: int = 64
+    skip_bad_rows: bool = False
     seed: int = 0
     judge: Literal["cost", "referee"] = "cost"
     policy: str = STICKER
@@ -133,16 +136,18 @@ def run_eval(config: EvalConfig) -> RunSummary:
         rows, n_dropped = load_prompts(STICKER, by_kind, config.split, config.seed), 0
     else:
         files = (("harmful", config.harmful), ("benign", config.benign), ("lookalike", config.lookalike))
-        rows, n_dropped = file_rows(files, counts, config.seed)
+        rows, n_dropped = file_rows(files, counts, config.seed, config.skip_bad_rows)
     judges = load_judges(config)
     pipe = load_pipeline(config.pipeline).to(config.device)
     pipeline_name = name_with_revision(PIPELINES, config.pipeline)
-    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options(), pipeline_name)
+    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options())
     metadata = {
         "pipeline": pipeline_name,
+        "weights": pipeline_identity(pipe),
         "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
         "prompts removed because they mention minors": n_dropped,
+        "prompts longer than the pipeline reads": count_cut_prompts(pipe, [row.prompt for row in rows]),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
     }
     summary = summarise_run(scores, judges, metadata=metadata, resamples=config.resamples, seed=config.seed)

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from t2i_spo_plugin.data import KINDS
+from t2i_spo_plugin.images import open_image
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from .runner import image_path
@@ -87,8 +88,7 @@ def _cell(row: Row | None, system: str, judges: Judges, out_dir: str | Path) -> 
     path = image_path(out_dir, row)
     if path is None:
         return Cell(system, None, note=row["not_scored"] or "the image was removed")
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = open_image(path)
     if row["not_scored"]:
         return Cell(system, image, note=row["not_scored"])
     report = judges.guard(image)

@@ -142,9 +142,14 @@ class Comparison:
     def __str__(self) -> str:
         verdict = "excludes 0" if self.interval.excludes(0.0) else "includes 0"
         return (
-            f"{self.first} - {self.second}, by the {self.judge}: {self.value:+.1f} "
-            f"[{self.interval.low:+.1f}, {self.interval.high:+.1f}] ({verdict})"
+            f"{self.first} - {self.second}, by the {self.judge}: {_signed(self.value)} "
+            f"[{_signed(self.interval.low)}, {_signed(self.interval.high)}] ({verdict})"
         )
+
+
+def _signed(points: float) -> str:
+    """`+1.2`, `-1.2`, or `0.0` for whatever rounds to it."""
+    return f"{points:+.1f}" if round(points, 1) else "0.0"
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:

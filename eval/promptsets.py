@@ -14,12 +14,15 @@ Split = Literal["train", "val", "test"]
 
 
 def file_rows(
-    files: Sequence[tuple[str, Path | None]], counts: Sequence[int], seed: int = 0
+    files: Sequence[tuple[str, Path | None]], counts: Sequence[int], seed: int = 0, skip_bad_rows: bool = False
 ) -> tuple[list[PromptRow], int]:
     """The first rows of each kind from prompt files, and how many were removed because they mention minors.
 
     Args:
         files: (kind, file) pairs; the kind holds for files without such a column.
+        counts: how many of each.
+        seed: mixed into the seeds that a file does not give.
+        skip_bad_rows: leave rows out that cannot be used, instead of refusing the file.
 
     Raises:
         ConfigError: a file holds rows of another kind than it stands for, or an id occurs in two files.
@@ -30,7 +33,7 @@ def file_rows(
     for (kind, path), count in zip(files, counts, strict=True):
         if path is None or count == 0:
             continue
-        prompts = read_prompts(path, kind=kind, seed=seed)
+        prompts = read_prompts(path, kind=kind, seed=seed, skip_bad_rows=skip_bad_rows)
         strange = sorted({row.kind for row in prompts if row.kind != kind})
         if strange:
             raise ConfigError(f"{path} stands for {kind} prompts but holds {', '.join(strange)} ones; split the file")

@@ -29,6 +29,7 @@ from t2i_spo_plugin.data import (
     write_table,
 )
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.metrics import ScoreMetadata, percent
 from t2i_spo_plugin.pipelines import pipeline_domain
 
@@ -104,13 +105,11 @@ def generate_and_score(
     judges: Judges,
     out_dir: str | Path,
     options: GenerationOptions | None = None,
-    pipeline_name: str = "",
 ) -> dict[str, list[Row]]:
     """Rows of `SCORE_COLUMNS` for every system, also written to `out_dir/scores.parquet`.
 
     Args:
         rows: harmful, benign and lookalike prompts; every system generates the same prompts with the same seeds.
-        pipeline_name: name and hash of the base weights, which decide whether stored images may be reused.
 
     Raises:
         DomainError: the judges do not know the pipeline's domain.
@@ -122,9 +121,7 @@ def generate_and_score(
         raise ConfigError(f"systems need names of their own, got {', '.join(names) or 'none'}")
     judges.check_domain(pipeline_domain(pipe))
     allowed, _ = check_rows(rows)
-    scores = {
-        system.name: _run_system(pipe, system, allowed, judges, out_dir, options, pipeline_name) for system in systems
-    }
+    scores = {system.name: _run_system(pipe, system, allowed, judges, out_dir, options) for system in systems}
     write_table([row for part in scores.values() for row in part], out_dir / "scores.parquet", SCORE_COLUMNS)
     return scores
 
@@ -221,15 +218,15 @@ def _run_system(
     judges: Judges,
     out_dir: Path,
     options: GenerationOptions,
-    pipeline_name: str,
 ) -> list[Row]:
-    metadata = {"pipeline": pipeline_name, "system": dict(system.metadata)}
     shards = [rows[i : i + options.shard_size] for i in range(0, len(rows), options.shard_size)]
     paths = [out_dir / "scores" / system.name / f"{number:05d}.parquet" for number in range(len(shards))]
-    prints = [_fingerprint(shard, metadata, judges, options) for shard in shards]
-    todo = [n for n, path in enumerate(paths) if not _is_current(path, prints[n])]
-    if todo:
-        with system.prepare(pipe):
+    metadata = {"system": dict(system.metadata if system.identity is None else system.identity)}
+    with system.prepare(pipe):
+        weights = pipeline_identity(pipe)
+        prints = [_fingerprint(shard, metadata | {"pipeline": weights}, judges, options) for shard in shards]
+        todo = [n for n, path in enumerate(paths) if not _is_current(path, prints[n])]
+        if todo:
             report = generate(
                 pipe,
                 rows,
@@ -241,7 +238,9 @@ def _run_system(
                 progress=options.progress,
                 metadata=metadata,
                 call_options=options.call_options,
+                identity=weights,
             )
+    if todo:
         generated = {(image.row.id, image.row.seed): image for image in report.images}
         for number in tqdm(todo, disable=not options.progress, desc=f"scoring {system.name}", unit="shard"):
             images: list[GeneratedImage] = [generated[row.id, row.seed] for row in shards[number]]

@@ -12,8 +12,9 @@ from PIL import Image
 
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.data import GeneratedImage, PromptRow
-from t2i_spo_plugin.errors import DomainError
-from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, judge_images
+from t2i_spo_plugin.errors import DomainError, ImageError
+from t2i_spo_plugin.guards import Guard, Judgement, QualityJudge, check_domains, counterparts, judge_images
+from t2i_spo_plugin.identity import model_identity
 
 from .referee import Referee, RefereeBatch, judge
 
@@ -47,20 +48,19 @@ class Judges:
     def identity(self) -> dict[str, Any]:
         """What decides a score, for telling stored scores apart."""
         return {
-            "cost": self.cost_name,
-            "policy": self.guard.policy.to_yaml(),
-            "quality": self.quality_name,
+            "guard": self.guard.identity,
+            "quality": model_identity(self.quality_model),
             "reference": self.quality_model.reference_hash,
-            "referee": self.referee_name if self.referee is not None else "",
+            "referee": model_identity(self.referee) if self.referee is not None else "",
         }
 
     def check_domain(self, domain: str) -> None:
         """Refuse images of a foreign domain.
 
         Raises:
-            DomainError: the cost model's own domain is another and was not overridden, or the referee's is.
+            DomainError: the domain of cost or quality model is another and was not overridden, or the referee's is.
         """
-        self.guard.check_domain(domain)
+        check_domains(self.guard, self.quality_model, domain)
         if self.referee is not None and self.referee.domain != domain:
             raise DomainError(f"the referee knows images of {self.referee.domain!r}, not of {domain!r}")
 
@@ -97,7 +97,7 @@ def score_images(
             "prompt_category": row.category,
             "seed": row.seed,
             "image": None,
-            "completions_known": _safe_prompts(row) is not None,
+            "completions_known": counterparts(row.kind == "harmful", row.safe_prompts) is not None,
             "requested": list(row.requested),
             **by_number.get(number, {"not_scored": images[number]}),
         }
@@ -111,15 +111,20 @@ def _open(image: GeneratedImage) -> Image.Image | str:
         return f"not generated: {image.failed}"
     try:
         return image.open()
-    except OSError as error:
-        return f"the image cannot be read: {error}"
+    except ImageError as error:
+        # The row names the file; where it lies on this machine is nobody's business.
+        return f"the image cannot be read: {str(error).removeprefix(f'{image.path}: ')}"
 
 
 def _judge(rows: Sequence[PromptRow], images: Sequence[Any], judges: Judges) -> list[dict[str, Any]]:
     """The judged columns of each image."""
     prompts = [row.prompt for row in rows]
     judgements = judge_images(
-        images, prompts, [_safe_prompts(row) for row in rows], judges.guard, judges.quality_model
+        images,
+        prompts,
+        [counterparts(row.kind == "harmful", row.safe_prompts) for row in rows],
+        judges.guard,
+        judges.quality_model,
     )
     pairs = list(zip(rows, images, strict=True))
     verdicts = isolate_failures(partial(_referee, judges), pairs, "the referee failed: ")
@@ -139,13 +144,6 @@ def _columns(judgement: Judgement) -> dict[str, Any]:
     columns = {"not_scored": "", "cost": judgement.cost, "category": judgement.category}
     columns |= {"category_costs": json.dumps(costs), "quality": judgement.quality, "realism": judgement.realism}
     return columns | ({} if judgement.alignment is None else {"alignment": judgement.alignment})
-
-
-def _safe_prompts(row: PromptRow) -> tuple[str, ...] | None:
-    """What quality is judged by instead of the prompt; None on a harmful prompt without a safe completion."""
-    if row.kind != "harmful":
-        return ()
-    return row.safe_prompts or None
 
 
 Answer = dict[str, Any] | str

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import wrap_text
+from t2i_spo_plugin.images import open_image
 
 
 BACKGROUND, INK, SOFT = (250, 249, 247), (29, 31, 35), (92, 98, 107)
@@ -71,7 +72,7 @@ def image_sheet(
         for column, image in enumerate(row):
             x = GAP + column * (width + GAP)
             if image is not None:
-                sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, image_y))
+                sheet.paste(open_image(image).resize((width, height), Image.Resampling.BICUBIC), (x, image_y))
             if wrapped:
                 _write(pen, x, image_y + height + 2, wrapped[number][column], font, SOFT, line)
         y += heights[number]

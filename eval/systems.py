@@ -29,12 +29,14 @@ class System:
 
     Attributes:
         prepare: a function of the pipeline that gives a context in which the pipeline generates as this system.
-        metadata: JSON values that change whenever the images would: source, hash, strength.
+        metadata: JSON values that change whenever the images would: source, hash, strength. For the report.
+        identity: those of them that the weights of the prepared pipeline do not say already; None takes `metadata`.
     """
 
     name: str
     prepare: Prepare = field(default=_as_it_is, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or any(letter in self.name for letter in "/\\"):
@@ -61,7 +63,7 @@ def adapter_system(name: str, source: str | Path, strength: float = 1.0) -> Syst
 
     local = Path(source).exists()
     metadata = {"adapter": Path(source).name if local else str(source), "strength": strength}
-    return System(name, prepare, metadata | ({"adapter_hash": folder_hash(source)} if local else {}))
+    return System(name, prepare, metadata | ({"adapter_hash": folder_hash(source)} if local else {}), identity={})
 
 
 def parse_adapters(specs: Sequence[str], strength: float = 1.0) -> list[System]:

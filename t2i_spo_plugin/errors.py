@@ -54,6 +54,10 @@ class MissingExtraError(SPOError, ImportError):
     """An optional dependency is not installed."""
 
 
+class NoPairsError(SPOError):
+    """A pair table was made and holds no pair."""
+
+
 class NotScoredError(SPOError):
     """An image could not be scored where a score is required."""
 

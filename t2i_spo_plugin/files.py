@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, UnreadableFileError
 
+
+if sys.platform != "win32":
+    from fcntl import LOCK_EX, LOCK_NB, flock
 
 MAX_JSON = 8 * 2**20
 """Bytes. Adapters have up to some hundred kilobytes of names, and now and then a few megabytes of training tags."""
@@ -25,20 +31,26 @@ _MAX_MARKS = 500_000
 _STRING = re.compile(rb'"[^"]*"')
 _MANY_DIGITS = re.compile(rb"[0-9]{20}")
 _REPORTS = ("report.json", "sheet.webp")
+_PART_PREFIX, _PART = ".spo-", ".part"
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file to, which replaces `path` when the block ends without an error.
 
-    Readers see the old file or the whole new one. After an error the old file is as it was, and nothing is left over.
+    Readers see the old file or the whole new one. After an error the old file is as it was, and nothing is left over;
+    what a killed writer left in the folder is removed by the next process that writes there.
     The folder is made when it is missing; the file gets mode 0644.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    os.close(handle)
+    _clean_once(path.parent.resolve())
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PART_PREFIX, suffix=_PART)
     part = Path(name)
+    # The lock dies with the process, and tells others that the file is not left over.
+    _lock(handle)
+    if sys.platform == "win32":
+        os.close(handle)  # What is open cannot be renamed there.
     try:
         yield part
         part.chmod(0o644)
@@ -46,6 +58,42 @@ def atomic(path: str | Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    finally:
+        if sys.platform != "win32":
+            os.close(handle)
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Remove and return the parts of files in `folder` that writers left who were killed; those of others stay."""
+    removed = []
+    for part in Path(folder).glob(f"{_PART_PREFIX}*{_PART}"):
+        # Another process may be quicker, and Windows refuses what is open.
+        with contextlib.suppress(OSError):
+            handle = os.open(part, os.O_RDONLY)
+            try:
+                abandoned = _lock(handle)
+            finally:
+                os.close(handle)
+            if abandoned:
+                part.unlink()
+                removed.append(part)
+    return removed
+
+
+@lru_cache(maxsize=1024)
+def _clean_once(folder: Path) -> None:
+    remove_leftovers(folder)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file unless another process has; whether it is locked now."""
+    if sys.platform == "win32":
+        return True
+    try:
+        flock(handle, LOCK_EX | LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from t2i_spo_plugin import sticker
 from t2i_spo_plugin.cli.commands import COMMANDS
 
 
@@ -70,9 +72,13 @@ def command_lines(page: Path) -> list[list[str]]:
 
 @cache
 def options_of(command: str) -> str:
-    """The help text of a command, of all its actions where it has some."""
+    """The help text of a command, of all its actions or objectives where it has some."""
+    actions = {
+        "comfyui": (["install"], ["check"], ["uninstall"]),
+        "train": (["--objective", "dpo"], ["--objective", "spo"], ["--objective", "sft"]),
+    }
     text = io.StringIO()
-    for action in (["install"], ["check"], ["uninstall"]) if command == "comfyui" else ([],):
+    for action in actions.get(command, ([],)):
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             COMMANDS[command]([*action, "--help"])
     return text.getvalue()
@@ -107,6 +113,13 @@ def test_commands_and_their_options_exist(page):
         assert words[1] in COMMANDS, f"there is no command spo {words[1]}"
         for option in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", options_of(words[1])), " ".join(words)
+
+
+@pytest.mark.parametrize("name", ["papers", "training", "how-to-add", "scores", "steering"])
+def test_options_that_are_named_alone_belong_to_a_command(name):
+    every = "".join(map(options_of, COMMANDS))
+    for option in re.findall(r"`(--[\w.-]+)", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", every), option
 
 
 @every_page
@@ -164,6 +177,16 @@ def test_generated_parts_are_found_out_of_date(monkeypatch):
     assert blocks.filled(text) == text
     typed = text.replace("<!-- block: results -->", "<!-- block: results -->\na number typed by hand", 1)
     assert typed != text and blocks.filled(typed) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/results.md"])
+def test_the_gain_over_dpo_is_the_measured_one_and_says_what_it_is_made_of(name):
+    comparisons = json.loads((sticker.FOLDER / "results.json").read_text(encoding="utf-8"))["comparisons"]
+    gain = next(
+        one["value"] for one in comparisons if (one["first"], one["second"], one["judge"]) == ("spo", "dpo", "referee")
+    )
+    text = " ".join(prose(ROOT / name).split())
+    assert f"{gain:+.1f}" in text and "SFT term" in text and "prior preservation" in text and "ablation" in text
 
 
 DOORS = {

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from t2i_spo_plugin import files
+from t2i_spo_plugin.errors import ConfigError, UnreadableFileError
 
 
 def test_an_atomic_file_is_readable_by_all(tmp_path):
@@ -47,6 +52,23 @@ def test_an_atomic_file_is_kept_from_two_writers_mixing(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first"  # Its block ends last.
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_process_and_nothing_else(tmp_path):
+    path, foreign = tmp_path / "table.txt", tmp_path / ".download.part"
+    foreign.write_text("of another program")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    begin = "from t2i_spo_plugin import files; import os, signal, sys\nwith files.atomic(sys.argv[1]) as part:\n"
+    killed, whole = (f"{begin} part.write_text('half'); {end}" for end in ("os.kill(os.getpid(), signal.SIGKILL)", ""))
+    assert subprocess.run([sys.executable, "-c", killed, path], env=environment).returncode == -signal.SIGKILL
+    (left,) = set(tmp_path.iterdir()) - {foreign}
+    assert left.read_text() == "half"
+    with files.atomic(tmp_path / "other.txt") as part:
+        part.write_text("being written")
+        left.exists() or left.write_text("half")
+        assert subprocess.run([sys.executable, "-c", whole, path], env=environment).returncode == 0
+        assert set(tmp_path.iterdir()) == {foreign, path, part}, "what another process is writing stays"
+    assert files.remove_leftovers(tmp_path) == [] and (tmp_path / "other.txt").read_text() == "being written"
 
 
 def test_an_atomic_file_may_have_the_longest_name_there_is(tmp_path):
@@ -126,3 +148,55 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path, size):
     path.write_bytes(content[:size])
     assert files.sha256_of(path) == hashlib.sha256(content[:size]).hexdigest()
     assert files.sha256_of(path, 5) == hashlib.sha256(content[:size][5:]).hexdigest()
+
+
+def test_the_hash_of_a_folder_is_that_of_its_files_names_and_bytes_in_order(tmp_path):
+    contents = {"b/weights": b"1", "a.json": b"2", "b.txt": b"3", "c/d/e": b""}
+    for name, content in contents.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    digest = hashlib.sha256()
+    for name in ("a.json", "b/weights", "b.txt", "c/d/e"):  # Folders before the files whose names they begin.
+        digest.update(f"{name}\0".encode() + contents[name])
+    assert files.folder_hash(tmp_path / "model") == digest.hexdigest()[:16]
+    (tmp_path / "model" / "report.json").write_bytes(b"measured")
+    assert files.folder_hash(tmp_path / "model") == digest.hexdigest()[:16]
+
+
+def test_the_hash_of_a_path_without_files_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ConfigError, match="neither a file nor a folder with files"):
+            files.folder_hash(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "is not JSON"),
+        (b"{'a': 1}", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b'{"a": 1, "a": 2}', "has the key 'a' twice"),
+        (b'{"b": {"a": 1, "a": 1}}', "has the key 'a' twice"),
+        (b"[" * 400_000 + b"]" * 100_000, "is nested too deeply"),
+        (b"[" + b"1," * 500_000 + b"1]", "has too many parts"),
+        (b"12345678901234567890", "holds a number of more than 19 digits"),
+        (b'"' + b"x" * (files.MAX_JSON - 1) + b'"', "has 8,388,609 bytes, more than 8,388,608"),
+        (b"[]", "is not a mapping"),
+    ],
+    ids=range(10),
+)
+def test_untrusted_json_is_refused_before_it_costs_much(text, reason, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(UnreadableFileError, match=f"a.json {reason}"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_untrusted_json_up_to_the_limits_is_read(tmp_path):
+    assert files.parse_json(b'"' + b"x" * (files.MAX_JSON - 2) + b'"', "a") == "x" * (files.MAX_JSON - 2)
+    assert files.parse_json(b'{"a": 1234567890123456789, "{[,:": "12345678901234567890"}', "a") == {
+        "a": 1234567890123456789,
+        "{[,:": "12345678901234567890",
+    }
+    with pytest.raises(UnreadableFileError, match="cannot read .*none.json: No such file"):
+        files.read_json(tmp_path / "none.json")

@@ -186,10 +186,11 @@ from t2i_spo_plugin.registry import COST_MODELS, load_cost_model, name_with_revi
 model = load_cost_model("anna/costs")
 print(*model.categories, name_with_revision(COST_MODELS, "anna/costs", model))
 print(*load_cost_model("anna/costs", local_files_only=True).categories)
-try:
-    load_cost_model("anna/none")
-except HubError as error:
-    print(error)
+for name, options in (("anna/none", {}), ("anna/more", {"local_files_only": True})):
+    try:
+        load_cost_model(name, **options)
+    except HubError as error:
+        print(error)
 """
 
 
@@ -197,15 +198,17 @@ def test_a_cost_model_is_loaded_by_its_hub_id_without_its_pickles(cost_model, tm
     files = {path.name: path.read_bytes() for path in cost_model.iterdir()}
     with HubServer() as hub:
         hub.add("anna/costs", files | {"weights.bin": b"a pickle"})
+        hub.add("anna/more", files)
         environment = client_environment(hub.url, tmp_path / "home")
         done = subprocess.run(
             [sys.executable, "-c", HUB_CLIENT], env=environment, capture_output=True, text=True, check=True
         )
-        fetched = [path for _, path, _ in hub.log if "/resolve/" in path]
-    first, cached, refusal = done.stdout.splitlines()
+        paths = [path for _, path, _ in hub.log]
+    first, cached, missing, offline = done.stdout.splitlines()
     assert first == f"sexual anna/costs {folder_hash(cost_model)}" and cached == "sexual"
-    assert "anna/none" in refusal and "the Hub has no such repository" in refusal
-    assert any("model.safetensors" in path for path in fetched) and not any("weights.bin" in path for path in fetched)
+    assert "anna/none" in missing and "the Hub has no such repository" in missing
+    assert "anna/more is not in the local cache" in offline and not any("anna/more" in path for path in paths)
+    assert any("model.safetensors" in path for path in paths) and not any("weights.bin" in path for path in paths)
 
 
 # Prompts

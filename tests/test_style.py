@@ -37,3 +37,25 @@ def test_restructured_text_is_recognised():
     assert rst("class A:\n    b: int\n    '''See :meth:`save`.'''") == ["See :meth:`save`."]
     assert rst('"""`code`, and a fence:\n```python\npass\n```"""\nx = "``"') == []
     assert len(FILES) > 100
+
+
+def opened_images(source: str) -> list[int]:
+    """The lines that open an image through Pillow."""
+    return sorted(
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "open"
+        and ast.unparse(node.value).rpartition(".")[2] in ("Image", "PIL")
+    )
+
+
+def test_images_are_opened_in_one_place():
+    paths = [path for path in (ROOT / "t2i_spo_plugin").rglob("*.py") if "build" not in path.parts]
+    paths += [path for folder in ("training", "eval", "comfy_nodes") for path in (ROOT / folder).rglob("*.py")]
+    where = {path: lines for path in paths if (lines := opened_images(path.read_text(encoding="utf-8")))}
+    # Elsewhere a file would not be upright, scaled by its depth, laid over a ground, or named when it is broken.
+    assert {path.relative_to(ROOT).as_posix(): len(lines) for path, lines in where.items()} == {
+        "t2i_spo_plugin/images.py": 1
+    }
+    assert opened_images("import PIL\nPIL.Image.open(a)\nImage.open\nopen(b)\nimage.open()") == [2, 3]

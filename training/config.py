@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.options import check_choice, check_range, from_yaml, to_mapping
+from t2i_spo_plugin.registry import STICKER
 
 from .objectives import OBJECTIVE_OPTIONS, OBJECTIVES, ObjectiveOptions, SPOOptions, objective_name
 from .objectives.terms import TERMS, TermOptions
@@ -19,6 +20,10 @@ Precision = Literal["no", "bf16"]
 Device = Literal["auto", "cpu"]
 
 _NOT_IN_THE_TRAJECTORY = {
+    # Known by content: see `Run.identity`.
+    "pairs",
+    "images",
+    "pipeline",
     "output_dir",
     "cache_dir",
     "cache_batch_size",
@@ -39,7 +44,8 @@ class TrainConfig:
 
     Attributes:
         output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
-        pairs: the pair table, a parquet file or a folder of them; for objectives over pairs.
+        pairs: the pair table, for objectives over pairs: a parquet file, a folder of them, or a csv, tsv, jsonl or
+            json file with paths of images.
         images: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each; for `sft`.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         resolution: edge in pixels the images are encoded at; None takes the pipeline's own.
@@ -75,12 +81,14 @@ class TrainConfig:
         validate_every: steps between validations by UAScore, 0 for never. The best adapter is the one that is written.
         validation_prompts: a prompt file, or `sticker` for its validation split.
         validation_count: prompts of each kind.
+        skip_bad_rows: leave rows of caption and prompt files out that cannot be used, instead of refusing them.
         validation_seed: another one gives other sticker prompts.
         validation_steps: denoising steps of the validation images.
         validation_guidance: classifier-free guidance of the validation images.
         validation_cost_model: `sticker`, or what `load_cost_model` takes.
         validation_policy: `sticker`, or a policy's name or YAML file.
         validation_quality_model: `sticker`, or a folder.
+        validation_override_domain: judge images of another domain than the validation's cost and quality models'.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, 0 for the last one alone.
         keep_checkpoints: how many of them stay.
@@ -97,7 +105,7 @@ class TrainConfig:
     output_dir: str
     pairs: str = ""
     images: str = ""
-    pipeline: str = "sticker"
+    pipeline: str = STICKER
     resolution: int | None = None
     benign_share: float | None = None
     caption_dropout: float = 0.0
@@ -133,12 +141,14 @@ class TrainConfig:
     validate_every: int = 0
     validation_prompts: str | None = None
     validation_count: int = 24
+    skip_bad_rows: bool = False
     validation_seed: int = 0
     validation_steps: int = 25
     validation_guidance: float = 3.0
-    validation_cost_model: str = "sticker"
-    validation_policy: str = "sticker"
-    validation_quality_model: str = "sticker"
+    validation_cost_model: str = STICKER
+    validation_policy: str = STICKER
+    validation_quality_model: str = STICKER
+    validation_override_domain: bool = False
     # Run
     seed: int = 0
     checkpoint_every: int = 100

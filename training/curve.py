@@ -7,17 +7,11 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t2i_spo_plugin.errors import SPOError
-
 from .run import Callback, Run
 
 
 class Curve(Callback):
-    """Logs the means over every `log_every` steps.
-
-    Raises:
-        SPOError: the loss is not finite.
-    """
+    """Logs the means over every `log_every` steps."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -49,10 +43,8 @@ class Curve(Callback):
             run.accelerator.end_training()
 
     def _log(self, run: Run, statistics: Tensor) -> None:
-        means = dict(zip(run.objective.logged, run.accelerator.reduce(statistics, "mean").tolist(), strict=True))
-        if not means["loss"] - means["loss"] == 0.0:
-            raise SPOError(f"the loss is {means['loss']} at step {run.step}; lower learning_rate or beta")
-        entry = {"learning_rate": run.learning_rate, **means, **run.objective.objective.state_dict()}
+        means = dict(zip(run.training_step.logged, run.accelerator.reduce(statistics, "mean").tolist(), strict=True))
+        entry = {"learning_rate": run.learning_rate, **means, **run.training_step.objective.state_dict()}
         run.record.curve.append({"step": run.step, **entry})
         run.accelerator.log(entry, step=run.step)
         self._bar.set_postfix({key: f"{means[key]:.4f}" for key in ("loss", "accuracy") if key in means})

@@ -47,6 +47,7 @@ class GateConfig:
         held_out: prompts that give the threshold and are not trained on, as a share of those that are: of the
             sticker world those of the validation split, of a file any.
         train_steps: of the gate network.
+        skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
         seed: of the prompt choice, the split and the training.
         device: where the pipeline runs.
         progress: show progress bars.
@@ -57,8 +58,8 @@ class GateConfig:
 
     adapter: str = "spo"
     out: Path = Path("adapter_gate.safetensors")
-    pipeline: str = "sticker"
-    prompts: str = "sticker"
+    pipeline: str = STICKER
+    prompts: str = STICKER
     harmful: int = 3000
     benign: int = 2500
     lookalike: int = 1000
@@ -71,6 +72,7 @@ class GateConfig:
     batch_size: int = 16
     held_out: float = 0.2
     train_steps: int = 1500
+    skip_bad_rows: bool = False
     seed: int = 0
     device: str = "cpu"
     progress: bool = True
@@ -201,7 +203,9 @@ def _split(config: GateConfig, rows: Sequence[PromptRow] | None) -> tuple[Sequen
         counts = {"harmful": config.harmful, "benign": config.benign, "lookalike": config.lookalike}
         held = {kind: round(config.held_out * count) for kind, count in counts.items()}
         return load_prompts(STICKER, counts, "train", config.seed), load_prompts(STICKER, held, "val", config.seed)
-    rows = drop_minors(rows if rows is not None else read_prompts(config.prompts, seed=config.seed))[0]
+    if rows is None:
+        rows = list(read_prompts(config.prompts, seed=config.seed, skip_bad_rows=config.skip_bad_rows))
+    rows = drop_minors(rows)[0]
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     n_held = max(1, round(config.held_out / (1.0 + config.held_out) * len(rows)))

@@ -32,7 +32,9 @@ class StoredErrors:
     """The reference's errors on a fixed set of draws of each example, computed once.
 
     Args:
-        examples: N. draws: K of each. sides: S images of each.
+        examples: how many there are, N.
+        draws: of each example, K.
+        sides: images of each example, S.
     """
 
     def __init__(self, examples: int, draws: int, sides: int) -> None:
@@ -93,9 +95,9 @@ class Predictor:
                 stored.put(batch, reference_errors)
         prediction = self._predict(self.model, noisy, index, text)
         self.passes.backward += len(noisy)
-        made = self._of_batch(prediction, batch)
-        of_batch = None if base is None else self._of_batch(base, batch)
-        predictions = Predictions(made, of_batch, target, _errors(made, target), reference_errors)
+        of_model = self._of_batch(prediction, batch)
+        of_reference = None if base is None else self._of_batch(base, batch)
+        predictions = Predictions(of_model, of_reference, target, _errors(of_model, target), reference_errors)
         return predictions, self._of_extra(prediction, base, batch, extra)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t2i_spo_plugin._version import __version__
 from t2i_spo_plugin.adapters import Adapter, LoraPair, write_adapter
+from t2i_spo_plugin.data import count_cut_prompts
 from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.options import to_mapping
 from t2i_spo_plugin.pipelines import adapter_metadata
@@ -39,21 +40,23 @@ def trained_adapter(run: Run, weights: dict[str, Tensor]) -> Adapter:
             modules[f"{run.family.component}.{name}"] = LoraPair(down, up, run.config.lora_alpha)
     extra = {
         "objective": run.config.objective_name,
-        "data": run.objective.batches.examples.digest(),
+        "data": run.training_step.batches.examples.digest(),
         "package_version": __version__,
         "step": str((run.record.best or {"step": run.step})["step"]),
-        **run.objective.objective.header(),
+        **run.training_step.objective.header(),
     }
     return Adapter(modules, adapter_metadata(run.pipe, run.config.title, **extra))
 
 
 def report(run: Run) -> dict[str, Any]:
     """What `report.json` holds."""
-    examples = run.objective.batches.examples
+    examples = run.training_step.batches.examples
     return {
         "config": to_mapping(run.config),
         "pairs": examples.counts,
+        "captions_cut": count_cut_prompts(run.pipe, examples.captions),
         "data": examples.digest(),
+        "identity": run.identity,
         "steps": run.step,
         "best": run.record.best,
         "validation": run.record.validation,

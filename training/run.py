@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +61,9 @@ class Run:
     Attributes:
         step: optimiser steps that are done.
         learning_rate: of the last step.
-        statistics: means over the last step, as `objective.logged` names them.
+        statistics: means over the last step, as `training_step.logged` names them.
         record: what is reported at the end.
+        identity: what the run depends on, by content: options, examples, models, and who validates.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Run:
         accelerator: Accelerator,
         pipe: Any,
         family: Family,
-        objective: TrainingStep,
+        training_step: TrainingStep,
         callbacks: Sequence[Callback],
+        models: Mapping[str, str],
+        validation: Mapping[str, Any],
     ) -> None:
         self.config, self.accelerator, self.pipe, self.family = config, accelerator, pipe, family
-        self.objective, self.callbacks = objective, callbacks
+        self.training_step, self.callbacks = training_step, callbacks
         self.parameters = {name: value for name, value in family.module.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -85,12 +88,18 @@ class Run:
         )
         self.step, self.learning_rate, self.statistics = 0, 0.0, torch.zeros(0)
         self.record = Record()
+        self.identity = {
+            "options": config.trajectory(),
+            "examples": training_step.batches.examples.digest(),
+            "models": dict(models),
+            "validation": dict(validation),
+        }
         self._started = time.monotonic()
 
     @property
     def passes(self) -> dict[str, int]:
         """Samples that went through the denoiser, on all processes."""
-        passes, ranks = self.objective.predictor.passes, self.accelerator.num_processes
+        passes, ranks = self.training_step.predictor.passes, self.accelerator.num_processes
         return {"forward": passes.forward * ranks, "backward": passes.backward * ranks}
 
     @property
@@ -98,6 +107,12 @@ class Run:
         """Whether the steps are done or the budget is spent."""
         budget = self.config.budget
         return self.step >= self.config.steps or (budget is not None and sum(self.passes.values()) >= budget)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is written after this step."""
+        every = self.config.checkpoint_every
+        return self.finished or (every > 0 and self.step % every == 0)
 
     @property
     def seconds(self) -> float:
@@ -121,23 +136,23 @@ class Run:
 
     def _optimiser_step(self) -> Tensor:
         config, accelerator = self.config, self.accelerator
-        model: Any = self.objective.predictor.model
+        model: Any = self.training_step.predictor.model
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         micro, ranks, accumulated = config.batch_size, accelerator.num_processes, config.gradient_accumulation
         first = self.step * micro * accumulated * ranks
-        means = torch.zeros(len(self.objective.logged), device=accelerator.device)
+        means = torch.zeros(len(self.training_step.logged), device=accelerator.device)
         for number in range(accumulated):
             start = first + (number * ranks + accelerator.process_index) * micro
             waits = number < accumulated - 1 and hasattr(model, "no_sync")
             with model.no_sync() if waits else contextlib.nullcontext():
-                loss, statistics = self.objective(self.step, range(start, start + micro))
+                loss, statistics = self.training_step(self.step, range(start, start + micro))
                 (loss / accumulated).backward()
             means += statistics / accumulated
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.objective.end_step(lambda total: accelerator.reduce(total.to(accelerator.device), "sum"))
+        self.training_step.objective.end_step(lambda total: accelerator.reduce(total.to(accelerator.device), "sum"))
         return means
 
     def weights(self) -> dict[str, Tensor]:

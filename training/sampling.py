@@ -97,9 +97,9 @@ class Order:
         else:
             self._streams = [(~benign).nonzero()[:, 0], benign.nonzero()[:, 0]]
         needed = [True] if share is None else [share < 1.0, share > 0.0]
-        for stream, wanted in zip(self._streams, needed, strict=True):
-            if wanted and not len(stream):
-                raise ValueError("a kind of pair that benign_share asks for does not occur among the pairs kept")
+        for stream, is_needed in zip(self._streams, needed, strict=True):
+            if is_needed and not len(stream):
+                raise ValueError("benign_share asks for a kind of pair that does not occur among those trained on")
         self._permutation = lru_cache(maxsize=8)(self._permuted)
 
     def at(self, position: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from t2i_spo_plugin.errors import ConfigError, PipelineError, require_extra
+from t2i_spo_plugin.identity import content_hash, pipeline_identity
 from t2i_spo_plugin.registry import load_pipeline
 
 from .best import BestByValidation, Validate
@@ -25,6 +26,7 @@ from .data.captions import captioned_images
 from .data.dataset import images
 from .data.prepare import cached_batches
 from .families import Family, family_of
+from .finite import FiniteCheck
 from .lora import fresh_adapter, frozen
 from .objectives import make_objective
 from .objectives.terms import active_terms
@@ -70,13 +72,19 @@ def train(
     if getattr(family.module, "peft_config", None):
         raise PipelineError("the pipeline already has an adapter; unload it before training another")
     validate = validate or _validation(config)
+    # Before the adapter is there; the schedule is all that training takes from the scheduler.
+    models = pipeline_identity(pipe, (family.component, "vae", "text_encoder", "tokenizer"))
+    schedule = family.schedule
+    models["schedule"] = content_hash(schedule.prediction, schedule.signal, schedule.sigma, schedule.timesteps)
     targets = config.targets or family.targets
     adapter = fresh_adapter(family.module, ADAPTER_NAME, targets, config.rank, config.lora_alpha, config.seed)
     with frozen(family.module), adapter:
         step = _training_step(config, accelerator, pipe, family)
         checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
         best = [BestByValidation(validate)] if validate and config.validate_every else []
-        run = Run(config, accelerator, pipe, family, step, [Curve(), *best, checkpoints, *callbacks])
+        every = [FiniteCheck(), Curve(), *best, checkpoints, *callbacks]
+        judges = getattr(validate, "identity", {}) if best else {}
+        run = Run(config, accelerator, pipe, family, step, every, models, judges)
         checkpoints.resume(run)
         run.train()
         if accelerator.is_main_process:
@@ -102,8 +110,8 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
     batches = cached_batches(
         Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache",
         sampling,
-        objective.read(config.source),
-        images(config.pairs) if config.pairs else captioned_images(config.images),
+        objective.read(config.source, config.skip_bad_rows),
+        images(config.pairs) if config.pairs else captioned_images(config.images, config.skip_bad_rows),
         pipe,
         family,
         resolution,

@@ -7,7 +7,8 @@ from typing import Any
 
 from t2i_spo_plugin.data import PromptRow, generate_images
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import Guard, QualityJudge, judge_images
+from t2i_spo_plugin.guards import Guard, QualityJudge, counterparts, judge_images
+from t2i_spo_plugin.identity import model_identity, rows_identity
 from t2i_spo_plugin.metrics import check_not_scored, uascore
 from t2i_spo_plugin.pipelines import pipeline_domain
 from t2i_spo_plugin.registry import load_guard, load_prompts, load_quality_model
@@ -41,6 +42,17 @@ class UAScoreValidation:
                 f"validation needs harmful and benign prompts, got {harmful} of {len(self.rows)} harmful"
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores beside the pipeline, by content."""
+        return {
+            **self.guard.identity,
+            "quality_model": model_identity(self.quality),
+            "prompts": rows_identity(self.rows),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
     def __call__(self, step: int, pipe: Any) -> float:
         """UAScore of `pipe` as it is now; `step` is not used.
 
@@ -51,7 +63,7 @@ class UAScoreValidation:
         judgements = judge_images(
             images,
             [row.prompt for row in self.rows],
-            [row.safe_prompts if row.kind == "harmful" else () for row in self.rows],
+            [counterparts(row.kind == "harmful", row.safe_prompts) for row in self.rows],
             self.guard,
             self.quality,
             pipeline_domain(pipe),
@@ -73,8 +85,8 @@ def validation_from_config(config: TrainConfig) -> UAScoreValidation:
         raise ConfigError("validation_prompts must be given")
     counts = {"harmful": config.validation_count, "benign": config.validation_count}
     return UAScoreValidation(
-        load_prompts(config.validation_prompts, counts, "val", config.validation_seed),
-        load_guard(config.validation_cost_model, config.validation_policy),
+        load_prompts(config.validation_prompts, counts, "val", config.validation_seed, config.skip_bad_rows),
+        load_guard(config.validation_cost_model, config.validation_policy, config.validation_override_domain),
         load_quality_model(config.validation_quality_model),
         config.validation_steps,
         config.validation_guidance,

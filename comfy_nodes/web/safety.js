@@ -225,13 +225,14 @@ class SafetyView {
 
     const category = one.maps[chosen.category] ? chosen.category : one.category;
     this.place(this.image, one.image);
-    this.image.alt = `${text.of(this.number + 1, images.length)}: ${category}`;
     this.place(this.map, one.maps[category]);
     this.map.style.opacity = chosen.shown ? opacity : 0;
 
     this.count.textContent = text.of(this.number + 1, images.length);
     for (const part of [this.back, this.count, this.forward]) part.hidden = images.length < 2;
     const unsafe = one.cost === null || one.cost >= one.threshold;
+    // A safe image has a highest category too, and naming it would accuse the image.
+    this.image.alt = `${text.of(this.number + 1, images.length)}: ${unsafe ? category : text.safe}`;
     const verdict = one.cost === null ? text.unknown : `${one.cost.toFixed(2)} ${unsafe ? text.unsafe : text.safe}`;
     this.verdict.textContent = verdict;
     this.verdict.title = text.threshold(one.threshold);

@@ -11,29 +11,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-TRAINING = Path(__file__).parents[2] / "training"
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "training"
+NAMES = ROOT / "t2i_spo_plugin" / "registry" / "tables.py"
+"""Where the names stand that a default may be, such as `STICKER`."""
 
 
 class Option(NamedTuple):
-    """A field of a dataclass: its name, its default as Python writes it, and its line of the docstring."""
+    """A field of a dataclass: its name, its default as Python writes it, its line of the docstring, and the comment
+    above it, which begins a group."""
 
     name: str
     default: str
     text: str
+    group: str
 
 
 def options(path: str, name: str) -> Iterator[Option]:
     """The fields of the dataclass `name` in the file `path` below `training/`, without those that hold options."""
-    tree = ast.parse((TRAINING / path).read_text(encoding="utf-8"))
+    source = (TRAINING / path).read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), ast.parse(source)
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     _, _, attributes = cleandoc(ast.get_docstring(found) or "").partition("Attributes:\n")
+    names = dict(re.findall(r'^(\w+) = "(\w+)"$', NAMES.read_text(encoding="utf-8"), re.MULTILINE))
     pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
     texts = {field: " ".join(text.split()) for field, text in pairs}
     for node in found.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in texts:
             default = "required" if node.value is None else ast.unparse(node.value).strip("'")
+            default = names.get(default, default)
+            above = lines[node.lineno - 2].strip()
+            group = above.removeprefix("# ") if above.startswith("# ") else ""
             if not default.startswith("field("):
-                yield Option(node.target.id, default, texts[node.target.id])
+                yield Option(node.target.id, default, texts[node.target.id], group)
 
 
 def table(*parts: tuple[str, str, str]) -> str:
@@ -41,8 +51,12 @@ def table(*parts: tuple[str, str, str]) -> str:
     rows = ["| option | default | what it is |", "|---|---|---|"]
     for prefix, path, name in parts:
         for option in options(path, name):
+            if option.group:
+                rows.append(f"| **{option.group}** | | |")
             flag = f"--{prefix}{option.name.rstrip('_').replace('_', '-')}"
-            default = f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
+            default = (
+                f"`{option.default}`" if option.default not in ("", "()", "required") else option.default.strip("()")
+            )
             rows.append(f"| `{flag}` | {default} | {option.text} |")
     return "\n".join(rows)
 

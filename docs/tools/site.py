@@ -1,13 +1,19 @@
-"""What mkdocs does otherwise than GitHub: pages of the repository's root, and links that leave `docs/`."""
+"""What mkdocs does otherwise than GitHub: pages of the repository's root, and links that leave `docs/`.
+
+The API reference is checked after the build: every public name of a package has to be on its page.
+"""
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+from griffe_doors import public_names
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 
@@ -34,6 +40,18 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     if page.file.src_uri in PAGES.values():
         return markdown
     return translate(markdown, f"docs/{page.file.src_uri}")
+
+
+def on_post_build(config: MkDocsConfig, **kwargs: Any) -> None:
+    """Fail when a page of the reference lacks a public name."""
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        for package in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            source = ROOT / package.replace(".", "/") / "__init__.py"
+            names = public_names(ast.parse(source.read_text(encoding="utf-8"))) or []
+            built = (Path(config.site_dir) / "reference" / f"{page.stem}.html").read_text(encoding="utf-8")
+            missing = [name for name in names if f'id="{package}.{name}"' not in built]
+            if missing:
+                raise PluginError(f"{package}: {', '.join(missing)} not in the reference: no docstring, or not seen")
 
 
 def translate(text: str, source: str) -> str:

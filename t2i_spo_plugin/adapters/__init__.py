@@ -9,6 +9,7 @@ from t2i_spo_plugin._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .architecture_names import normalise_architecture as normalise_architecture
     from .comfyui import ComfyBase as ComfyBase
     from .comfyui import Fit as Fit
     from .comfyui import bypass_pairs as bypass_pairs
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .merging import METHODS as METHODS
     from .merging import merge_adapters as merge_adapters
     from .metadata import AdapterMetadata as AdapterMetadata
-    from .metadata import normalise_architecture as normalise_architecture
     from .strengths import check_strength as check_strength
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -60,7 +60,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "is_repo_id": "download",
         "lora_tensors": "comfyui",
         "merge_adapters": "merging",
-        "normalise_architecture": "metadata",
+        "normalise_architecture": "architecture_names",
         "read_adapter": "io",
         "refuse_pickle": "io",
         "write_adapter": "io",

@@ -15,12 +15,15 @@ _NAMED = {
     "FluxTransformer2DModel": "flux-1-dev",
     "Flux2Transformer2DModel": "flux-2",
 }
+_UNETS = ("UNet2DConditionModel", "UNetMotionModel")
+_ADDED = ("processor", "motion_modules", "image_projection_layers")
+"""Modules that are added to a finished base: an IP-Adapter's projections, and AnimateDiff's layers between frames."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def architecture_from_config(kind: str, config: Mapping[str, Any]) -> str:
     """`architecture_of` from the denoiser's class name and its configuration, as its config.json has it."""
-    if kind != "UNet2DConditionModel":
+    if kind not in _UNETS:
         return _NAMED.get(kind) or _slug(kind)
     if config.get("encoder_hid_dim_type") == "text_proj":
         return "kolors"
@@ -41,19 +44,31 @@ def prediction_from_config(kind: str, config: Mapping[str, Any]) -> str:
 
 
 def fingerprint_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """`base_fingerprint` from the weight shapes of the denoiser's linear and convolution layers, by module name."""
+    """`base_fingerprint` from the weight shapes of the denoiser's linear and convolution layers, by module name.
+
+    What an IP-Adapter or a motion adapter added to the model does not count.
+    """
     digest = hashlib.sha256()
     for name, shape in sorted(shapes.items()):
-        if any(part.isdigit() for part in name.split(".")):
+        parts = name.split(".")
+        if parts[0] == "image_proj" or any(part in _ADDED for part in parts):
+            continue
+        if any(part.isdigit() for part in parts):
             digest.update(f"{name}:{shape}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def weight_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Weight shapes of the linear and convolution layers by module name, adapters of any kind looked through."""
+    """Weight shapes of the linear and convolution layers by module name, adapters of any kind looked through.
+
+    What `fuse_qkv_projections` adds is a copy of the layers beside it, and does not count.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
+    copies: set[str] = set()
     for name, module in model.named_modules():
-        if name.endswith(".base_layer") or ".lora_" in name:
+        if getattr(module, "fused_projections", False):
+            copies |= {f"{name}.{copy}" for copy in ("to_qkv", "to_kv", "to_added_qkv")}
+        if name.endswith(".base_layer") or ".lora_" in name or name in copies:
             continue
         layer = base_layer(module)
         if isinstance(layer, nn.Linear):

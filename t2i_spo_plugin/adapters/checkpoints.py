@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from t2i_spo_plugin.errors import AdapterError, UnreadableAdapterError, UnsupportedAdapterError
 
-from .architecture import architecture_from_config, prediction_from_config
+from .architecture import architecture_from_config, prediction_from_config, weight_shapes
 from .io import find_adapter_file
 from .lora import COMPONENTS
 from .safetensors_file import read_config, read_header
@@ -74,6 +75,27 @@ def find_model(path: str | Path, component: str = "") -> ModelFiles:
     kind = str(config.get("_class_name", ""))
     architecture = architecture_from_config(kind, config) if kind and component not in _TEXT_ENCODERS else ""
     return ModelFiles(path.resolve().name, {component: path}, architecture=architecture)
+
+
+def layer_names(path: Path) -> frozenset[str] | None:
+    """The linear layers and convolutions of the diffusers model in folder `path`; None where its class is not at hand.
+
+    Names and shapes of tensors do not tell them from other matrices, such as the router of a mixture of experts. The
+    model is built from its configuration without memory for its weights.
+    """
+    config = read_config(path / "config.json") if (path / "config.json").is_file() else {}
+    if "_class_name" not in config:
+        return None
+    try:
+        import diffusers
+    except ImportError:
+        return None
+    kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        return None
+    with torch.device("meta"):
+        model = kind.from_config(config)  # type: ignore[attr-defined]
+    return frozenset(weight_shapes(model))
 
 
 class Weights:

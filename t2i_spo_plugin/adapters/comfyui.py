@@ -18,6 +18,7 @@ from t2i_spo_plugin.errors import UnsupportedAdapterError
 
 from .adapter import Adapter
 from .compatibility import Target, match_modules
+from .layouts.denoiser import original_name
 from .lora import LoraPair
 
 
@@ -95,7 +96,7 @@ def fit_adapter(adapter: Adapter, base: ComfyBase, strict: bool = True) -> Fit:
         for name, place in places.items()
     }
     match = match_modules(adapter, target, weights, strict)
-    return Fit(adapter, match.places, match.missing, (*adapter.notes, *match.problems))
+    return Fit(adapter, match.places, match.missing, (*adapter.notes, *match.problems, *match.notes))
 
 
 def lora_tensors(fit: Fit) -> tuple[dict[str, Tensor], dict[str, PatchKey]]:
@@ -153,7 +154,8 @@ def describe(fit: Fit, strength: float) -> str:
 def _place(name: str, base: ComfyBase) -> PatchKey | None:
     """Its patch key; key maps also list weights that a shallower model does not have."""
     component, _, path = name.partition(".")
-    names = (form.format(path=path, flat=path.replace(".", "_")) for form in _NAMES.get(component, ()))
+    names = [form.format(path=path, flat=path.replace(".", "_")) for form in _NAMES.get(component, ())]
+    names.append(f"diffusion_model.{original_name(name, base.architecture)}")
     places = (base.keys[name] for name in names if name in base.keys)
     return next((place for place in places if _weight(place) in base.shapes), None)
 

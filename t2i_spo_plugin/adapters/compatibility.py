@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from t2i_spo_plugin.errors import IncompatibleAdapterError, InvalidAdapterError
+from t2i_spo_plugin.files import quoted
 
 from .adapter import Adapter
+from .architecture_names import is_known_architecture
 
 
 Place = TypeVar("Place", bound=Hashable)
@@ -49,11 +51,13 @@ class Match(Generic[Place]):
         places: by module name.
         missing: names of the modules that the model does not have.
         problems: why not all of the adapter can be applied as it was trained, a sentence each.
+        notes: what could not be checked, a sentence each.
     """
 
     places: dict[str, Place]
     missing: tuple[str, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def match_modules(
@@ -101,14 +105,26 @@ def match_modules(
         raise IncompatibleAdapterError(
             f"the adapter does not fit: {'; '.join(problems)}{first}; strict=False applies what fits"
         )
-    return Match(places, missing, problems)
+    return Match(places, missing, problems, _notes(adapter, target))
+
+
+def _notes(adapter: Adapter, target: Target) -> tuple[str, ...]:
+    claim = adapter.metadata.base_architecture
+    if not claim or not target.architecture or claim == target.architecture:
+        return ()
+    return (
+        f"it says that it was made for {quoted(claim)}, which is no architecture that is known here; its modules are "
+        f"those of this {target.kind}, {target.architecture}",
+    )
 
 
 def _check_claims(adapter: Adapter, target: Target) -> None:
     metadata = adapter.metadata
-    if metadata.base_architecture and target.architecture and metadata.base_architecture != target.architecture:
+    claim = metadata.base_architecture
+    # A name that is not known says nothing: then the modules and their shapes decide.
+    if target.architecture and claim != target.architecture and is_known_architecture(claim):
         raise IncompatibleAdapterError(
-            f"the adapter was made for {metadata.base_architecture}, this {target.kind} is {target.architecture}"
+            f"the adapter was made for {claim}, this {target.kind} is {target.architecture}"
         )
     if metadata.prediction_type and target.prediction_type and metadata.prediction_type != target.prediction_type:
         raise IncompatibleAdapterError(

@@ -34,7 +34,7 @@ def convert_adapter(adapter: Adapter, path: str | Path, layout: str, dtype: torc
         AdapterError: `write_adapter` would refuse it, the layout would lose a module, or `dtype` cannot hold a weight.
         ConfigError: adapters are not written in `dtype`.
     """
-    path, modules = Path(path), dict(sorted(adapter.modules.items()))
+    path, modules = Path(path).expanduser(), dict(sorted(adapter.modules.items()))
     if dtype is not None:
         if layout == "native":
             modules = {name: _folded(pair) for name, pair in modules.items()}
@@ -44,7 +44,8 @@ def convert_adapter(adapter: Adapter, path: str | Path, layout: str, dtype: torc
     adapter = Adapter(modules, adapter.metadata)
     config = layouts.diffusers.peft_config(modules) if layout == "peft" else None
     metadata = layouts.diffusers.alpha_metadata(modules) if layout == "diffusers" else {}
-    back = layouts.decode(layouts.encode(modules, adapter.metadata.base_architecture, layout), metadata, config)
+    architecture = adapter.metadata.base_architecture
+    back = layouts.decode(layouts.encode(modules, architecture, layout), metadata, config, architecture)
     lost = sorted(modules.keys() - back.keys())
     if lost:
         raise AdapterError(f"the {layout} layout would lose {len(lost)} modules, such as {lost[0]}")

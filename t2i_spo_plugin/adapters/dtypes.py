@@ -21,6 +21,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _EIGHT_BIT = ("F8_E4M3", "F8_E5M2")
 _MARKER = "scaled_fp8"
+_MOST_BYTES = 20 * 10**9
+"""Of an adapter's weights: rank 256 of all layers of a transformer of 20 billion parameters has about 6 GB."""
+_SPARSE_FROM = 64 * 2**20
+"""Bytes from which on a file is asked whether the disk holds it."""
 
 
 def scales_of(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
@@ -47,16 +51,20 @@ def read_weights(path: Path, tensors: Mapping[str, TensorEntry], names: Collecti
     """The tensors `names` of the file `path`, whose header lists `tensors`.
 
     8-bit floats become float16, which holds each of them exactly; those with a scale become float32, multiplied by it.
+    The tensors are copies: what happens to the file afterwards does not reach them.
 
     Raises:
-        UnreadableAdapterError: the file is not readable.
+        UnreadableAdapterError: the file is not readable, larger than any adapter, or has fewer bytes than it claims.
         InvalidAdapterError: a scale is neither one number nor one a row.
     """
     scales = scales_of(tensors)
+    _check_size(path, sum(tensors[name].num_bytes() for name in names))
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_tensor(name) for name in names}
-            factors = {name: file.get_tensor(scales[name]) for name in names if name in scales}
+            # The reader maps the file: without the copy whoever overwrites it changes the adapter after its checks,
+            # and whoever cuts it ends the process.
+            stored = {name: file.get_tensor(name).clone() for name in names}
+            factors = {name: file.get_tensor(scales[name]).clone() for name in names if name in scales}
     except (SafetensorError, OSError) as error:
         raise UnreadableAdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
     for name, tensor in stored.items():
@@ -99,6 +107,20 @@ def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise ConfigError(f"dtype must be one of {names}, got {dtype}")
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > _MOST_BYTES:
+        raise UnreadableAdapterError(
+            f"{path.name} claims {size / 1e9:,.0f} GB of weights, more than the {_MOST_BYTES / 1e9:,.0f} GB that an "
+            "adapter may have"
+        )
+    stored = getattr(path.stat(), "st_blocks", None)  # In blocks of 512 bytes, whatever the file system's own are.
+    if size > _SPARSE_FROM and stored is not None and stored * 512 < size // 100:
+        raise UnreadableAdapterError(
+            f"{path.name} claims {size:,} bytes of weights, and only {stored * 512:,} are on the disk: the file was "
+            "not downloaded to its end; get it again"
+        )
 
 
 def _factor(scale: Tensor, weight: Tensor, name: str) -> Tensor:

@@ -15,11 +15,12 @@ from t2i_spo_plugin.errors import AdapterError, ConfigError, InvalidAdapterError
 
 from .adapter import Adapter
 from .architecture import fingerprint_of_shapes
-from .checkpoints import ModelFiles, Weights, find_model
+from .architecture_names import normalise_architecture
+from .checkpoints import ModelFiles, Weights, find_model, layer_names
 from .dtypes import check_dtype, rounded
 from .lora import LoraPair, block_of, canonical
 from .merging import balanced_pair, relative_error
-from .metadata import AdapterMetadata, normalise_architecture
+from .metadata import AdapterMetadata
 
 
 DEFAULT_ENERGY = 0.99
@@ -116,9 +117,12 @@ def extract_adapter(
     fingerprint = ""
     opened = {name: (Weights(ours), Weights(theirs)) for name, (ours, theirs) in pairs.items()}
     shapes = {name: _agreed_shapes(name, *both) for name, both in opened.items()}
+    layers = {
+        name: _layers(shapes[name], layer_names(pairs[name][0]) if name in _DENOISERS else None) for name in shapes
+    }
     for name in _DENOISERS:
-        if name in shapes and not fingerprint:
-            fingerprint = fingerprint_of_shapes(_layers(shapes[name]))
+        if name in layers and not fingerprint:
+            fingerprint = fingerprint_of_shapes(layers[name])
     work = [(name, key) for name in shapes for key in shapes[name]]
     for name, key in tqdm(work, desc="comparing", unit="tensor", disable=not progress):
         before, after = (weights.read(key).to(device, torch.float32) for weights in opened[name])
@@ -128,7 +132,8 @@ def extract_adapter(
             raise InvalidAdapterError(f"{name}.{key} holds NaN or Inf")
         if size == 0.0:
             continue
-        if not _is_expressible(key, shapes[name][key]):
+        # A LoRA changes linear layers and convolutions over images.
+        if len(layers[name].get(key.removesuffix(".weight"), ())) not in (2, 4):
             whole = float(before.norm())
             unexpressed[f"{name}.{key}"] = size / whole if whole else 1.0
             continue
@@ -254,15 +259,13 @@ def _agreed_shapes(component: str, base: Weights, tuned: Weights) -> dict[str, t
     return ours
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {key.removesuffix(".weight"): shape for key, shape in shapes.items() if _is_layer(key, shape)}
+def _layers(shapes: Mapping[str, tuple[int, ...]], names: frozenset[str] | None) -> dict[str, tuple[int, ...]]:
+    """The weight shapes of linear layers and convolutions by module name: `names`, or guessed where it is None."""
+    weights = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
+    return {
+        name: shape for name, shape in weights.items() if (_is_layer(name, shape) if names is None else name in names)
+    }
 
 
-def _is_layer(key: str, shape: tuple[int, ...]) -> bool:
-    path = key.removesuffix(".weight")
-    return path != key and len(shape) >= 2 and path.rpartition(".")[2] not in _EMBEDDINGS
-
-
-def _is_expressible(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is the weight of a linear layer or of a convolution over images."""
-    return _is_layer(key, shape) and len(shape) in (2, 4)
+def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 2 and name.rpartition(".")[2] not in _EMBEDDINGS

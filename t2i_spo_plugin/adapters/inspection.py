@@ -16,7 +16,8 @@ from t2i_spo_plugin.files import sha256_of
 
 from . import layouts
 from .adapter import Adapter
-from .io import find_adapter_file, read_tensors, stated_alphas
+from .alpha_statements import alpha_source
+from .io import find_adapter_file, read_tensors
 from .lora import block_of
 from .metadata import metadata_from_header
 
@@ -40,6 +41,8 @@ class Inspection:
         metadata: what else the header says about base and training.
         warnings: what a user should know before loading it; a sentence each.
         loads: whether `read_adapter` takes the file, all of it.
+        architectures_by_keys: the architectures whose modules these may be, by their names; several share some names.
+        alpha_from: where the file states its alphas.
     """
 
     file: str
@@ -60,6 +63,8 @@ class Inspection:
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     loads: bool = True
+    architectures_by_keys: list[str] = field(default_factory=list)
+    alpha_from: str = ""
 
 
 def inspect_adapter(path: str | Path) -> Inspection:
@@ -76,15 +81,17 @@ def inspect_adapter(path: str | Path) -> Inspection:
         layout = layouts.layout_of(tensors, header, peft_config)
         foreign = layouts.foreign_keys(tensors, peft_config is not None)
         loras = {key: tensors[key] for key in sorted(set(tensors) - set(foreign))}
-        adapter = Adapter(layouts.decode(loras, header, peft_config), metadata_from_header(header))
+        metadata = metadata_from_header(header)
+        alphas = alpha_source(layout, loras, header, peft_config)
+        modules = layouts.decode(loras | alphas.tensors, header, alphas.config, metadata.base_architecture)
+        adapter = Adapter(modules, metadata)
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
-    pairs, metadata = adapter.modules.values(), adapter.metadata
+    pairs = adapter.modules.values()
     squares: dict[str, float] = {}
     for name, pair in adapter.modules.items():
         squares[block_of(name)] = squares.get(block_of(name), 0.0) + pair.norm() ** 2
-    partial, assumed = stated_alphas(layout, list(loras), header)
-    flaws = [*_flaws(adapter, foreign, len(tensors)), *partial]
+    flaws = [*_flaws(adapter, foreign, len(tensors)), *alphas.conflicts, *alphas.problems]
     return Inspection(
         file=str(path),
         bytes=path.stat().st_size,
@@ -104,11 +111,13 @@ def inspect_adapter(path: str | Path) -> Inspection:
         metadata=dict(sorted(metadata.extra.items())),
         warnings=[
             *(f"{flaw}: loading refuses the file" for flaw in flaws),
-            *(f"{note}: if it was another, the strength is off by that factor" for note in assumed),
+            *(f"{note}: if it was another, the strength is off by that factor" for note in alphas.notes),
             *_header_warnings(path, adapter, header),
             *_weight_warnings(adapter),
         ],
         loads=not flaws,
+        architectures_by_keys=layouts.denoiser.architectures_of(adapter.modules),
+        alpha_from=alphas.where,
     )
 
 
@@ -170,15 +179,20 @@ def as_lines(inspection: Inspection) -> dict[str, Any]:
         "file": f"{inspection.file} ({inspection.bytes / 1e6:.2f} MB)",
         "title": inspection.title or "none",
         "layout": inspection.layout,
-        "architecture": inspection.base_architecture or "not stated",
+        "architecture": inspection.base_architecture or _by_keys(inspection.architectures_by_keys),
         "prediction": inspection.prediction_type or "not stated",
         "modules": f"{inspection.modules} in {', '.join(inspection.components)}",
         "rank": f"{_span(inspection.ranks)}, alpha {_span(inspection.alphas)}, alpha / rank {', '.join(short)}",
+        "alpha from": inspection.alpha_from,
         "parameters": f"{inspection.parameters:,} in {', '.join(inspection.dtypes)}",
         "norm": f"{inspection.norm:.4g}",
         **{f"  {block}": f"{norm:.4g}" for block, norm in inspection.block_norms.items()},
         **inspection.metadata,
     }
+
+
+def _by_keys(architectures: Sequence[str]) -> str:
+    return f"not stated; by its keys {' or '.join(architectures)}" if architectures else "not stated"
 
 
 def _span(values: Sequence[float]) -> str:

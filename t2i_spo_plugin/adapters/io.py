@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from t2i_spo_plugin.errors import AdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableAdapterError, UnsupportedAdapterError
+from t2i_spo_plugin.files import quoted
 
 from . import layouts
 from .adapter import Adapter
+from .alpha_statements import alpha_source
 from .dtypes import read_weights, weight_names
-from .metadata import FORMAT_KEY, metadata_from_header, metadata_to_header
+from .metadata import metadata_from_header, metadata_to_header
 from .safetensors_file import data_hash, read_config, read_header, write_tensors
 
 
@@ -22,7 +24,9 @@ _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
-def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
+def read_adapter(
+    path: str | Path, strict: bool = True, architecture: str = "", converter: layouts.Converter | None = None
+) -> Adapter:
     """Read and validate an adapter file, or the one adapter file of a folder. No pickle is ever opened.
 
     Args:
@@ -30,31 +34,56 @@ def read_adapter(path: str | Path, strict: bool = True) -> Adapter:
             float16, which holds each of them exactly; where a scale stands beside them, float32.
         strict: refuse a file of which a part is no LoRA weight, or in which only some modules state an alpha; False
             leaves that part out, and takes those alphas to be the rank, with a warning.
+        architecture: of the model it is for, where that is known; it decides between names that several models share.
+        converter: asked about files whose layout, or whose model's names, are not known here.
 
     Raises:
         UnreadableAdapterError: no such file, a pickle, not a safetensors file, or its header does not add up.
         UnsupportedAdapterError: an unknown layout, another method than LoRA, a whole model, or foreign weights.
-        InvalidAdapterError: weights that `validate` refuses.
+        InvalidAdapterError: weights that `validate` refuses, or alphas or ranks that contradict each other.
     """
     path = find_adapter_file(path)
     header = read_header(path)
     try:
         config = _peft_config(path)
+        metadata = metadata_from_header(header.metadata)
         weights = weight_names(header.tensors)
-        layout, foreign = layouts.recognise(weights, config is not None)
+        layout, foreign = _recognised(weights, config, converter)
         names = sorted(set(weights) - set(foreign))
         problems = [layouts.foreign_weights(foreign, len(weights))] if foreign else []
-        alphas, notes = stated_alphas(layout, names, header.metadata)
-        problems += alphas
-        if problems and strict:
-            raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
-        modules = layouts.decode(read_weights(path, header.tensors, names), header.metadata, config)
-        adapter = Adapter(modules, metadata_from_header(header.metadata), (*problems, *notes)).validate()
+        _refuse(problems, strict)
+        tensors = read_weights(path, header.tensors, names)
+        alphas = alpha_source(layout, tensors, header.metadata, config)
+        if alphas.conflicts:
+            raise InvalidAdapterError("; ".join(alphas.conflicts))
+        _refuse(alphas.problems, strict)
+        problems += alphas.problems
+        modules = layouts.decode(
+            tensors | alphas.tensors,
+            header.metadata,
+            alphas.config,
+            architecture or metadata.base_architecture,
+            layout,
+            converter,
+        )
+        adapter = Adapter(modules, metadata, (*problems, *alphas.notes)).validate()
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     if problems:
         warnings.warn(f"{path.name}: {'; '.join(problems)}", stacklevel=2)
     return adapter
+
+
+def _recognised(
+    weights: Sequence[str], config: Mapping[str, Any] | None, converter: layouts.Converter | None
+) -> tuple[str, list[str]]:
+    """As `layouts.recognise`; a LoRA of no known layout is of the layout `converted` where there is a converter."""
+    try:
+        return layouts.recognise(weights, config is not None)
+    except UnsupportedAdapterError:
+        if converter is None or config is not None or not layouts.is_plain_lora(weights):
+            raise
+        return "converted", []
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
@@ -83,7 +112,7 @@ def write_adapter(adapter: Adapter, path: str | Path, layout: str = "") -> Path:
         AdapterError: the adapter is not valid, does not name its architecture, has a module that the layout cannot
             name, or `path` does not end in .safetensors.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise AdapterError(f"adapters are written as .safetensors, got {path.name}")
     adapter.validate()
@@ -102,14 +131,20 @@ def find_adapter_file(path: str | Path) -> Path:
     """`path` itself, or the one safetensors file in the folder `path`.
 
     Raises:
-        UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle.
+        UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle or a pipe.
     """
-    path = Path(path)
-    if path.is_dir():
-        return path / choose_adapter_file([file.name for file in path.iterdir()], str(path))
+    try:
+        path = Path(path).expanduser()
+        if path.is_dir():
+            return path / choose_adapter_file([file.name for file in path.iterdir()], str(path))
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnreadableAdapterError(f"{quoted(str(path))} is no path that can be read: {error}") from error
     refuse_pickle(path.name)
     if not path.is_file():
-        raise UnreadableAdapterError(f"there is no file {path}")
+        raise UnreadableAdapterError(
+            f"{path} is no regular file but a pipe or a device" if exists else f"there is no file {path}"
+        )
     return path
 
 
@@ -152,21 +187,9 @@ def refuse_pickle(name: str) -> None:
         raise UnreadableAdapterError(f"{name} is not a .safetensors file")
 
 
-def stated_alphas(layout: str, names: Sequence[str], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what is to be noted, about where the alphas of a file come from.
-
-    Args:
-        layout: as `layouts.recognise` or `layouts.layout_of` names it.
-        names: of the file's LoRA weights.
-        metadata: the file's header.
-    """
-    if layout == "peft" or layouts.diffusers.METADATA_KEY in metadata or FORMAT_KEY in metadata:
-        return [], []
-    stated = sum(name.endswith(".alpha") for name in names)
-    modules = (len(names) - stated) // 2
-    if stated == 0:
-        return [], ["the file states no alpha; it is taken to be the rank, as other programs do"]
-    return ([f"only {stated} of {modules} modules state an alpha"] if stated < modules else []), []
+def _refuse(problems: Sequence[str], strict: bool) -> None:
+    if problems and strict:
+        raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
 
 
 def _peft_config(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "transformer_ref",
+    "text_conditioner",
+    "connectors",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+)
 """Pipeline components that an adapter's module names start with."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from t2i_spo_plugin.errors import InvalidAdapterError
 from t2i_spo_plugin.files import quoted
 
+from .architecture_names import bare_name, is_known_architecture, normalise_architecture
 from .lora import LoraPair
 
 
@@ -27,13 +28,6 @@ _KOHYA_VERSIONS = {
     "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
     "stable-diffusion-3": "sd3",
     "flux-1-dev": "flux1",
-}
-_SPELLINGS = {
-    "stable-diffusion-v2-512": "stable-diffusion-v2",
-    "stable-diffusion-v2-768-v": "stable-diffusion-v2",
-    "stable-diffusion-3-medium": "stable-diffusion-3",
-    "stable-diffusion-v3-medium": "stable-diffusion-3",
-    "flux-1-schnell": "flux-1-dev",
 }
 _SPELLED_PREDICTIONS = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 _VERSION_OF_V = "_v"
@@ -79,12 +73,6 @@ class AdapterMetadata:
                 raise InvalidAdapterError(f"metadata are text, got {key!r}: {value!r}")
 
 
-def normalise_architecture(name: str) -> str:
-    """One spelling for an architecture: `stable-diffusion-v2-768-v/lora` is `stable-diffusion-v2`."""
-    name = _bare(name)
-    return _SPELLINGS.get(name, name)
-
-
 def metadata_from_header(metadata: Mapping[str, str]) -> AdapterMetadata:
     """What the header of an adapter file says, ours or another program's.
 
@@ -94,8 +82,8 @@ def metadata_from_header(metadata: Mapping[str, str]) -> AdapterMetadata:
     spelled = metadata.get("spo.base_architecture") or metadata.get("modelspec.architecture", "")
     version = metadata.get("ss_base_model_version", "")
     if not spelled:
-        bare = version.removesuffix(_VERSION_OF_V)
-        spelled = next((name for name, kohya in _KOHYA_VERSIONS.items() if bare == kohya), "")
+        named = normalise_architecture(version.removesuffix(_VERSION_OF_V))
+        spelled = named if is_known_architecture(named) else ""
     architecture = normalise_architecture(spelled)
     if len(architecture) > _LONGEST_NAME or not architecture.isprintable():
         raise InvalidAdapterError(f"the name of its architecture is invalid: {quoted(architecture)}")
@@ -105,7 +93,7 @@ def metadata_from_header(metadata: Mapping[str, str]) -> AdapterMetadata:
         prediction = next((ours for ours, theirs in _SPEC_PREDICTION.items() if theirs == spec), "")
     if not prediction:
         is_v = version in {f"{known}{_VERSION_OF_V}" for known in _KOHYA_VERSIONS.values()}
-        prediction = "v_prediction" if is_v else _SPELLED_PREDICTIONS.get(_bare(spelled), "")
+        prediction = "v_prediction" if is_v else _SPELLED_PREDICTIONS.get(bare_name(spelled), "")
     extra = {
         key.removeprefix("spo."): value
         for key, value in metadata.items()
@@ -169,7 +157,3 @@ def metadata_to_header(
             raise InvalidAdapterError(f"the metadata {key} is written from the adapter itself and cannot be given")
         header[full] = value
     return header
-
-
-def _bare(architecture: str) -> str:
-    return architecture.partition("/")[0].strip().lower()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +112,9 @@ def read_header(path: Path) -> Header:
         UnsupportedAdapterError: a tensor is of a type that is not understood.
     """
     try:
+        # A pipe would be waited on for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnreadableAdapterError("it is no regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(32)

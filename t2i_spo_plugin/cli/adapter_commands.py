@@ -28,7 +28,9 @@ def inspect(file: Annotated[str, tyro.conf.Positional], json_: AsJSON = False) -
     """
     from t2i_spo_plugin.adapters import as_lines, download_adapter, inspect_adapter, is_repo_id
 
-    inspection = inspect_adapter(download_adapter(file) if is_repo_id(file) and not Path(file).exists() else file)
+    inspection = inspect_adapter(
+        download_adapter(file) if is_repo_id(file) and not Path(file).expanduser().exists() else file
+    )
     if json_:
         print(json.dumps(dataclasses.asdict(inspection), ensure_ascii=False, indent=2))
         return

@@ -32,16 +32,16 @@ _PYTHONS = (
 _PROBE = """
 import asyncio, importlib.metadata, importlib.util, json, re, sys
 tree, pack = sys.argv[1:]
-found = {"python": sys.version.split()[0], "missing": [], "package": "", "nodes": 0, "error": ""}
+answer = {"python": sys.version.split()[0], "missing": [], "package": "", "nodes": 0, "error": ""}
 try:
-    found["package"] = importlib.metadata.version("t2i-spo-plugin")
+    answer["package"] = importlib.metadata.version("t2i-spo-plugin")
     for line in importlib.metadata.requires("t2i-spo-plugin") or []:
         if ";" not in line:
             name = re.match(r"[\\w.-]+", line)[0]
             try:
                 importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
-                found["missing"].append(name)
+                answer["missing"].append(name)
 except importlib.metadata.PackageNotFoundError:
     pass
 try:
@@ -54,10 +54,10 @@ try:
     spec.loader.exec_module(module)
     async def count():
         return len(await (await module.comfy_entrypoint()).get_node_list())
-    found["nodes"] = asyncio.run(count())
+    answer["nodes"] = asyncio.run(count())
 except Exception as error:
-    found["error"] = f"{type(error).__name__}: {error}"
-print("\\n" + json.dumps(found))
+    answer["error"] = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(answer))
 """
 
 
@@ -67,9 +67,9 @@ def pack_folder() -> Path:
 
 
 def install_pack(comfyui: str | Path, copy: bool = False) -> Path:
-    """Link the pack into ComfyUI's `custom_nodes`, or copy it, and return what was made.
+    """Link the pack into ComfyUI's `custom_nodes`, or copy it, and return the new link or folder.
 
-    A link follows this package when it is upgraded; a copy has to be made again. Earlier links and copies of the pack
+    A link follows this package when it is upgraded; a copy has to be renewed. Earlier links and copies of the pack
     are replaced.
 
     Args:
@@ -77,7 +77,7 @@ def install_pack(comfyui: str | Path, copy: bool = False) -> Path:
         copy: copy instead.
 
     Raises:
-        ConfigError: `comfyui` is no ComfyUI, something else is in the pack's place, or no link can be made there.
+        ConfigError: `comfyui` is no ComfyUI, something else is in the pack's place, or no link can be created there.
     """
     target = _target(comfyui)
     _refuse_foreign(target)
@@ -146,10 +146,10 @@ def _refuse_foreign(target: Path) -> None:
         return
     if not target.is_dir() or _version(target) is None:
         raise ConfigError(f"{target} is something else than this pack; it was left alone")
-    kept = [name for name in _FOREIGN if (target / name).exists()]
-    if kept and not target.is_symlink():
+    foreign = [name for name in _FOREIGN if (target / name).exists()]
+    if foreign and not target.is_symlink():
         raise ConfigError(
-            f"{target} holds {kept[0]}: git or ComfyUI's manager put it there, and updates and removes it"
+            f"{target} holds {foreign[0]}: git or ComfyUI's manager put it there, and updates and removes it"
         )
 
 
@@ -177,8 +177,8 @@ def _comfyui(tree: Path) -> Check:
 def _pack(target: Path) -> Check:
     version = _version(target)
     if version is None:
-        found = "is something else than this pack" if target.exists() else "is not there"
-        return Check("pack", "broken", f"{target} {found}; install it with: spo comfyui install")
+        state = "is something else than this pack" if target.exists() else "is not there"
+        return Check("pack", "broken", f"{target} {state}; install it with: spo comfyui install")
     kind = f"a link to {target.resolve()}" if target.is_symlink() else "a copy"
     if version != __version__:
         return Check("pack", "note", f"{version}, {kind}; this package has {__version__}: install it again")
@@ -198,17 +198,17 @@ def _probe(tree: Path, target: Path, python: str) -> list[Check]:
         raise ConfigError(f"cannot run {python}: {error.strerror or error}") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = (done.stderr.strip() or "no output").splitlines()[-1]
-        return [Check("import", "broken", f"{python} failed: {said}")]
-    found = json.loads(lines[-1])
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        return [Check("import", "broken", f"{python} failed: {last}")]
+    answer = json.loads(lines[-1])
     install = f"{python} -m pip install"
-    package = Check("t2i_spo_plugin", "ok", f"{found['package']} in Python {found['python']}")
-    if not found["package"]:
+    package = Check("t2i_spo_plugin", "ok", f"{answer['package']} in Python {answer['python']}")
+    if not answer["package"]:
         package = Check("t2i_spo_plugin", "broken", f"not installed: {install} t2i-spo-plugin")
     checks = [Check("python", "ok", python), package]
-    if found["missing"]:
-        names = " ".join(found["missing"])
+    if answer["missing"]:
+        names = " ".join(answer["missing"])
         checks.append(Check("requirements", "note", f"not installed: {install} {names}"))
-    if found["error"]:
-        return [*checks, Check("import", "broken", f"the pack does not import: {found['error']}")]
-    return [*checks, Check("import", "ok", f"{found['nodes']} nodes")]
+    if answer["error"]:
+        return [*checks, Check("import", "broken", f"the pack does not import: {answer['error']}")]
+    return [*checks, Check("import", "ok", f"{answer['nodes']} nodes")]

@@ -29,7 +29,8 @@ COMMANDS: dict[str, Command] = {name: run for group in GROUPS.values() for name,
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, or 2 after one plain sentence on standard error."""
+    """Run a command line; returns the exit code: 0, what the command says, or 2 after one plain sentence on standard
+    error."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -42,14 +43,13 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise ConfigError(f"there is no command {words[0]}; there are {', '.join(COMMANDS)}")
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except SPOError as error:
         print(f"spo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("spo: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    return 0
 
 
 def _overview() -> str:

@@ -33,30 +33,30 @@ class DemoConfig:
     """A small evaluation of the bundled adapter; the same prompts and seeds without and with it.
 
     Attributes:
-        out: folder for images, scores, sheet and report; images that are there already are not drawn again.
+        out: folder for images, scores, sheet and report; images that are there already are not generated again.
         harmful: harmful test prompts.
         benign: benign test prompts.
-        shown: prompts on the sheet, half of them harmful.
-        batch_size: images drawn at a time.
+        sheet_prompts: prompts on the sheet, half of them harmful.
+        batch_size: images generated at a time.
         progress: show progress bars.
     """
 
     out: Path = Path("spo-demo")
     harmful: int = 24
     benign: int = 24
-    shown: int = 8
+    sheet_prompts: int = 8
     batch_size: int = 8
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("harmful", "benign", "shown", "batch_size"):
+        for name in ("harmful", "benign", "sheet_prompts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the demo needs: a pipeline and its name, judges, prompts, the adapter, and how to draw."""
+    """What the demo needs: a pipeline and its name, judges, prompts, the adapter, and how to generate."""
 
     pipe: Any
     pipeline_name: str
@@ -80,7 +80,7 @@ def bundled_stage(config: DemoConfig) -> Stage:
 
 
 def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
-    """Draw, judge, tell; returns the folder. Everything is printed as it is found.
+    """Generate, judge, report; returns the folder.
 
     Args:
         stage: another pipeline, judges, prompts or adapter than the bundled ones.
@@ -103,15 +103,18 @@ def run_demo(config: DemoConfig, stage: Stage | None = None) -> Path:
     stage = stage or bundled_stage(config)
     options = GenerationOptions(stage.steps, stage.guidance_scale, config.batch_size, progress=config.progress)
     systems = [base_system(), adapter_system(ADAPTER, stage.adapter)]
-    scores = generate_and_score(
-        stage.pipe, systems, stage.rows, stage.judges, config.out, options, stage.pipeline_name
-    )
+    scores = generate_and_score(stage.pipe, systems, stage.rows, stage.judges, config.out, options)
     summary = summarise_run(scores, stage.judges, metadata={"pipeline": stage.pipeline_name})
     write_summary(summary, config.out / "summary.json")
     sheet = config.out / SHEET
     _sheet(config, stage, scores[systems[0].name], scores[ADAPTER]).save(sheet)
     report = write_report(
-        summary, scores, stage.judges, config.out, n_gallery=2 * config.shown, title="Sticker world: a small demo"
+        summary,
+        scores,
+        stage.judges,
+        config.out,
+        n_gallery=2 * config.sheet_prompts,
+        title="Sticker world: a small demo",
     )
 
     counts = [sum(row.kind == kind for row in stage.rows) for kind in ("harmful", "benign")]
@@ -208,20 +211,18 @@ def _rate(rate: Mapping[str, Any] | None) -> str:
 def _sheet(
     config: DemoConfig, stage: Stage, base: Sequence[Mapping[str, Any]], adapted: Sequence[Mapping[str, Any]]
 ) -> Image.Image:
-    """A row for each shown prompt: base, strength 0.5, strength 1, and the cost over the base's image."""
-    from PIL import Image
-
+    """A row for each chosen prompt: base, strength 0.5, strength 1, and the cost over the base's image."""
     from t2i_spo_plugin.data import generate
     from t2i_spo_plugin.eval import adapter_system, choose, image_path, image_sheet
+    from t2i_spo_plugin.images import open_image
 
-    shown = choose(base, config.shown)
-    wanted = [row["prompt_id"] for row in shown]
+    chosen = choose(base, config.sheet_prompts)
     rows = {row.id: row for row in stage.rows}
     half = adapter_system(HALF, stage.adapter, 0.5)
     with half.prepare(stage.pipe):
-        drawn = generate(
+        generated = generate(
             stage.pipe,
-            [rows[number] for number in wanted],
+            [rows[row["prompt_id"]] for row in chosen],
             config.out / "images" / HALF,
             batch_size=config.batch_size,
             steps=stage.steps,
@@ -229,25 +230,25 @@ def _sheet(
             progress=config.progress,
             metadata={"pipeline": stage.pipeline_name, "system": dict(half.metadata)},
         )
-    files = {image.row.id: image.path for image in drawn.images}
+    files = {image.row.id: image.path for image in generated.images}
     full = {row["prompt_id"]: row for row in adapted}
     images: list[list[Image.Image | None]] = []
     captions: list[list[str]] = []
-    for row in shown:
+    for row in chosen:
         number = row["prompt_id"]
         paths = [image_path(config.out, row), files[number], image_path(config.out, full[number])]
-        line: list[Image.Image | None] = [Image.open(path).convert("RGB") if path else None for path in paths]
-        told = [_cost(image, stage.judges) for image in line]
+        line: list[Image.Image | None] = [open_image(path) if path else None for path in paths]
+        costs = [_cost(image, stage.judges) for image in line]
         overlay, category = (None, "not scored") if line[0] is None else _overlay(line[0], stage.judges)
         images.append([*line, overlay])
-        captions.append([*told, category])
+        captions.append([*costs, category])
     titles = ("base model", "strength 0.5", "strength 1", "cost over the base's")
-    return image_sheet(images, titles, captions, row_titles=[f"{row['kind']}: {row['prompt']}" for row in shown])
+    return image_sheet(images, titles, captions, row_titles=[f"{row['kind']}: {row['prompt']}" for row in chosen])
 
 
 def _cost(image: Image.Image | None, judges: Judges) -> str:
     if image is None:
-        return "not drawn"
+        return "not generated"
     report = judges.guard(image)
     if report.reasons[0] is not None:
         return f"not scored: {report.reasons[0]}"
@@ -258,4 +259,5 @@ def _overlay(image: Image.Image, judges: Judges) -> tuple[Image.Image | None, st
     report = judges.guard(image)
     if report.reasons[0] is not None:
         return None, "not scored"
-    return report.overlays()[0], report.deciding(0) or ""
+    # A faint map has a highest category too, and naming it would accuse a safe image.
+    return report.overlays()[0], (report.deciding(0) or "") if report.flagged[0] else "safe"

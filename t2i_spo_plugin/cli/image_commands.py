@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,13 +14,8 @@ from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.options import read_options, split_strength
 from t2i_spo_plugin.registry import STICKER
 
-from .parsing import command
-
-
-if TYPE_CHECKING:
-    from t2i_spo_plugin.guards import SafetyReport
-
-_PROMPT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+from .parsing import AsCSV, AsJSON, command
+from .scoring import Form, image_paths, score_files, verdict
 
 
 def demo(args: Sequence[str]) -> None:
@@ -43,11 +38,13 @@ def generate(
     steps: int = 25,
     guidance: float = 3.0,
     batch_size: int = 4,
+    skip_bad_rows: bool = False,
 ) -> None:
     """Generate images with a pipeline and safety adapters.
 
     Args:
-        prompts: one or more prompts, or a single .csv, .tsv, .jsonl, .json or .parquet file of them.
+        prompts: one or more prompts, or a single file of them: .csv, .tsv, .jsonl, .json, .parquet, or .txt with a
+            prompt a line.
         pipeline: what generates: sticker (the bundled one), a diffusers folder, or a Hub id.
         adapter: a safety adapter: spo, dpo or style (bundled, for the sticker pipeline), a file, a folder, or a Hub
             id, each with an optional @STRENGTH; give it several times to have several side by side.
@@ -59,12 +56,13 @@ def generate(
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         batch_size: images generated at a time.
+        skip_bad_rows: leave rows of the file out that cannot be used, instead of refusing it.
     """
     from t2i_spo_plugin import data
     from t2i_spo_plugin.pipelines import compose, enable_spo, pipeline_domain
     from t2i_spo_plugin.registry import adapter_source, load_adapter_gate, load_pipeline
 
-    rows = _prompt_rows(prompts, seed)
+    rows = _prompt_rows(prompts, seed, skip_bad_rows)
     pipe = load_pipeline(pipeline)
     adapters = [split_strength(text, strength) for text in adapter]
     sources = [(adapter_source(source), value) for source, value in adapters]
@@ -74,37 +72,46 @@ def generate(
         enable_spo(pipe).load_spo_lora(*sources[0], steering=load_adapter_gate(adapter_gate))
     elif sources:
         compose(pipe, sources)
-    metadata = {"pipeline": pipeline, "adapters": adapters, "adapter gate": adapter_gate or ""}
-    generated = data.generate(
-        pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance, metadata=metadata
-    )
+    generated = data.generate(pipe, rows, out, batch_size=batch_size, steps=steps, guidance_scale=guidance)
     if generated.n_dropped_minors:
         print(f"{generated.n_dropped_minors} prompts mention minors and were left out")
+    if generated.n_cut:
+        print(f"{generated.n_cut} prompts are longer than the pipeline reads; their end changes nothing")
     for image in generated.images:
         if image.path is None:
             print(f"{image.row.id}: not generated: {image.failed}", file=sys.stderr)
     images = [image for image in generated.images if image.path is not None]
     verdicts = _verdicts([image.open() for image in images], pipeline_domain(pipe))
-    for image, verdict in zip(images, verdicts, strict=True):
-        print(f"{image.path}: {verdict}: {image.row.prompt}")
+    for image, words in zip(images, verdicts, strict=True):
+        print(f"{image.path}: {words}: {image.row.prompt}")
 
 
 @command
 def score(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
     domain: str | None = None,
+    json_: AsJSON = False,
+    csv_: AsCSV = False,
+    fail_on: Literal["unsafe"] | None = None,
     overlays: Path | None = None,
     category: str | None = None,
     cost_model: str = STICKER,
     policy: str | None = None,
     override_domain: bool = False,
-) -> None:
+) -> int:
     """Report how unsafe images are, overall and by category, and where.
 
+    All frames of an animation count, and transparency over white as well as over black. The exit code is 2 when an
+    image was not scored.
+
     Args:
-        images: image files.
+        images: image files, folders (with those below them), or quoted patterns such as "scenes/**/*.png"; files and
+            folders that begin with a dot are left out unless named.
         domain: what the images are, such as sticker or photo. A cost model knows one domain and says nothing of
             another.
+        json_: print one JSON document.
+        csv_: print a table, one row an image.
+        fail_on: with unsafe, the exit code is 1 when all images were scored and one is unsafe.
         overlays: folder that receives each image with its cost drawn over it.
         category: draw the cost of this category instead of the deciding one.
         cost_model: what judges: sticker (the bundled one), open_nsfw, owen or nudenet (for photographs; each says
@@ -118,6 +125,9 @@ def score(
 
     if not images:
         raise ConfigError("name at least one image")
+    if json_ and csv_:
+        raise ConfigError("--json and --csv are two forms of one answer; name one")
+    paths = image_paths(images)
     guard = load_guard(cost_model, policy, override_domain)
     if domain is None and not override_domain:
         known = guard.cost_model.domain
@@ -125,52 +135,27 @@ def score(
             f"say what the images are: the cost model knows {known} images only (--domain {known}); "
             "--override-domain scores others too, but their costs may mean little"
         )
-    if overlays is not None:
-        overlays.mkdir(parents=True, exist_ok=True)
-    not_scored = 0
-    for number, path in enumerate(images):
-        image, reason = _open(path)
-        report = guard([image], domain) if image is not None else None
-        reason = report.reasons[0] if report is not None else reason
-        if report is None or reason is not None:
-            print(f"{path}: not scored: {reason}")
-            not_scored += 1
-            continue
-        print(f"{path}: {_verdict(report, 0)}")
-        for name, cost in sorted(report.category_costs[0].items(), key=lambda item: -item[1]):
-            print(f"    {name:<16}{cost:.3f}")
-        if overlays is not None:
-            file = overlays / f"{number:04d}-{path.stem}-overlay.png"
-            report.overlays(category=category)[0].save(file)
-            print(f"    overlay: {file}")
+    form: Form = "json" if json_ else "csv" if csv_ else "text"
+    unsafe, not_scored = score_files(paths, guard, domain, overlays, category, form)
     if not_scored:
-        raise NotScoredError(f"{not_scored} of {len(images)} images were not scored; that says nothing of them")
+        raise NotScoredError(f"{not_scored} of {len(paths)} images were not scored; that says nothing of them")
+    return 1 if unsafe and fail_on == "unsafe" else 0
 
 
-def _prompt_rows(prompts: Sequence[str], seed: int) -> list[Any]:
-    from t2i_spo_plugin.data import PromptRow, read_prompts
+def _prompt_rows(prompts: Sequence[str], seed: int, skip_bad_rows: bool) -> list[Any]:
+    from t2i_spo_plugin.data import PromptRow, is_table_file, read_prompts
 
     if not prompts:
         raise ConfigError("name at least one prompt")
-    if len(prompts) == 1 and Path(prompts[0]).suffix in _PROMPT_FILES:
-        prompt_set = read_prompts(prompts[0], seed=seed)
+    files = [text for text in prompts if is_table_file(text)]
+    if files and len(prompts) > 1:
+        raise ConfigError(f"{files[0]} is a file of prompts; name it alone, or prompts without a file")
+    if files:
+        prompt_set = read_prompts(files[0], seed=seed, skip_bad_rows=skip_bad_rows)
         if prompt_set.n_dropped:
             print(f"{prompt_set.n_dropped} prompts mention minors and were left out")
         return list(prompt_set)
     return [PromptRow(f"{number:04d}", text, "unlabelled", seed=seed + number) for number, text in enumerate(prompts)]
-
-
-def _open(path: Path) -> tuple[Any, str | None]:
-    """The image, or why there is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB"), None
-    except UnidentifiedImageError:
-        return None, "it is no image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, f"it cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _verdicts(images: Sequence[Any], domain: str) -> list[str]:
@@ -181,11 +166,4 @@ def _verdicts(images: Sequence[Any], domain: str) -> list[str]:
     if not names or not images:
         return [f"not scored: no bundled cost model knows {domain} images"] * len(images)
     report = load_guard(names[0])(images, domain)
-    return [_verdict(report, number) for number in range(len(images))]
-
-
-def _verdict(report: SafetyReport, number: int) -> str:
-    if report.reasons[number] is not None:
-        return f"not scored: {report.reasons[number]}"
-    word = "unsafe" if report.flagged[number] else "safe"
-    return f"cost {float(report.costs[number]):.3f} {word} ({report.deciding(number)})"
+    return [verdict(report, number) for number in range(len(images))]

@@ -1,4 +1,4 @@
-"""How a command is made of a function: its parameters are the options, its docstring the help."""
+"""How a function becomes a command: its parameters are the options, its docstring the help."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import tyro
 
 
-Command = Callable[[Sequence[str]], None]
-"""Takes what stands after the command's name."""
+Command = Callable[[Sequence[str]], int | None]
+"""Takes what stands after the command's name; gives the exit code, where it is not always 0."""
 
 AsJSON = Annotated[bool, tyro.conf.arg(name="json")]
 """Called `json_` in Python, `--json` on the command line."""
+
+AsCSV = Annotated[bool, tyro.conf.arg(name="csv")]
+"""Called `csv_` in Python, `--csv` on the command line."""
 
 
 def command(function: Callable[..., Any]) -> Command:
@@ -21,8 +24,9 @@ def command(function: Callable[..., Any]) -> Command:
     name = function.__name__.replace("_", "-")
 
     @functools.wraps(function)
-    def run(args: Sequence[str]) -> None:
-        tyro.cli(function, args=args, prog=f"spo {name}", description=summary(function))
+    def run(args: Sequence[str]) -> int | None:
+        code: int | None = tyro.cli(function, args=args, prog=f"spo {name}", description=summary(function))
+        return code
 
     return run
 

@@ -42,7 +42,7 @@ def _install(path: Path, copy: bool = False) -> None:
 
     Args:
         path: ComfyUI's folder, or the base directory that it is started with.
-        copy: copy the pack instead of linking it; a copy has to be made again after an upgrade.
+        copy: copy the pack instead of linking it; a copy has to be renewed after an upgrade.
     """
     from .comfyui import install_pack
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from t2i_spo_plugin.errors import NoPairsError
 from t2i_spo_plugin.options import read_options
 
 
-def pairs(args: Sequence[str]) -> None:
+def pairs(args: Sequence[str]) -> int:
     """Generate candidates, annotate each with cost and quality, and write the pair table."""
     from t2i_spo_plugin.training import PairConfig, build_pairs
 
-    print(build_pairs(read_options(PairConfig, args, "spo pairs")))
+    try:
+        print(build_pairs(read_options(PairConfig, args, "spo pairs")))
+    except NoPairsError as error:
+        print(f"spo: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def train(args: Sequence[str]) -> None:

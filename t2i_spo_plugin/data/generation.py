@@ -22,9 +22,11 @@ from tqdm.auto import tqdm
 
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
-from t2i_spo_plugin.files import atomic, write_json
+from t2i_spo_plugin.files import atomic
+from t2i_spo_plugin.identity import claim, pipeline_identity
+from t2i_spo_plugin.images import open_image
 
-from .pipeline_calls import call_pipeline
+from .pipeline_calls import call_pipeline, count_cut_prompts
 from .prompts import PromptRow, drop_minors
 from .tables import IMAGE_COLUMNS, read_rows, write_table
 
@@ -48,16 +50,19 @@ class GeneratedImage:
 
         Raises:
             SPOError: it was not generated.
+            ImageError: its file is missing or broken.
         """
         if self.path is None:
             raise SPOError(f"{self.row.id} was not generated: {self.failed}")
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return open_image(self.path)
 
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What `generate` did; `images` follow the order of the rows."""
+    """What `generate` did; `images` follow the order of the rows.
+
+    `n_cut` counts the prompts that are longer than the pipeline reads: their end changes nothing.
+    """
 
     out_dir: Path
     images: tuple[GeneratedImage, ...] = field(repr=False)
@@ -65,6 +70,7 @@ class GenerationReport:
     n_reused: int
     n_failed: int
     n_dropped_minors: int
+    n_cut: int
     seconds: float
 
 
@@ -80,6 +86,7 @@ def generate(
     metadata: Mapping[str, Any] | None = None,
     call_options: Mapping[str, Any] | None = None,
     process: tuple[int, int] = (0, 1),
+    identity: Mapping[str, str] | None = None,
 ) -> GenerationReport:
     """Generate an image of every row with `pipe` into `out_dir`.
 
@@ -93,10 +100,11 @@ def generate(
         steps: as `num_inference_steps` of the pipeline.
         guidance_scale: as the pipeline's.
         shard_size: rows to a table.
-        metadata: whatever else decides the images (weights, adapter hash, strength), as JSON values. A folder with
-            images of other metadata or settings is refused rather than mixed.
+        metadata: whatever decides the images beside the pipeline with its adapters, as JSON values. A folder with
+            images of another pipeline, other metadata or settings is refused rather than mixed.
         call_options: further arguments of the pipeline's call, such as height, width or negative_prompt.
         process: (index, count): this process generates every count-th shard, starting at index.
+        identity: `pipeline_identity(pipe)`, for a caller who knows it; None hashes the weights.
 
     Raises:
         ConfigError: an option out of range, rows that repeat, or a folder with images of other settings.
@@ -108,8 +116,9 @@ def generate(
     _check_keys(allowed)
     out_dir = Path(out_dir)
     settings = {"steps": steps, "guidance_scale": guidance_scale, "metadata": dict(metadata or {})}
-    settings |= {"pipeline": _pipeline_metadata(pipe), "call_options": dict(call_options or {})}
-    _claim_folder(out_dir, settings)
+    weights = dict(pipeline_identity(pipe) if identity is None else identity)
+    settings |= {"pipeline": _pipeline_metadata(pipe) | {"weights": weights}, "call_options": dict(call_options or {})}
+    claim(out_dir, settings, "images")
 
     shards = [allowed[i : i + shard_size] for i in range(0, len(allowed), shard_size)]
     mine = [(number, shard) for number, shard in enumerate(shards) if number % process[1] == process[0]]
@@ -147,6 +156,7 @@ def generate(
         n_reused=n_reused,
         n_failed=n_failed,
         n_dropped_minors=n_dropped,
+        n_cut=count_cut_prompts(pipe, [row.prompt for row in allowed]),
         seconds=time.monotonic() - start,
     )
 
@@ -225,19 +235,6 @@ def _save_png(image: np.ndarray, path: Path) -> Path:
     with atomic(path) as part:
         Image.fromarray(image).save(part, format="PNG")
     return path
-
-
-def _claim_folder(out_dir: Path, settings: Mapping[str, Any]) -> None:
-    path = out_dir / "settings.json"
-    now = json.loads(json.dumps(settings, sort_keys=True, default=str))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            changes = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed)
-            raise ConfigError(f"{out_dir} holds images of other settings ({changes}); use another folder or remove it")
-        return
-    write_json(path, now)
 
 
 def _pipeline_metadata(pipe: Any) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from PIL import Image
 from .prompts import PromptRow
 
 
+_NO_LIMIT = 10**9
+"""Tokenizers that know no limit say a number beyond this one."""
+
+
 def call_pipeline(pipe: Any, rows: Sequence[PromptRow], **options: Any) -> Any:
     """What `pipe` returns for a batch of rows, without its own progress bar.
 
@@ -43,6 +47,20 @@ def generate_images(
         )
         images += output.images
     return images
+
+
+def count_cut_prompts(pipe: Any, prompts: Sequence[str]) -> int:
+    """How many different prompts are longer than `pipe` reads, so that their end changes nothing.
+
+    A pipeline with several text encoders reads as much as the one with the highest limit.
+    """
+    tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")]
+    limits = {id(one): int(getattr(one, "model_max_length", 0) or 0) for one in tokenizers if callable(one)}
+    longest = max((one for one in tokenizers if callable(one)), key=lambda one: limits[id(one)], default=None)
+    if longest is None or not 0 < limits[id(longest)] < _NO_LIMIT:
+        return 0
+    lengths = [len(ids) for ids in longest(list(dict.fromkeys(prompts)), truncation=False, verbose=False)["input_ids"]]
+    return sum(length > limits[id(longest)] for length in lengths)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Prompt sets: rows from csv, jsonl and parquet files, their safe completions, and the minors filter.
+"""Prompt sets: rows of files, their safe completions, and the minors filter.
 
 Harmful prompt text is never shipped; sets are read from where their owners publish them. Rows that mention minors
 are removed from harmful and unlabelled sets whenever a set is read, and again before anything is generated; nothing
@@ -7,11 +7,9 @@ turns that off.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import re
-import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,13 @@ from typing import Any
 
 from t2i_spo_plugin.errors import TableError
 
+from .minors import mentions_minors
+from .rows import BadRow, describe_rows, read_rows_by_hand
+
 
 PROMPT_KINDS = ("harmful", "benign", "lookalike", "unlabelled")
 MAX_SEED = 2**31 - 1
+"""Seeds lie in [0, MAX_SEED]."""
 
 _COLUMNS = {
     "prompt": ("prompt", "caption", "text", "adv_prompt", "adversarial_prompt", "sensitive prompt", "prompts"),
@@ -79,11 +81,19 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The rows of a file that may be used, and how many were removed because they mention minors."""
+    """The rows of a file that may be used, and what was left out.
+
+    Attributes:
+        rows: those that may be used.
+        n_dropped: rows that were removed because they mention minors.
+        source: the file.
+        bad_rows: rows that were left out because they hold no usable prompt.
+    """
 
     rows: tuple[PromptRow, ...]
     n_dropped: int
     source: str
+    bad_rows: tuple[BadRow, ...] = ()
 
     def __iter__(self) -> Iterator[PromptRow]:
         return iter(self.rows)
@@ -92,42 +102,63 @@ class PromptSet:
         return len(self.rows)
 
 
-def read_prompts(path: str | Path, kind: str | None = None, seed: int = 0) -> PromptSet:
-    """Read a prompt set from a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file.
+def read_prompts(path: str | Path, kind: str | None = None, seed: int = 0, skip_bad_rows: bool = False) -> PromptSet:
+    """Read a prompt set from a `.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet` or `.txt` file (a prompt a line).
 
     Column names are matched without regard to case: prompt (or caption, text), kind (label, type), category, seed
     (evaluation_seed, sd_seed), safe_prompt(s), requested, id (case_number). Only a prompt is needed. Missing seeds
-    come from a hash of the prompt and `seed`, so they do not depend on the order of the rows.
+    come from a hash of the prompt and `seed`, so they do not depend on the order of the rows. A row whose prompt is
+    there and empty is left out with a warning, as public sets have such rows.
 
     Args:
+        path: the file.
         kind: the kind of every row when the file has no such column; rows are `unlabelled` otherwise.
         seed: mixed into the seeds that the file does not give.
+        skip_bad_rows: leave every row out that cannot be used, with a warning, instead of refusing the file.
 
     Raises:
-        TableError: unreadable file, no prompt column, a bad value (with its row), or an id that occurs twice.
+        TableError: unreadable file, no prompt column, rows that cannot be used (listed with their reasons), or an id
+            that occurs twice.
     """
     path = Path(path)
     if kind is not None and kind not in PROMPT_KINDS:
         raise TableError(f"kind must be one of {', '.join(PROMPT_KINDS)}, got {kind!r}")
-    raw = _read_raw(path)
-    if not raw:
+    raw, bad = read_rows_by_hand(path)
+    if not raw and not bad:
         raise TableError(f"{path} holds no rows")
-    names = _match_columns(raw[0])
-    if "prompt" not in names:
-        raise TableError(f"{path}: no prompt column among {', '.join(map(str, raw[0]))}; name one of them 'prompt'")
+    # A row of jsonl may lack a column that another one has.
+    columns = dict.fromkeys(column for _, content in raw for column in content)
+    names = _match_columns(columns)
+    if raw and "prompt" not in names:
+        raise TableError(f"{path}: no prompt column among {', '.join(map(str, columns))}; name one of them 'prompt'")
     rows: list[PromptRow] = []
+    empty: list[BadRow] = []
     dropped = 0
     seen: dict[str, int] = {}
-    for number, content in enumerate(raw):
-        prompt = str(content.get(names["prompt"]) or "")
-        occurrence = seen[prompt] = seen.get(prompt, -1) + 1
-        row = _row(content, names, f"{path.stem}-{number:05d}", f"{path}, row {number + 1}", kind, seed, occurrence)
+    for order, (number, content) in enumerate(raw):
+        prompt = content.get(names["prompt"])
+        if isinstance(prompt, str) and not prompt.strip():
+            empty.append(BadRow(number, "the prompt is empty"))
+            continue
+        occurrence = seen[str(prompt)] = seen.get(str(prompt), -1) + 1
+        try:
+            row = _row(content, names, f"{path.stem}-{order:05d}", kind, seed, occurrence)
+        except TableError as error:
+            bad.append(BadRow(number, str(error)))
+            continue
         if row.kind in ("harmful", "unlabelled") and any(mentions_minors(text) for text in _depicted_texts(content)):
             dropped += 1
             continue
         rows.append(row)
+    if bad and not skip_bad_rows:
+        raise TableError(f"{path}: {describe_rows(bad)}; mend them, or leave them out with skip_bad_rows")
+    left_out = tuple(sorted([*bad, *empty], key=lambda one: one.number))
+    if left_out and not rows and not dropped:
+        raise TableError(f"{path} holds no row that can be used: {describe_rows(left_out)}")
+    if left_out:
+        warnings.warn(f"{path}: left out: {describe_rows(left_out)}", stacklevel=2)
     _check_unique(rows, str(path))
-    return PromptSet(tuple(rows), dropped, str(path))
+    return PromptSet(tuple(rows), dropped, str(path), left_out)
 
 
 def drop_minors(rows: Iterable[PromptRow]) -> tuple[list[PromptRow], int]:
@@ -141,48 +172,10 @@ def drop_minors(rows: Iterable[PromptRow]) -> tuple[list[PromptRow], int]:
     return allowed, dropped
 
 
-def mentions_minors(text: str) -> bool:
-    """Whether `text` mentions children, teenagers or an age under 18. Errs on the side of yes."""
-    return _MINORS.search(_plain(text)) is not None
-
-
 def prompt_seed(prompt: str, seed: int = 0, occurrence: int = 0) -> int:
     """A seed from the prompt's text: the same wherever the row stands; `occurrence` tells repeated prompts apart."""
     digest = hashlib.sha256(f"{seed}\0{occurrence}\0{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-_AGE = (
-    r"(?:0?[0-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
-    r"sixteen|seventeen)"
-)
-_YEARS = r"(?:years?|yrs?|months?|weeks?|days?)"
-_TERMS = (
-    r"child(?:ren)?(?:'?s)?|child(?:like|ish|hood)|schoolchild(?:ren)?|grandchild(?:ren)?|kid(?:s|do|dos|die|dies|dy)?|"
-    r"bab(?:y|ies|e in arms)|newborns?|infants?|infantile|toddlers?|tots?|minors?|under-?aged?|"
-    r"boys?|girls?|(?:school|little|young) ?(?:boys?|girls?)|schoolgirls?|schoolboys?|lads?|lass(?:es|ie)?|"
-    r"pre-?teens?|tweens?|teens?|teen-?age(?:d|rs?)?|adolescen(?:t|ts|ce)|pubescents?|juveniles?|youths?|youngsters?|"
-    r"pre-?schoolers?|preschool|kindergart(?:en|ens|eners?|ners?)|nursery|"
-    r"(?:primary|elementary|middle|junior high|high|grade) ?school(?:ers?)?|"
-    r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|[1-9]th|1st|2nd|3rd) ?graders?|"
-    r"loli(?:s|ta|tas|con)?|shota(?:s|con)?|jail ?bait|barely legal|foet(?:us|uses)|fetus(?:es)?"
-)
-_AGES = (
-    rf"{_AGE}[ -]*{_YEARS}[ -]*(?:olds?|of age|young)|{_AGE}[ -]*(?:yo|y/o|y\.o\.?|yrs? ?old)|"
-    rf"(?:aged?|age of|age is|ages)[ :]*{_AGE}|(?:under|below|younger than|less than)[ -]*(?:the age of )?"
-    r"(?:1[0-8]|[1-9]|eighteen)(?: years?)?"
-    r"(?! ?(?:minutes?|hours?|dollars?|euros?|degrees?|metres?|meters?|percent|%|km|kg|cm))"
-)
-_MINORS = re.compile(rf"(?<![a-z0-9])(?:{_TERMS}|{_AGES})(?![a-z0-9])")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-
-
-def _plain(text: str) -> str:
-    """Lower case, full-width and accented letters made plain, dashes and spaces unified, invisible marks removed."""
-    text = unicodedata.normalize("NFKD", _INVISIBLE.sub("", text)).casefold()
-    text = "".join(letter for letter in text if not unicodedata.combining(letter))
-    text = re.sub("[\u2010-\u2015\u2212_]", "-", text).replace("\u2019", "'")
-    return re.sub(r"\s+", " ", text.replace("_", " "))
 
 
 def _depicted_texts(content: Mapping[str, Any]) -> Iterator[str]:
@@ -194,8 +187,8 @@ def _depicted_texts(content: Mapping[str, Any]) -> Iterator[str]:
             yield value
 
 
-def _match_columns(row: Mapping[str, Any]) -> dict[str, str]:
-    lowered = {str(name).strip().casefold(): name for name in row}
+def _match_columns(columns: Iterable[str]) -> dict[str, str]:
+    lowered = {str(name).strip().casefold(): name for name in columns}
     matched = {}
     for field, names in _COLUMNS.items():
         for name in names:
@@ -209,7 +202,6 @@ def _row(
     content: Mapping[str, Any],
     names: Mapping[str, str],
     default_id: str,
-    where: str,
     default_kind: str | None,
     seed: int,
     occurrence: int,
@@ -219,43 +211,45 @@ def _row(
         return None if entry is None or entry == "" or entry != entry else entry
 
     prompt = value("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise TableError(f"{where}: the prompt is empty")
+    if prompt is None:
+        raise TableError("there is no prompt")
+    if not isinstance(prompt, str):
+        raise TableError(f"the prompt must be text, got {prompt!r}")
     category = value("category")
     return PromptRow(
         id=str(value("id") if value("id") is not None else default_id),
         prompt=prompt.strip(),
-        kind=_kind(value("kind"), default_kind, where),
+        kind=_kind(value("kind"), default_kind),
         category=", ".join(map(str, category)) if isinstance(category, (list, tuple)) else str(category or ""),
-        seed=_seed(value("seed"), prompt, seed, occurrence, where),
-        safe_prompts=_texts(value("safe_prompts"), where),
-        requested=_texts(value("requested"), where),
+        seed=_seed(value("seed"), prompt, seed, occurrence),
+        safe_prompts=_texts(value("safe_prompts")),
+        requested=_texts(value("requested")),
     )
 
 
-def _kind(value: Any, default: str | None, where: str) -> str:
+def _kind(value: Any, default: str | None) -> str:
     if value is None:
         return default or "unlabelled"
     word = str(value).strip().casefold()
     for kind, words in _KIND_WORDS.items():
         if word in words:
             return kind
-    raise TableError(f"{where}: unknown kind {value!r}; expected one of {', '.join(PROMPT_KINDS)}")
+    raise TableError(f"unknown kind {value!r}; expected one of {', '.join(PROMPT_KINDS)}")
 
 
-def _seed(value: Any, prompt: str, seed: int, occurrence: int, where: str) -> int:
+def _seed(value: Any, prompt: str, seed: int, occurrence: int) -> int:
     if value is None:
         return prompt_seed(prompt, seed, occurrence)
     try:
         number = float(value) if isinstance(value, str) and "." in value else int(value)
     except (TypeError, ValueError) as error:
-        raise TableError(f"{where}: seed must be an integer, got {value!r}") from error
+        raise TableError(f"seed must be an integer, got {value!r}") from error
     if number != int(number):
-        raise TableError(f"{where}: seed must be an integer, got {value!r}")
+        raise TableError(f"seed must be an integer, got {value!r}")
     return int(number)
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -266,7 +260,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
-        raise TableError(f"{where}: expected a text or a list of texts, got {value!r}")
+        raise TableError(f"expected a text or a list of texts, got {value!r}")
     return tuple(value)
 
 
@@ -276,40 +270,3 @@ def _check_unique(rows: Sequence[PromptRow], where: str) -> None:
         if row.id in seen:
             raise TableError(f"{where}: the id {row.id!r} occurs more than once")
         seen.add(row.id)
-
-
-def _read_raw(path: Path) -> list[dict[str, Any]]:
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
-        if suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [_object(json.loads(line), path) for line in lines if line.strip()]
-        if suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return [_object(row, path) for row in (content if isinstance(content, list) else [content])]
-        if suffix == ".parquet":
-            return _read_parquet(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise TableError(f"cannot read the prompt set {path}: {error}") from error
-    raise TableError(f"{path}: expected a .csv, .tsv, .jsonl, .json or .parquet file")
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        schema = pq.read_schema(path)
-        columns = [field.name for field in schema if not pa.types.is_binary(field.type)]
-        return pq.read_table(path, columns=columns, partitioning=None).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise TableError(f"{path} is not a parquet table: {error}") from error
-
-
-def _object(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise TableError(f"{path}: expected one JSON object a row, got {type(content).__name__}")
-    return content

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import require_extra
@@ -42,6 +41,7 @@ from t2i_spo_plugin.eval import (
 )
 from t2i_spo_plugin.files import folder_hash, write_bytes, write_json
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate
+from t2i_spo_plugin.images import open_image
 from t2i_spo_plugin.options import read_options
 from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, load_prompts, name_with_revision
 
@@ -85,7 +85,7 @@ def run_gating(config: GatingConfig) -> dict[str, Any]:
     judges = load_judges(EvalConfig(judge="referee"))
     pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     options = GenerationOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
-    scores = generate_and_score(pipe, gated_systems(), rows, judges, config.out, options, name)
+    scores = generate_and_score(pipe, gated_systems(), rows, judges, config.out, options)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)
     same = {name: _same_images(config.out, part, scores["base"]) for name, part in scores.items()}
     content: dict[str, Any] = {
@@ -216,8 +216,7 @@ def _difference(rows: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, 
 
 def _pixels(path: Path | None) -> np.ndarray:
     assert path is not None
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(open_image(path))
 
 
 def _numbers(summary: SystemSummary, same: Rate) -> dict[str, Any]:

@@ -106,14 +106,10 @@ class GateState:
         """What has been decided so far."""
         return GateReport(self.gated_on.tolist(), self.scores.clone())
 
-    def gate_all_on(self) -> None:
-        """Give every image the adapter, as where the decision window has passed before the first step."""
-        self.gated_on[:] = True
-
     def close(self) -> None:
-        """The decision window has passed: images without any score count as unsafe."""
+        """The decision window has passed: where nothing was scored, every image counts as unsafe."""
         if bool(self.scores.isnan().all()):
-            self.gate_all_on()
+            self.gated_on[:] = True
 
     def rows(self, rows: int) -> Tensor:
         """Which rows of a denoiser's batch get the adapter, `[rows]` bool."""

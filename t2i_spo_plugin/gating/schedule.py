@@ -14,6 +14,7 @@ from t2i_spo_plugin.errors import ConfigError
 
 
 FULL_WINDOW = (0.0, 1.0)
+"""All denoising steps."""
 
 _TOLERANCE = 1e-6
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .hiding import hide as hide
     from .judging import Judgement as Judgement
     from .judging import QualityJudge as QualityJudge
+    from .judging import check_domains as check_domains
+    from .judging import counterparts as counterparts
     from .judging import judge_images as judge_images
     from .overlay import COLOUR_MAPS as COLOUR_MAPS
     from .overlay import Box as Box
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from .report import OverlayKind as OverlayKind
     from .report import SafetyReport as SafetyReport
     from .report import join_reports as join_reports
-    from .uascore import read_prompts as read_prompts
+    from .uascore import parse_prompts as parse_prompts
     from .uascore import summarise_images as summarise_images
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -49,10 +51,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "boxes": "overlay",
         "hide": "hiding",
         "join_reports": "report",
+        "check_domains": "judging",
+        "counterparts": "judging",
         "judge_images": "judging",
         "layer": "overlay",
         "message_image": "annotation",
-        "read_prompts": "uascore",
+        "parse_prompts": "uascore",
         "safety_content": "page",
         "safety_page": "page",
         "summarise_images": "uascore",

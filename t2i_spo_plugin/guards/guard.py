@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -13,12 +12,21 @@ from torch import Tensor
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.cost.base import CostBatch, CostModel
 from t2i_spo_plugin.errors import ConfigError, DomainError, ImageError, NotScoredError
-from t2i_spo_plugin.images import Images, split, to_tensor
+from t2i_spo_plugin.identity import content_hash, model_identity
+from t2i_spo_plugin.images import Images, View, split, to_tensor, views
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from .hiding import Block, block_image
 from .policy import Policy
 from .report import SafetyReport
+from .worst_views import WorstViews
+
+
+_VIEWS_AT_ONCE, _PIXELS_AT_ONCE = 64, 2**26
+"""What is held in memory and scored together, at most: an animation may have thousands of frames."""
+
+_Look = tuple[int, View, Tensor]
+"""Number of an image, a view of it, and the view as `[3, H, W]`."""
 
 
 class Guard:
@@ -56,6 +64,11 @@ class Guard:
         names = tuple(cost_model.categories)
         policy.category_costs(torch.zeros(1, len(names)), torch.as_tensor(cost_model.temperature).cpu(), names)
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides its costs: the cost model by content, and the policy."""
+        return {"cost_model": model_identity(self.cost_model), "policy": content_hash(self.policy.to_yaml())}
+
     def check_domain(self, domain: str) -> None:
         """Refuse a domain that the cost model was not made for.
 
@@ -71,8 +84,13 @@ class Guard:
     def __call__(self, images: Images, domain: str | None = None) -> SafetyReport:
         """Score images; each is judged on its own, whatever it is batched with.
 
+        Every frame of an image is judged, and transparency over white as well as over black; in each category the
+        highest cost counts, and the report says where it was seen. An image that is transparent all over costs
+        nothing.
+
         Args:
-            images: PIL, numpy or tensor images; they are not changed.
+            images: PIL, numpy or tensor images, or the paths or contents of image files; they are not changed. Four
+                channels are RGBA.
             domain: where the images come from, as `pipeline_domain` says; None where the caller
                 knows that it is the cost model's own.
 
@@ -83,40 +101,31 @@ class Guard:
             self.check_domain(domain)
         singles = split(images)
         device = self._device(singles)
-        readable: dict[int, Tensor] = {}
         reasons: list[str | None] = [None] * len(singles)
-        for number, image in enumerate(singles):
-            try:
-                readable[number] = to_tensor(image)[0].to(device)
-            except ImageError as error:
-                reasons[number] = f"the image cannot be read: {error}"
-        maps: list[Tensor | None] = [None] * len(singles)
-        costs = torch.full((len(singles),), float("nan"))
-        by_category: list[dict[str, float]] = [{} for _ in singles]
-        results = isolate_failures(self._score, list(readable.values()), "the cost model failed: ")
-        for number, result in zip(readable, results, strict=True):
-            if isinstance(result, str):
-                reasons[number] = result
-                continue
-            logits, maps[number] = result
-            names = tuple(self.cost_model.categories)
-            per_category, enabled = self.policy.category_costs(logits[None], self._temperature(), names)
-            costs[number] = self.policy.cost(per_category)[0]
-            by_category[number] = dict(zip(enabled, per_category[0].tolist(), strict=True))
-        flagged = [
-            None if reason is not None else bool(cost >= UNSAFE_COST)
-            for cost, reason in zip(costs, reasons, strict=True)
-        ]
+        names, temperature = tuple(self.cost_model.categories), self._temperature()
+        worst = [WorstViews(self.policy, names, temperature) for _ in singles]
+        for looks in _batches(self._looks(singles, worst, reasons, device)):
+            results = isolate_failures(self._score, [pixels for _, _, pixels in looks], "the cost model failed: ")
+            for (number, view, _), result in zip(looks, results, strict=True):
+                if isinstance(result, str):
+                    reasons[number] = reasons[number] or (f"{view.note}: {result}" if view.note else result)
+                else:
+                    worst[number].add(view, *result)
+        scored = [one if reason is None else None for one, reason in zip(worst, reasons, strict=True)]
+        costs = torch.tensor([float("nan") if one is None else one.cost for one in scored])
         return SafetyReport(
             costs=costs,
-            flagged=flagged,
-            category_costs=by_category,
+            flagged=[
+                None if one is None else bool(cost >= UNSAFE_COST) for one, cost in zip(scored, costs, strict=True)
+            ],
+            category_costs=[{} if one is None else one.category_costs for one in scored],
             reasons=reasons,
             images=singles,
-            logit_maps=maps,
+            views=[{} if one is None else one.views for one in scored],
+            logit_maps=[None if one is None else one.logit_map for one in scored],
             policy=self.policy,
-            categories=tuple(self.cost_model.categories),
-            temperature=self._temperature(),
+            categories=names,
+            temperature=temperature,
             cost_model=self.name,
         )
 
@@ -131,7 +140,7 @@ class Guard:
             image if flag is False else block_image(image, self.block)
             for image, flag in zip(split(images), report.flagged, strict=True)
         ]
-        return _like(images, singles), replace(report, images=singles)
+        return _like(images, singles), report.with_images(singles)
 
     def _temperature(self) -> Tensor:
         return torch.as_tensor(self.cost_model.temperature).detach().float().cpu()
@@ -144,10 +153,37 @@ class Guard:
             self.cost_model.to(device)
         return device
 
+    def _looks(
+        self, images: list[Any], worst: list[WorstViews], reasons: list[str | None], device: torch.device
+    ) -> Iterator[_Look]:
+        """Everything that is to be scored, read as it is asked for; an image that cannot be read gets its reason."""
+        for number, image in enumerate(images):
+            try:
+                for view in views(image):
+                    if view.empty:
+                        worst[number].add_empty(view)
+                    else:
+                        yield number, view, to_tensor(view.image)[0].to(device)
+            except ImageError as error:
+                reasons[number] = str(error)
+
     @torch.no_grad()
     def _score(self, pixels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | str]:
         """Logits `[K]` and map `[K, h, w]` on the CPU for each image, or why it has none."""
         return _checked(self.cost_model(list(pixels)), len(pixels), len(self.cost_model.categories))
+
+
+def _batches(looks: Iterator[_Look]) -> Iterator[list[_Look]]:
+    batch: list[_Look] = []
+    pixels = 0
+    for look in looks:
+        batch.append(look)
+        pixels += look[2][0].numel()
+        if len(batch) == _VIEWS_AT_ONCE or pixels >= _PIXELS_AT_ONCE:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
 
 def _checked(batch: CostBatch, images: int, categories: int) -> list[tuple[Tensor, Tensor] | str]:

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d
 
 from t2i_spo_plugin.errors import ConfigError, ImageError
-from t2i_spo_plugin.images import image_size, pixelate, to_pil, to_tensor
+from t2i_spo_plugin.images import image_size, open_image, to_pil, to_tensor, views
 
 from .overlay import boxes
 
 
 Block = Literal["none", "black", "blur"]
+"""What a guard does with unsafe images: nothing, a black image, or a blurred one."""
 Hiding = Literal["blur", "pixelate"]
+"""How a region is hidden."""
 
 CELLS_ACROSS = 6
 """A hidden region keeps at most so many cells of detail along its longer side."""
@@ -62,22 +64,44 @@ def hide(pixels: Tensor, region: Tensor, how: Hiding = "blur") -> Tensor:
     return torch.where(weight[0] > 0.0, mixed, pixels)
 
 
+def pixelate(pixels: Tensor, grid: tuple[int, int], smooth: bool = False) -> Tensor:
+    """`[C, H, W]` with no more detail than a grid of cells, each of which has the mean colour of what it covers.
+
+    Args:
+        pixels: floating point.
+        grid: rows and columns of cells, at most H and W.
+        smooth: run from cell to cell without edges, instead of showing the cells.
+    """
+    cells = torch.nn.functional.adaptive_avg_pool2d(pixels, grid)[None]
+    size = pixels.shape[-2:]
+    if smooth:
+        return torch.nn.functional.interpolate(cells, size, mode="bilinear", align_corners=False)[0]
+    return torch.nn.functional.interpolate(cells, size, mode="nearest")[0]
+
+
 def block_image(image: Any, block: Block) -> Any:
     """One image, in the form it came in, made black or blurred as a whole; `none` returns it as it is.
 
-    What cannot be read is made black, also where it should be blurred.
+    What cannot be read is made black, also where it should be blurred. Of a file it is a PIL image.
+
+    Raises:
+        ImageError: a file that cannot be read, so that not even its size is known.
     """
     if block == "none":
         return image
+    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
+        image = open_image(image)
     height, width = image_size(image)
     pixels = torch.zeros(3, height, width)
     if block == "blur":
         try:
-            pixels = hide(to_tensor(image)[0].cpu(), torch.ones(height, width, dtype=torch.bool))
+            pixels = hide(to_tensor(next(views(image)).image)[0].cpu(), torch.ones(height, width, dtype=torch.bool))
         except ImageError:
             pixels = torch.zeros(3, height, width)
     if isinstance(image, Image.Image):
         return to_pil(pixels)[0]
+    if image.shape[-1 if isinstance(image, np.ndarray) else 0] == 4:
+        pixels = torch.cat([pixels, torch.ones(1, height, width)])
     if isinstance(image, np.ndarray):
         scaled = pixels.permute(1, 2, 0).numpy()
         return (scaled * 255.0).round().astype(np.uint8) if image.dtype == np.uint8 else scaled.astype(image.dtype)

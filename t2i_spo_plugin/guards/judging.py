@@ -9,13 +9,17 @@ from typing import Any, Protocol
 from PIL import Image
 
 from t2i_spo_plugin.batching import isolate_failures
+from t2i_spo_plugin.errors import DomainError
 from t2i_spo_plugin.quality.normalise import QualityBatch
 
 from .guard import Guard
 
 
 class QualityJudge(Protocol):
-    """What judging asks of a quality model."""
+    """What judging asks of a quality model; `domain` is the kind of image that it was made for."""
+
+    @property
+    def domain(self) -> str: ...
 
     def quality(
         self, images: Any, prompts: Sequence[str], safe_completions: Sequence[Sequence[str]] | None = None
@@ -43,6 +47,27 @@ class Judgement:
     alignment: float | None
 
 
+def check_domains(guard: Guard, quality_model: QualityJudge, domain: str) -> None:
+    """Refuse images that one of the judges was not made for.
+
+    Raises:
+        DomainError: `domain` is another than the cost model's or the quality model's, and the guard's
+            `override_domain`, which holds for both, is not set.
+    """
+    guard.check_domain(domain)
+    if quality_model.domain != domain and not guard.override_domain:
+        known = f"was made for the domain {quality_model.domain!r}" if quality_model.domain else "states no domain"
+        raise DomainError(
+            f"the quality model {known}, not for {domain!r}, where its qualities may mean little; name one that was "
+            "(`domain` in its reference.json), or pass override_domain=True to use it all the same"
+        )
+
+
+def counterparts(harmful: bool, safe_prompts: Sequence[str]) -> tuple[str, ...] | None:
+    """What quality is judged by instead of the prompt, as `judge_images` takes it: None where nobody knows."""
+    return (tuple(safe_prompts) or None) if harmful else ()
+
+
 def judge_images(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -66,8 +91,10 @@ def judge_images(
         batch_size: images judged at once.
 
     Raises:
-        DomainError: the guard does not know `domain`.
+        DomainError: the guard or the quality model does not know `domain`.
     """
+    if domain is not None:
+        check_domains(guard, quality_model, domain)
     judgements: list[Judgement | str] = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
@@ -91,7 +118,9 @@ def _qualities(
 ) -> list[tuple[float, float, float | None] | str]:
     """Quality, realism and alignment of each image, or why it has none."""
     images, prompts, completions = (list(column) for column in zip(*items, strict=True))
-    batch = model.quality(images, prompts, [part or () for part in completions])
+    # A harmful prompt is not even shown to the model.
+    asked = ["" if part is None else prompt for prompt, part in zip(prompts, completions, strict=True)]
+    batch = model.quality(images, asked, [part or () for part in completions])
     answers: list[tuple[float, float, float | None] | str] = []
     for number, part in enumerate(completions):
         q = float(batch.n_realism[number] if part is None else batch.q[number])

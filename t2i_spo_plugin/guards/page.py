@@ -11,7 +11,7 @@ from PIL import Image
 
 from t2i_spo_plugin.errors import ImageError
 from t2i_spo_plugin.html import render
-from t2i_spo_plugin.images import to_pil, to_tensor
+from t2i_spo_plugin.images import View, to_pil, to_tensor
 from t2i_spo_plugin.metrics import UNSAFE_COST, ScoreSummary
 
 from .overlay import overlay
@@ -36,12 +36,20 @@ def safety_content(safety: SafetyReport | None, scores: ScoreSummary | None = No
                 "category_costs": safety.category_costs[number],
                 "unsafe": safety.flagged[number],
                 "not_scored": safety.reasons[number],
+                **_view_content(safety.view(number)),
             }
             for number in range(len(safety.images))
         ]
     if scores is not None:
         content["scores"] = scores.to_dict()
     return content
+
+
+def _view_content(view: View | None) -> dict[str, Any]:
+    """Where the cost of an image was seen: the frame of several, the ground of what is transparent."""
+    if view is None:
+        return {"frame": None, "ground": None, "empty": None}
+    return {"frame": view.frame if view.frames > 1 else None, "ground": view.ground, "empty": view.empty}
 
 
 def safety_page(safety: SafetyReport | None, scores: ScoreSummary | None = None, title: str = "Safety report") -> str:
@@ -63,17 +71,19 @@ def _images(safety: SafetyReport) -> Iterator[dict[str, Any]]:
             "category": safety.deciding(number),
             "category_costs": sorted(category_costs.items(), key=lambda item: -item[1]),
             "reason": safety.reasons[number],
+            "note": safety.note(number),
             "views": _views(safety, number),
         }
 
 
 def _views(safety: SafetyReport, number: int) -> list[tuple[Image.Image, str]]:
     """The image and its overlay, as far as there are any, each with what it shows."""
+    view = safety.view(number)
     try:
-        image = to_pil(to_tensor(safety.images[number]))[0]
+        image = to_pil(to_tensor(safety.images[number] if view is None else view.image))[0]
     except ImageError:
         return []
-    views = [(image, f"image {number}")]
-    if safety.reasons[number] is None:
-        views.append((overlay(image, safety.heat_map(number)), f"where the cost of image {number} comes from"))
-    return views
+    shown = [(image, f"image {number}")]
+    if view is not None:
+        shown.append((overlay(image, safety.heat_map(number)), f"where the cost of image {number} comes from"))
+    return shown

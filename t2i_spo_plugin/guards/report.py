@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
-from t2i_spo_plugin.images import image_size
+from t2i_spo_plugin.images import View, image_size, to_pil, to_tensor
+from t2i_spo_plugin.images import views as views_of
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
+from .annotation import annotate
 from .overlay import boxes, heat, mask, overlay
 from .policy import Policy
 
 
 OverlayKind = Literal["overlay", "mask", "boxes"]
+"""What an overlay shows: the cost map over the image, or where the cost reaches 0.5, as a mask or as boxes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class SafetyReport:
         category_costs: the cost per enabled category of each image; empty for one that is not scored.
         reasons: why an image is not scored; None for one that is.
         images: the images, as the caller gets them.
-        logit_maps: `[K, h, w]` per image, None for one that is not scored.
+        views: for each image the view (a frame, over a ground) in which each enabled category costs most; empty for
+            one that is not scored.
+        logit_maps: `[K, h, w]` per image, each category in its view; None for one that is not scored.
         policy: what decided.
         categories: the K names of the maps.
         temperature: `[K]`, of the maps.
@@ -42,6 +48,7 @@ class SafetyReport:
     category_costs: list[dict[str, float]]
     reasons: list[str | None]
     images: list[Any] = field(repr=False)
+    views: list[Mapping[str, View]] = field(repr=False)
     logit_maps: list[Tensor | None] = field(repr=False)
     policy: Policy = field(repr=False)
     categories: tuple[str, ...] = field(repr=False)
@@ -62,6 +69,39 @@ class SafetyReport:
         chosen = self._chosen(number, category)
         return None if chosen is None else self.category_costs[number][chosen]
 
+    def view(self, number: int, category: str | None = None) -> View | None:
+        """The look at image `number` in which one category, or the one that decided, costs most.
+
+        None where it was not scored.
+
+        Raises:
+            ConfigError: `category` is not an enabled one.
+        """
+        chosen = self._chosen(number, category)
+        return None if chosen is None else self.views[number][chosen]
+
+    def note(self, number: int, category: str | None = None) -> str:
+        """In words which look at image `number` that was, such as `frame 2 of 9`; empty where there is just one.
+
+        Raises:
+            ConfigError: `category` is not an enabled one.
+        """
+        view = self.view(number, category)
+        return "" if view is None else view.note
+
+    def with_images(self, images: Sequence[Any]) -> SafetyReport:
+        """The same report over other images, each of which stands for all views of the one it replaces.
+
+        What is the very image of before keeps its views.
+        """
+        views: list[Mapping[str, View]] = []
+        for image, before, seen in zip(images, self.images, self.views, strict=True):
+            if image is not before and seen:
+                shown = next(views_of(image)).image
+                seen = {name: replace(view, image=shown) for name, view in seen.items()}
+            views.append(seen)
+        return replace(self, images=list(images), views=views)
+
     def unsafe(self, threshold: float = UNSAFE_COST, category: str | None = None) -> list[bool]:
         """Whether each image's cost reaches `threshold`. An image that was not scored is never safe.
 
@@ -81,11 +121,12 @@ class SafetyReport:
             ConfigError: `category` is not an enabled one.
         """
         chosen, maps = self._chosen(number, category), self.logit_maps[number]
-        if maps is None or chosen is None:
+        view = self.view(number, category)
+        if maps is None or chosen is None or view is None:
             raise NotScoredError(f"image {number} has no cost map: {self.reasons[number]}")
         threshold = next(enabled.threshold for enabled in self.policy.enabled if enabled.name == chosen)
         index = self.categories.index(chosen)
-        local = heat(maps[index], image_size(self.images[number]), float(self.temperature[index]), threshold)
+        local = heat(maps[index], image_size(view.image), float(self.temperature[index]), threshold)
         return local.clamp(max=self.category_costs[number][chosen])
 
     def region(self, number: int, threshold: float = UNSAFE_COST, category: str | None = None) -> Tensor:
@@ -114,6 +155,9 @@ class SafetyReport:
     def overlays(self, kind: OverlayKind = "overlay", category: str | None = None) -> list[Any]:
         """The cost of each image as an image, a bool mask `[H, W]`, or a list of boxes (x0, y0, x1, y1).
 
+        Each is drawn over the frame and the ground where the category costs most; where there is more than one, or
+        none of them shows anything, the overlay says so in words.
+
         Args:
             kind: `overlay`, `mask` or `boxes`; the last two show where the cost reaches 0.5.
             category: whose cost; None is the category that decided.
@@ -126,9 +170,15 @@ class SafetyReport:
             raise ConfigError(f"kind must be overlay, mask or boxes, got {kind!r}")
         heats = self.heat_maps(category)
         if kind == "overlay":
-            return [overlay(image, heat_map) for image, heat_map in zip(self.images, heats, strict=True)]
+            return [self._overlay(number, heat_map, category) for number, heat_map in enumerate(heats)]
         regions = [mask(heat_map) for heat_map in heats]
         return regions if kind == "mask" else [boxes(region) for region in regions]
+
+    def _overlay(self, number: int, heat_map: Tensor, category: str | None) -> Image.Image:
+        view = self.view(number, category)
+        assert view is not None, "heat_map has refused what is not scored"
+        drawn = overlay(view.image, heat_map)
+        return to_pil(annotate(to_tensor(drawn)[0], label=view.note))[0] if view.note else drawn
 
     def _chosen(self, number: int, category: str | None) -> str | None:
         names = [enabled.name for enabled in self.policy.enabled]
@@ -153,5 +203,6 @@ def join_reports(reports: Sequence[SafetyReport]) -> SafetyReport:
         category_costs=[costs for report in reports for costs in report.category_costs],
         reasons=[reason for report in reports for reason in report.reasons],
         images=[image for report in reports for image in report.images],
+        views=[seen for report in reports for seen in report.views],
         logit_maps=[maps for report in reports for maps in report.logit_maps],
     )

@@ -23,7 +23,7 @@ class ImagePrompt:
     safe_prompts: tuple[str, ...] = ()
 
 
-def read_prompts(prompts: str, safe_prompts: str, images: int) -> list[ImagePrompt]:
+def parse_prompts(prompts: str, safe_prompts: str, images: int) -> list[ImagePrompt]:
     """One prompt an image from two texts with a line for each.
 
     Args:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from t2i_spo_plugin.adapters import Adapter, find_adapter_file, read_adapter
 from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.layouts import default_layout
 from t2i_spo_plugin.adapters.safetensors_file import read_header
-from t2i_spo_plugin.errors import ConfigError, ImageError, IncompatibleAdapterError, InvalidAdapterError
+from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.files import folder_hash, sha256_of, write_bytes
+from t2i_spo_plugin.images import open_image
 
 from .card import CardFiles, model_card
 from .card_info import ModelCardInfo, check_repo_id
@@ -194,7 +195,7 @@ def _publishable(adapter: Adapter, card: ModelCardInfo) -> Adapter:
             "it anew with spo convert --architecture"
         )
     if all(name.startswith("text_encoder") for name in adapter.modules):
-        raise InvalidAdapterError("it changes text encoders only, and nothing that draws: load_spo_lora refuses it")
+        raise InvalidAdapterError("it changes text encoders only, and no denoiser: load_spo_lora refuses it")
     extra = {key: without_folders(encodable(value)) for key, value in adapter.metadata.extra.items()}
     extra["modelspec.license"] = card.license_in_words
     title = without_folders(encodable(card.title or adapter.metadata.title))
@@ -203,11 +204,7 @@ def _publishable(adapter: Adapter, card: ModelCardInfo) -> Adapter:
 
 def _image(path: Path) -> bytes:
     """The image as JPEG, upright, bounded, and without any metadata."""
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} is no image that can be read: {error}") from error
+    upright = open_image(path)
     upright.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     bare = Image.frombytes("RGB", upright.size, upright.tobytes())
     stream = io.BytesIO()
@@ -227,7 +224,7 @@ def _check_texts(
     """Look into every text of the author, the header and the results, before it is escaped."""
     texts = {"title": adapter.metadata.title, "summary": card.summary, **adapter.metadata.extra}
     texts |= {f"prompt {number + 1}": prompt for number, (prompt, _) in enumerate(card.images)}
-    texts |= {number.key: results.text_of(number) for number in results.measured} if results is not None else {}
+    texts |= {number.key: results.text_of(number) for number in results.measurements} if results is not None else {}
     for where, text in texts.items():
         _refuse(where, private_part(f"{where} {text}", secrets) or own_name(f"{where} {text}", public))
 
@@ -255,31 +252,31 @@ def _check_alone(folder: Path, names: Sequence[str]) -> None:
         raise ConfigError(f"{folder} holds {others[0]}, which would not be sent; name an empty folder")
 
 
-def _check_file(path: Path, wanted: Adapter, pipe: Any) -> None:
-    """Raise unless the file, and the pipeline it is loaded into when there is one, change what `wanted` does."""
-    _check_same(wanted, read_adapter(path), path.name)
+def _check_file(path: Path, adapter: Adapter, pipe: Any) -> None:
+    """Raise unless the file, and the pipeline it is loaded into when there is one, change what `adapter` does."""
+    _check_same(adapter, read_adapter(path), path.name)
     if pipe is not None:
-        _check_in(pipe, path, wanted)
+        _check_in(pipe, path, adapter)
 
 
-def _check_same(wanted: Adapter, found: Adapter, what: str) -> None:
+def _check_same(adapter: Adapter, other: Adapter, what: str) -> None:
     """Raise unless both adapters change the same modules by the same amounts."""
-    have = {name.replace(".", "_"): pair for name, pair in found.modules.items()}
-    for name, pair in wanted.modules.items():
-        other = have.pop(name.replace(".", "_"), None)
+    others = {name.replace(".", "_"): pair for name, pair in other.modules.items()}
+    for name, pair in adapter.modules.items():
+        same = others.pop(name.replace(".", "_"), None)
         delta = pair.delta()
-        if other is None or float((other.delta() - delta).norm()) > _SAME * float(delta.norm()):
+        if same is None or float((same.delta() - delta).norm()) > _SAME * float(delta.norm()):
             raise IncompatibleAdapterError(f"{what} does not change {name} as the adapter does")
-    if have:
-        raise IncompatibleAdapterError(f"{what} changes {next(iter(have))}, which the adapter does not")
+    if others:
+        raise IncompatibleAdapterError(f"{what} changes {next(iter(others))}, which the adapter does not")
 
 
-def _check_in(pipe: Any, path: Path, wanted: Adapter) -> None:
+def _check_in(pipe: Any, path: Path, adapter: Adapter) -> None:
     from t2i_spo_plugin.pipelines.loading import adapter_of, load_spo_lora, unload_spo_lora
 
     name = "spo_published"
     load_spo_lora(pipe, path, adapter_name=name)
     try:
-        _check_same(wanted, adapter_of(pipe, name), f"{path.name} in the pipeline")
+        _check_same(adapter, adapter_of(pipe, name), f"{path.name} in the pipeline")
     finally:
         unload_spo_lora(pipe, name)

@@ -17,7 +17,7 @@ from .privacy import visible, without_folders
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["Measured", "Results", "eval_result_yaml", "read_results"]
+__all__ = ["Measurement", "Results", "eval_result_yaml", "read_results"]
 
 _TASK = "text-to-image"
 _PROMPT_WORDS = {
@@ -28,7 +28,7 @@ _PROMPT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One number.
 
     Attributes:
@@ -53,7 +53,7 @@ class Measured:
     def is_score(self) -> bool:
         return self.key.startswith("uascore")
 
-    def shown(self, value: float | None) -> str:
+    def text(self, value: float | None) -> str:
         """`value` in this number's unit."""
         if value is None:
             return "-"
@@ -71,7 +71,7 @@ class Results:
         prompts: how many of each kind, in words.
         images_not_scored: of this system.
         notes: what a reader must know, a sentence each.
-        measured: the numbers.
+        measurements: the numbers.
     """
 
     system: str
@@ -80,13 +80,13 @@ class Results:
     prompts: str
     images_not_scored: int
     notes: tuple[str, ...]
-    measured: tuple[Measured, ...]
+    measurements: tuple[Measurement, ...]
 
-    def text_of(self, number: Measured) -> str:
+    def text_of(self, number: Measurement) -> str:
         """Everything that belongs to a number, in one line."""
         return (
-            f"95 % interval {number.shown(number.low)} to {number.shown(number.high)}, base model "
-            f"{number.shown(number.base)}, {number.prompts}, judged by {number.judge}, strength {self.strength:g}, "
+            f"95 % interval {number.text(number.low)} to {number.text(number.high)}, base model "
+            f"{number.text(number.base)}, {number.prompts}, judged by {number.judge}, strength {self.strength:g}, "
             f"t2i_spo_plugin {self.version}"
         )
 
@@ -104,7 +104,7 @@ class Results:
                 metric_name=f"{number.name} ({self.text_of(number)})",
                 metric_value=number.value,
             )
-            for number in self.measured
+            for number in self.measurements
         ]
 
 
@@ -113,7 +113,7 @@ def read_results(path: str | Path, adapter_hashes: Collection[str], system: str 
 
     Args:
         path: the file.
-        adapter_hashes: `hashing.folder_hash` of the adapter's file or folder, by which its system is found.
+        adapter_hashes: `files.folder_hash` of the adapter's file or folder, by which its system is found.
         system: its name in the evaluation, needed when the adapter was measured at several strengths.
 
     Raises:
@@ -126,9 +126,10 @@ def read_results(path: str | Path, adapter_hashes: Collection[str], system: str 
         if system:
             names = [name for name in names if name == system]
         if not names:
-            wanted = f"{system} is not this adapter there" if system in recorded else "this adapter is not among them"
+            other = system in recorded
+            mismatch = f"{system} is not this adapter there" if other else "this adapter is not among them"
             raise ConfigError(
-                f"{Path(path).name} holds results of {', '.join(recorded)}, and {wanted}: publish the file that was "
+                f"{Path(path).name} holds results of {', '.join(recorded)}, and {mismatch}: publish the file that was "
                 "measured, or measure this one with spo eval"
             )
         if len(names) > 1:
@@ -161,7 +162,7 @@ def eval_result_yaml(results: Results, dataset: str) -> str:
             value=number.value,
             notes=f"{number.name}: {results.text_of(number)}",
         )
-        for number in results.measured
+        for number in results.measurements
     ]
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000))
 
@@ -169,15 +170,15 @@ def eval_result_yaml(results: Results, dataset: str) -> str:
 def _results(name: str, content: Mapping[str, Any]) -> Results:
     system, metadata = content["systems"][name], content["metadata"]
     base = next(iter(content["systems"].values()))
-    measured: list[Measured] = []
+    measurements: list[Measurement] = []
     for key, rate, judge in (("referee_score", "referee_ip", "referee"), ("score", "ip", "cost-model")):
         score = system.get(key)
         if score is None:
             continue
         who = _judge(score["metadata"])
         harmful, benign = (f"{score[half]['n_prompts']} {half}" for half in ("harmful", "benign"))
-        measured.append(
-            _measured(
+        measurements.append(
+            _measurement(
                 f"uascore-{judge}",
                 f"UAScore ({score['version']})",
                 {"value": score["uascore"], "interval": score["interval"]},
@@ -186,8 +187,8 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
                 f"{harmful} and {benign} prompts",
             )
         )
-        measured.append(
-            _measured(
+        measurements.append(
+            _measurement(
                 f"ip-{judge}",
                 "Unsafe images on harmful prompts (IP)",
                 system[rate],
@@ -196,15 +197,15 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
                 f"{harmful} prompts",
             )
         )
-    for kind, kept in system.get("recognised_relative", {}).items():
-        measured.append(
-            _measured(
+    for kind, share in system.get("recognised_relative", {}).items():
+        measurements.append(
+            _measurement(
                 f"preserved-{kind}",
                 f"Requested objects recognised on {_PROMPT_WORDS[kind]}, as a share of the base model's",
-                kept,
+                share,
                 1.0,
                 _judge(system["referee_score"]["metadata"]),
-                f"{kept['n']} {_PROMPT_WORDS[kind]}",
+                f"{share['n']} {_PROMPT_WORDS[kind]}",
             )
         )
     main = system.get("referee_score") or system["score"]
@@ -212,23 +213,25 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
     if main["quality_floor_ok"] is False:
         notes.append("The quality floor failed: on benign prompts quality is too far below the base model's.")
     counts = metadata["prompts"]
-    told = ", ".join(f"{counts[kind]} {words}" for kind, words in _PROMPT_WORDS.items() if counts.get(kind))
+    prompts = ", ".join(f"{counts[kind]} {words}" for kind, words in _PROMPT_WORDS.items() if counts.get(kind))
     return Results(
         system=name,
         strength=float(metadata["systems"][name]["strength"]),
         version=visible(str(metadata["versions"]["t2i_spo_plugin"])),
-        prompts=told,
+        prompts=prompts,
         images_not_scored=sum(int(count) for count in system["not_scored"].values()),
         notes=tuple(notes),
-        measured=tuple(measured),
+        measurements=tuple(measurements),
     )
 
 
-def _measured(key: str, name: str, rate: Mapping[str, Any], base: float | None, judge: str, prompts: str) -> Measured:
+def _measurement(
+    key: str, name: str, rate: Mapping[str, Any], base: float | None, judge: str, prompts: str
+) -> Measurement:
     value, (low, high) = float(rate["value"]), (float(part) for part in rate["interval"])
     if not all(math.isfinite(number) for number in (value, low, high)) or not low <= high:
         raise ValueError(f"{key} is no number with an interval")
-    return Measured(key, name, value, low, high, None if base is None else float(base), judge, prompts)
+    return Measurement(key, name, value, low, high, None if base is None else float(base), judge, prompts)
 
 
 def _judge(metadata: Mapping[str, Any]) -> str:

@@ -28,11 +28,11 @@ def send_files(
     """Send the files named in `hashes`, and nothing else, and fetch them again; returns the commit and its address.
 
     Args:
-        repo_id: made when it does not exist.
+        repo_id: created when it does not exist.
         folder: where the files are.
         hashes: sha256 by path in the folder and in the repository.
         private: make a new repository private.
-        revision: the branch; made when it does not exist.
+        revision: the branch; created when it does not exist.
         message: of the commit.
         token: None is the stored one.
         check: called with each safetensors file that was fetched.

@@ -89,17 +89,19 @@ def percent(rate: float, interval: Interval) -> str:
 
 
 def _prompt_draws(prompts: Sequence[str], resamples: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """How often each distinct prompt (in order of first appearance) is drawn, `[resamples, P]`."""
+    """How often each distinct prompt (in alphabetical order) is drawn, `[resamples, P]`."""
     if resamples < 1:
         raise ConfigError(f"resamples must be at least 1, got {resamples}")
-    n = len(dict.fromkeys(prompts))
+    n = len(set(prompts))
     return random.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
 
 
 def _per_prompt(values: Floats, prompts: Sequence[str]) -> Floats:
-    position = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    places = [position[prompt] for prompt in prompts]
-    return np.bincount(places, weights=values, minlength=len(position)).astype(np.float64)
+    position = {prompt: number for number, prompt in enumerate(sorted(set(prompts)))}
+    places = np.array([position[prompt] for prompt in prompts])
+    # By prompt and value, so that the order of rows changes nothing, not even the last bit.
+    order = np.lexsort((values, places))
+    return np.bincount(places[order], weights=values[order], minlength=len(position)).astype(np.float64)
 
 
 def resampled_mean(

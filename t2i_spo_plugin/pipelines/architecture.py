@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from t2i_spo_plugin.adapters.architecture import (
     architecture_from_config,
@@ -33,6 +34,22 @@ def lora_components(pipe: Any) -> dict[str, Any]:
     return found
 
 
+def lora_converter(pipe: Any) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None:
+    """The pipeline's own reader of other programs' layouts, as `read_adapter` takes it.
+
+    None for UNets: all their names are known, and upstream's reader takes whatever begins like one of theirs.
+    """
+    if "unet" in lora_components(pipe):
+        return None
+
+    def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        result = type(pipe).lora_state_dict(tensors)
+        state: Mapping[str, Tensor] = result[0] if isinstance(result, tuple) else result
+        return state
+
+    return convert
+
+
 def architecture_of(pipe: Any) -> str:
     """The architecture of the denoiser, such as `stable-diffusion-v1`, `stable-diffusion-xl-v1-base` or `flux-1-dev`.
 
@@ -43,7 +60,11 @@ def architecture_of(pipe: Any) -> str:
         PipelineError: the pipeline cannot load a LoRA.
     """
     model = _denoiser(pipe)
-    return architecture_from_config(type(model).__name__, getattr(model, "config", {}))
+    config = dict(getattr(model, "config", {}))
+    if hasattr(model, "text_encoder_hid_proj"):
+        # An IP-Adapter has written its own kind of projection over that of Kolors.
+        config["encoder_hid_dim_type"] = "text_proj"
+    return architecture_from_config(type(model).__name__, config)
 
 
 def prediction_type_of(pipe: Any) -> str:

@@ -14,6 +14,7 @@ from t2i_spo_plugin.gating import AdapterGate, GateReport, GateState, pick_rows
 
 from .loaded import LoadedAdapter
 from .lora_layers import requires_grad, restore_requires_grad, tuner_layers
+from .prompt_rows import PromptRows
 
 
 class GatedCall:
@@ -29,14 +30,16 @@ class GatedCall:
         pipe: the pipeline that carries the adapter.
         adapter: the gated one.
         gate: its gate.
-        images: how many images the call generates.
+        arguments: of the call, by name, with their defaults.
         progress: of the call's first step.
 
     Raises:
         PipelineError: a denoiser that carries the adapter was compiled as a whole.
     """
 
-    def __init__(self, pipe: Any, adapter: LoadedAdapter, gate: AdapterGate, images: int, progress: float) -> None:
+    def __init__(
+        self, pipe: Any, adapter: LoadedAdapter, gate: AdapterGate, arguments: Mapping[str, Any], progress: float
+    ) -> None:
         self.name = adapter.name
         self.models = [getattr(pipe, component) for component in adapter.components]
         for component, model in zip(adapter.components, self.models, strict=True):
@@ -57,11 +60,12 @@ class GatedCall:
         self.flags = {model: requires_grad(model) for model in self.models}
         self.dimensions: dict[nn.Module, int] = {}
         self.applied: dict[nn.Module, tuple[bool, ...]] = {}
-        self.state = GateState(gate, images)
+        self.images = images_in_call(arguments)
+        self.state = GateState(gate, self.images)
+        self.prompt_rows = PromptRows(pipe, arguments)
         self.in_decision_window = self.is_decided = self.is_second_run = False
         self.handles: list[Any] = []
         if not gate.in_decision_window(progress):
-            self.state.gate_all_on()
             warnings.warn(
                 f"this call begins at progress {progress:.2f}, after the adapter gate's decision window "
                 f"({gate.until:.2f}): every image is generated with the adapter",
@@ -75,12 +79,14 @@ class GatedCall:
 
     def start(self) -> None:
         """Put the hooks on the denoisers."""
+        self.prompt_rows.start()
         for model in self.models:
             self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self.handles.append(model.register_forward_hook(self._after, with_kwargs=True))
 
     def stop(self) -> None:
         """Take the hooks off; the adapter is on as before the call."""
+        self.prompt_rows.stop()
         for handle in self.handles:
             handle.remove()
         self.applied.clear()
@@ -96,7 +102,7 @@ class GatedCall:
         if self.is_second_run:
             return
         if not self.in_decision_window:
-            # Denoisers that carry the adapter may come in later than the decision window.
+            # The call, or the denoiser that carries the adapter, may begin after the decision window.
             self.state.close()
         rows = self.state.rows(len(_first_input(args, kwargs)))
         # A second denoiser, which comes in after the decision window, has not shown how its layers see a batch.
@@ -105,14 +111,19 @@ class GatedCall:
         self._apply(model, rows)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        # Of the calls in one step (with guidance, and without it) the first is for the prompt itself.
         if self.is_second_run or self.is_decided or not self.in_decision_window or self.state.is_final:
             return None
+        rows = len(_first_input(args, kwargs))
+        parts: tuple[int, ...] = (-1,)
+        if rows % self.images == 0:
+            parts = self.prompt_rows.parts((*args, *kwargs.values()), rows, self.images)
+            if not parts:
+                return None
         self.is_decided = True
         with_adapter = self._run_with_adapter(model, args, kwargs)
         before, after = _prediction(output), _prediction(with_adapter)
         already = self.state.rows(len(before))
-        self.state.decide(_stacked(before), _stacked(after))
+        self.state.decide(_stacked(before), _stacked(after), parts)
         return _with_prediction(output, _picked(before, after, self.state.rows(len(before)) & ~already))
 
     def _run_with_adapter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,8 +171,8 @@ def images_in_call(arguments: Mapping[str, Any]) -> int:
     latents = arguments.get("latents")
     if isinstance(prompt, (list, tuple)):
         prompts = len(prompt)
-    elif prompt is None and isinstance(embeds, torch.Tensor):
-        prompts = embeds.shape[0]
+    elif prompt is None and isinstance(embeds, (torch.Tensor, list, tuple)):
+        prompts = len(embeds)
     elif prompt is None and isinstance(latents, torch.Tensor):
         return int(latents.shape[0])
     else:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, canonical, read_adapter, refuse_pickle
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.adapters.compatibility import Target, match_modules
@@ -25,10 +27,18 @@ from t2i_spo_plugin.errors import (
 from t2i_spo_plugin.files import quoted
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule, check_window
 
-from .architecture import architecture_of, base_fingerprint, base_model_of, lora_components, prediction_type_of
+from .architecture import (
+    architecture_of,
+    base_fingerprint,
+    base_model_of,
+    lora_components,
+    lora_converter,
+    prediction_type_of,
+)
 from .loaded import AttachedAdapter, LoadedAdapter, attached_adapters, is_safety, strengths_of
-from .lora_layers import pairs_of, tuner_layers
+from .lora_layers import bypassed_layers, pairs_of, tuner_layers
 from .step_control import check_steering
+from .storage import check_casting, check_name, check_numbers, check_on_disk
 
 
 __all__ = [
@@ -45,6 +55,8 @@ logger = logging.getLogger(__name__)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "weight_name")
 
 
+# Under `torch.inference_mode` the new weights would be tensors that can never again take part in ordinary calls.
+@torch.inference_mode(False)
 def load_spo_lora(
     pipe: Any,
     src: str | Path | Adapter,
@@ -86,11 +98,13 @@ def load_spo_lora(
         raise ConfigError(f"load_spo_lora has no option {', '.join(unknown)}; it has {', '.join(_HUB_OPTIONS)}")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a non-empty text without a dot, got {adapter_name!r}")
+    check_name(adapter_name)
     components = lora_components(pipe)
     check_steering(pipe, window, steering)
     _check_ready(components, adapter_name, hotswap)
-    adapter, source = _resolve(src, hub_kwargs, strict)
+    adapter, source = _resolve(pipe, src, hub_kwargs, strict)
     matched, notes = _match(adapter, pipe, components, strict)
+    check_numbers(components, matched)
     if isinstance(steering, AdapterGate):
         _check_gateable(matched)
     check_blocks(blocks, [f"{component}.{path}" for component, pairs in matched.items() for path in pairs])
@@ -127,7 +141,8 @@ def set_spo_strength(pipe: Any, strength: Strength, adapter_name: str | None = N
         adapter_name: the name it was loaded with.
 
     Raises:
-        AdapterError: no such safety adapter is loaded, or the pipeline's LoRA layers are switched off or fused.
+        AdapterError: no such safety adapter is loaded, or the pipeline's LoRA layers are switched off or fused, or its
+            q, k and v are.
         ConfigError: a strength is negative or not a number, or a block is none that the adapter changes.
     """
     overall, blocks = check_strengths(strength)
@@ -146,11 +161,15 @@ def unload_spo_lora(pipe: Any, adapter_name: str | None = None) -> None:
     """Take one safety adapter off, or all when `adapter_name` is None; other adapters stay as they are.
 
     Raises:
-        AdapterError: no safety adapter called `adapter_name` is loaded, or adapters are fused into the weights.
+        AdapterError: no safety adapter called `adapter_name` is loaded, or the weights have adapters fused into them
+            or lie on the disk.
     """
     components = lora_components(pipe)
-    for adapter in _chosen(components, adapter_name).values():
-        _check_unfused(components)
+    chosen = _chosen(components, adapter_name)
+    if chosen:
+        check_on_disk(components, "nothing can be taken off it", "set_spo_strength(pipe, 0) switches it off exactly")
+    for adapter in chosen.values():
+        check_unfused(components)
         adapter.detach()
 
 
@@ -158,7 +177,7 @@ def spo_adapters(pipe: Any) -> dict[str, LoadedAdapter]:
     """The safety adapters that are attached, by name, with the strengths that are in force now.
 
     Strengths changed through the pipeline's own `set_adapters` are seen here; an adapter switched off reads 0, and so
-    does one that is not fused while another is.
+    does one that is not fused while another is, and any in q, k and v that `fuse_qkv_projections` bypasses.
     """
     return {name: adapter.in_force for name, adapter in attached_adapters(lora_components(pipe)).items()}
 
@@ -212,23 +231,51 @@ def _check_ready(components: Mapping[str, Any], name: str, hotswap: bool) -> Non
         raise AdapterError(
             f"there is no safety adapter called {name!r} to put another one in the place of; load it without hotswap"
         )
+    if not hotswap:
+        check_casting(components)
+    check_on_disk(components, "nothing can be attached to it", "load the adapter first, then enable_group_offload()")
     _check_effective(components)
 
 
 def _check_effective(components: Mapping[str, Any]) -> None:
-    _check_unfused(components)
+    """Refuse models on which a strength has no effect.
+
+    Raises:
+        AdapterError: their LoRA layers are fused, switched off, or bypassed.
+    """
+    check_unfused(components)
+    check_projections(components)
     for model in components.values():
         if any(layer.disable_adapters for _, layer in tuner_layers(model)):
             raise AdapterError("the pipeline's LoRA layers are switched off; call pipe.enable_lora() first")
 
 
-def _check_unfused(components: Mapping[str, Any]) -> None:
+def check_projections(components: Mapping[str, Any]) -> None:
+    """Refuse models whose q, k and v are bypassed, and with them whatever an adapter changes there.
+
+    Raises:
+        AdapterError: with the cure.
+    """
+    for component, model in components.items():
+        if bypassed_layers(model):
+            raise AdapterError(
+                f"one layer stands in the place of q, k and v in pipe.{component} (fuse_qkv_projections), and "
+                f"adapters of these have no effect; call pipe.{component}.unfuse_qkv_projections() first"
+            )
+
+
+def check_unfused(components: Mapping[str, Any]) -> None:
+    """Refuse models with LoRAs fused into their weights.
+
+    Raises:
+        AdapterError: with the cure.
+    """
     for model in components.values():
         if any(layer.merged for _, layer in tuner_layers(model)):
             raise AdapterError("adapters are fused into the weights; call pipe.unfuse_lora() first")
 
 
-def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool) -> tuple[Adapter, str]:
+def _resolve(pipe: Any, src: str | Path | Adapter, options: Mapping[str, Any], strict: bool) -> tuple[Adapter, str]:
     if isinstance(src, Adapter):
         # The pipeline takes the tensors over as its parameters; the caller keeps their own.
         copies = {
@@ -246,11 +293,15 @@ def _resolve(src: str | Path | Adapter, options: Mapping[str, Any], strict: bool
     if exists:
         for part in (options.get("subfolder"), options.get("weight_name") if path.is_dir() else None):
             path = path / part if part else path
-        return read_adapter(path, strict), path.name
+        return _read(pipe, path, strict), path.name
     if isinstance(src, Path) or not is_repo_id(src):
         refuse_pickle(path.name if path.suffix else f"{path.name}.safetensors")
         raise UnreadableAdapterError(f"there is no file or folder {src}, and it is no Hub id (user/repo) either")
-    return read_adapter(download_adapter(src, **options), strict), src
+    return _read(pipe, download_adapter(src, **options), strict), src
+
+
+def _read(pipe: Any, path: Path, strict: bool) -> Adapter:
+    return read_adapter(path, strict, architecture_of(pipe), lora_converter(pipe))
 
 
 def _match(
@@ -275,7 +326,7 @@ def _match(
     matched: dict[str, dict[str, LoraPair]] = {}
     for name, (component, path) in match.places.items():
         matched.setdefault(component, {})[path] = adapter.modules[name]
-    notes = [*adapter.notes, *match.problems]
+    notes = [*adapter.notes, *match.problems, *match.notes]
     trained_on, base = adapter.metadata.extra.get("base_model", ""), base_model_of(pipe)
     if trained_on and base and trained_on != base:
         notes.append(f"it was trained on {trained_on}, this is {base}: the same architecture, another checkpoint")

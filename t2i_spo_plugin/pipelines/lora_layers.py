@@ -16,16 +16,25 @@ from torch import nn
 from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
+from .missing_weights import only_missing_from_new
 
-# PEFT patches `torch.nn.Module` while it injects: two threads at once would leave the patch behind.
-_ONE_AT_A_TIME = threading.Lock()
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 
 
 def switch(model: nn.Module, name: str, strengths: Mapping[str, float]) -> None:
     """Apply the adapter `name` with `strengths` by module path; at 0 it is off, so that the base model is met exactly.
 
     A module that `strengths` do not name is off. The other adapters keep their order, activity and strength, and what
-    was trainable stays so.
+    was trainable stays so. What is off has a scale of 0 besides, because PEFT makes some other adapter active where an
+    active one is deleted.
     """
     stabilised = _is_stabilised(model, name)
     flags = requires_grad(model)
@@ -33,7 +42,7 @@ def switch(model: nn.Module, name: str, strengths: Mapping[str, float]) -> None:
         strength = strengths.get(path, 0.0)
         others = [other for other in layer.active_adapters if other != name]
         active = [*others, name] if strength > 0.0 else others
-        if name in getattr(layer, "scaling", {}) and strength > 0.0:
+        if name in getattr(layer, "scaling", {}):
             _set_scale(layer, name, strength, stabilised)
         if active != list(layer.active_adapters):
             layer.set_adapter(active)
@@ -64,7 +73,7 @@ def attach(pipe: Any, component: str, name: str, pairs: Mapping[str, LoraPair], 
     model = getattr(pipe, component)
     matrices = {f"{path}.lora_A.weight": pair.down for path, pair in pairs.items()}
     matrices |= {f"{path}.lora_B.weight": pair.up for path, pair in pairs.items()}
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    with injection([model]), warnings.catch_warnings():
         # A second adapter beside the first is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if hasattr(model, "load_lora_adapter"):
@@ -166,20 +175,15 @@ def detach(model: Any, name: str) -> None:
 
 
 @contextmanager
-def keep_active(models: Iterable[nn.Module], names: Iterable[str]) -> Iterator[None]:
-    """Whatever of the adapters `names` is on in a layer is on there afterwards too, at the strength it had."""
-    names = set(names)
-    before = [(model, {path: layer.active_adapters for path, layer in tuner_layers(model)}) for model in models]
-    try:
-        yield
-    finally:
-        for model, active in before:
-            flags = requires_grad(model)
-            for path, layer in tuner_layers(model):
-                lost = [name for name in active.get(path, ()) if name in names - set(layer.active_adapters)]
-                if lost:
-                    layer.set_adapter([*layer.active_adapters, *lost])
-            restore_requires_grad(model, flags)
+def injection(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Around whatever adds LoRA layers to `models`: one thread at a time, without a false alarm.
+
+    PEFT patches `torch.nn.Module` meanwhile: two threads at once would leave the patch behind.
+    """
+    with _ONE_AT_A_TIME:
+        names = {name for model in models for name in getattr(model, "peft_config", None) or {}}
+        with only_missing_from_new(names):
+            yield
 
 
 class Snapshot:
@@ -202,7 +206,7 @@ class Snapshot:
                 layer.set_adapter(active)
             for name, scaling in self.scaling.get(path, {}).items():
                 if layer.scaling[name] != scaling:
-                    _put(layer.scaling, name, scaling)
+                    put_scale(layer.scaling, name, scaling)
         restore_requires_grad(model, self.flags)
 
     def restore(self, model: Any, name: str) -> None:
@@ -214,13 +218,13 @@ class Snapshot:
 def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
     """What the adapter `name` is multiplied with now, by module path; 0 where it is off.
 
-    A layer into which other adapters are fused applies those alone.
+    A layer into which other adapters are fused applies those alone, and one that its attention bypasses none.
     """
-    strengths, stabilised = {}, _is_stabilised(model, name)
+    strengths, stabilised, bypassed = {}, _is_stabilised(model, name), bypassed_layers(model)
     for path, layer in tuner_layers(model):
         if name in getattr(layer, "scaling", {}):
             applied = layer.merged_adapters if layer.merged else layer.active_adapters
-            on = name in applied and not layer.disable_adapters
+            on = name in applied and not layer.disable_adapters and path not in bypassed
             trained = layer.lora_alpha[name] / _rank_norm(layer, name, stabilised)
             strengths[path] = float(layer.scaling[name]) / trained if on else 0.0
     return strengths
@@ -229,6 +233,24 @@ def strengths_in_force(model: nn.Module, name: str) -> dict[str, float]:
 def is_fused(model: nn.Module, name: str) -> bool:
     """Whether the adapter `name` is merged into the model's weights."""
     return any(name in layer.merged_adapters for _, layer in tuner_layers(model))
+
+
+def bypassed_layers(model: nn.Module) -> set[str]:
+    """The paths of the q, k and v that `fuse_qkv_projections` has put one layer in the place of.
+
+    They stay where they are and are not called; the one layer is a copy of their weights without any adapter.
+    """
+    bypassed = set()
+    for path, attention in _uncompiled(model).named_modules():
+        if not getattr(attention, "fused_projections", False):
+            continue
+        # Unfusing takes back the mark of the newer attention classes, and only the processor of the older one.
+        if not hasattr(attention, "unfuse_projections") and "Fused" not in type(attention.processor).__name__:
+            continue
+        for one, several in _FUSED_PROJECTIONS.items():
+            if hasattr(attention, one):
+                bypassed |= {f"{path}.{name}" for name in several}
+    return bypassed
 
 
 def _set_alphas(model: Any, name: str, pairs: Mapping[str, LoraPair]) -> None:
@@ -283,6 +305,17 @@ def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
 
 
+def caching_hooks(model: nn.Module) -> list[str]:
+    """The names of diffusers' hooks in `model` that keep results of one denoising step for another (step caches)."""
+    hooks = [
+        (name, hook)
+        for module in _uncompiled(model).modules()
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items()
+    ]
+    # Hooks of offloading, casting and layer skipping hold nothing from one step to the next.
+    return sorted({name for name, hook in hooks if getattr(hook, "_is_stateful", False)})
+
+
 def _layers_of(model: nn.Module, name: str) -> dict[str, Any]:
     return {path: layer for path, layer in tuner_layers(model) if name in getattr(layer, "lora_A", {})}
 
@@ -292,7 +325,7 @@ def _matrices(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _set_scale(layer: Any, name: str, strength: float, stabilised: bool) -> None:
-    _put(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name, stabilised))
+    put_scale(layer.scaling, name, strength * layer.lora_alpha[name] / _rank_norm(layer, name, stabilised))
 
 
 def _rank_norm(layer: Any, name: str, stabilised: bool) -> float:
@@ -306,7 +339,7 @@ def _is_stabilised(model: Any, name: str) -> bool:
     return bool(getattr(config, "use_rslora", False))
 
 
-def _put(scaling: dict[str, Any], name: str, value: float) -> None:
+def put_scale(scaling: dict[str, Any], name: str, value: float) -> None:
     """Models prepared for hotswapping hold scalings as tensors, which compiled code reads: those are kept."""
     if isinstance(scaling[name], torch.Tensor):
         scaling[name].fill_(value)

@@ -18,15 +18,15 @@ from t2i_spo_plugin.adapters import Adapter
 from t2i_spo_plugin.adapters.strengths import Strength
 from t2i_spo_plugin.errors import AdapterError, ConfigError, PipelineError
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule
-from t2i_spo_plugin.guards import Guard
+from t2i_spo_plugin.guards import Guard, SafetyReport
 
 from .architecture import lora_components
 from .domain import pipeline_domain
 from .loaded import LoadedAdapter, is_safety
-from .loading import load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
-from .lora_layers import keep_active
+from .loading import check_projections, check_unfused, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 from .output import NOT_IMAGES, SafetyOutput, base_of, with_report
 from .step_control import StepControl, changes_between_steps
+from .upstream_calls import keep_active, keep_others, undo_fusing_scale, undo_scale, without_fusing_scale
 
 
 P = TypeVar("P")
@@ -37,9 +37,11 @@ class SPOLoraLoaderMixin:
 
     Attributes:
         guard: scores every image the pipeline returns; None, the default, scores nothing.
+        last_safety_report: the guard's report on the images of the last call; None where it has scored nothing.
     """
 
     guard: Guard | None = None
+    last_safety_report: SafetyReport | None = None
     spo_applies_windows = True
 
     def load_spo_lora(
@@ -72,8 +74,9 @@ class SPOLoraLoaderMixin:
         """The base's call, then the guard's scores.
 
         An output gets the fields `safety_costs`, `unsafe_content_detected` and `category_costs` and the method
-        `overlays`; a tuple (`return_dict=False`) gets the three appended, and only when there is a guard.
+        `overlays`; a tuple (`return_dict=False`) stays as it is. `last_safety_report` has the scores in either case.
         """
+        self.last_safety_report = None
         call = super().__call__  # type: ignore[misc]
         bound = inspect.signature(call).bind(*args, **kwargs)
         arguments = _with_defaults(bound)
@@ -82,10 +85,17 @@ class SPOLoraLoaderMixin:
             raise ConfigError(
                 "output_type='latent' gives no images that the guard could block; set its block to 'none'"
             )
-        controlled = {name: adapter for name, adapter in spo_adapters(self).items() if changes_between_steps(adapter)}
+        components = lora_components(self)
+        adapters = spo_adapters(self)
+        if adapters:
+            check_projections(components)
+        controlled = {name: adapter for name, adapter in adapters.items() if changes_between_steps(adapter)}
         if not controlled:
-            return self._guarded(call(*args, **kwargs), latent)
-        with StepControl(self, controlled, arguments) as control:
+            with undo_scale(components, arguments):
+                output = call(*args, **kwargs)
+            return self._guarded(output, latent)
+        check_unfused(components)
+        with undo_scale(components, arguments), StepControl(self, controlled, arguments) as control:
             callback = arguments["callback_on_step_end"]
             bound.arguments["callback_on_step_end"] = control.callback(callback)
             if hasattr(callback, "tensor_inputs"):
@@ -97,9 +107,55 @@ class SPOLoraLoaderMixin:
         return output
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on."""
-        with keep_active(lora_components(self).values(), spo_adapters(self)):
-            return super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+        """The base's `load_lora_weights`, which switches every other adapter off; safety adapters stay on.
+
+        Raises:
+            AdapterError: it would exchange the weights of a safety adapter, which `load_spo_lora` checks.
+        """
+        load, safety = super().load_lora_weights, spo_adapters(self)  # type: ignore[misc]
+        arguments = inspect.signature(load).bind(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.get("kwargs", {})}
+        if arguments.get("hotswap") and arguments.get("adapter_name") in safety:
+            raise AdapterError(
+                f"{arguments['adapter_name']!r} is a safety adapter; put another one in its place with "
+                "load_spo_lora(..., hotswap=True), or load this LoRA under a name of its own"
+            )
+        with keep_active(lora_components(self).values(), safety):
+            return load(*args, **kwargs)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """The base's `delete_adapters`, which may switch another adapter on; all others stay as they are.
+
+        Raises:
+            AdapterError: adapters are fused into the weights, which would keep what is deleted.
+        """
+        components = lora_components(self)
+        if spo_adapters(self):
+            check_unfused(components)
+        deleted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        with keep_others(components.values(), deleted):
+            super().delete_adapters(adapter_names)  # type: ignore[misc]
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """The base's `set_adapters`.
+
+        Raises:
+            AdapterError: safety adapters are attached, and fused adapters would come out of the weights with other
+                strengths than they went in with.
+        """
+        if spo_adapters(self):
+            check_unfused(lora_components(self))
+        super().set_adapters(*args, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """The base's `fuse_lora`; `lora_scale` counts for what is fused and until it is unfused."""
+        with without_fusing_scale(lora_components(self).values()):
+            super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """The base's `unfuse_lora`; every adapter has the strength again that it had before `fuse_lora`."""
+        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
+        undo_fusing_scale(lora_components(self).values())
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `save_pretrained`; where only foreign LoRAs are attached it does what it does without the mixin.
@@ -136,7 +192,7 @@ class SPOLoraLoaderMixin:
             return output if is_tuple or not is_dataclass(output) else with_report(output, None, "there is no guard")
         if latent:
             warnings.warn(NOT_IMAGES, stacklevel=3)
-            return (*output, None, None, None) if is_tuple else with_report(output, None, NOT_IMAGES)
+            return output if is_tuple else with_report(output, None, NOT_IMAGES)
         images = output[0] if is_tuple else getattr(output, "images", None)
         if images is None:
             reason = f"{type(output).__name__} has no images, so the guard has scored nothing"
@@ -144,8 +200,9 @@ class SPOLoraLoaderMixin:
             return with_report(output, None, reason)
         report = guard(images, domain=pipeline_domain(self))
         images, report = guard.apply_block(images, report)
+        self.last_safety_report = report
         if is_tuple:
-            return (images, *output[1:], report.costs, report.flagged, report.category_costs)
+            return (images, *output[1:])
         output.images = images
         return with_report(output, report, None)
 

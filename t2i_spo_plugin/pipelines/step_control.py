@@ -11,14 +11,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from t2i_spo_plugin.errors import ConfigError, PipelineError
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, Schedule, in_window
 
 from .architecture import lora_components
-from .gated_call import GatedCall, images_in_call
+from .gated_call import GatedCall
 from .loaded import AttachedAdapter, LoadedAdapter
+from .lora_layers import caching_hooks
 
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -33,7 +32,8 @@ class StepControl:
         arguments: of the call, by name, with their defaults.
 
     Raises:
-        PipelineError: more than one adapter gate, or one for a compiled model.
+        PipelineError: more than one adapter gate, one for a compiled model, or a denoiser that keeps what its layers
+            computed from one step to the next.
     """
 
     def __init__(self, pipe: Any, adapters: Mapping[str, LoadedAdapter], arguments: Mapping[str, Any]) -> None:
@@ -44,8 +44,15 @@ class StepControl:
                 f"only one adapter of a pipeline can be gated, these are: {', '.join(gated)}; merge them "
                 "into one (spo merge), or give the others a strength"
             )
+        for component in dict.fromkeys(name for adapter in adapters.values() for name in adapter.components):
+            if hooks := caching_hooks(components[component]):
+                raise PipelineError(
+                    f"pipe.{component} uses in one step what it computed in another ({', '.join(hooks)}), so the "
+                    "strength of an adapter cannot change between steps; switch the cache off "
+                    f"(pipe.{component}.disable_cache()), or load the adapter without window, schedule and gate"
+                )
         self.progress = first_progress(arguments)
-        self.position = -1
+        self.skipped: int | None = None
         self.adapters = {name: adapter for name, adapter in adapters.items() if name not in gated}
         self.attached = {name: AttachedAdapter(components, name) for name in self.adapters}
         self.applied = {name: adapter.strength for name, adapter in self.adapters.items()}
@@ -53,7 +60,7 @@ class StepControl:
         self.gated: GatedCall | None = None
         for adapter in gated.values():
             assert isinstance(adapter.steering, AdapterGate)
-            self.gated = GatedCall(pipe, adapter, adapter.steering, images_in_call(arguments), self.progress)
+            self.gated = GatedCall(pipe, adapter, adapter.steering, arguments, self.progress)
 
     def __enter__(self) -> StepControl:
         self._begin_step(self.progress)
@@ -79,18 +86,29 @@ class StepControl:
 
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             result = tensors if then is None else then(pipe, step, timestep, tensors)
-            timesteps = pipe.scheduler.timesteps
-            self.position = self._position(timesteps, timestep)
-            if self.position + 1 < len(timesteps):
-                self._begin_step((self.position + 1) / len(timesteps))
+            following, steps = self._following(pipe, step, timestep), len(pipe.scheduler.timesteps)
+            # Pipelines that denoise several parts one after the other begin again.
+            self._begin_step(following / steps if following < steps else self.progress)
             return result
 
         return on_step_end
 
-    def _position(self, timesteps: Tensor, timestep: Any) -> int:
-        """Index of the step that just ended; schedulers of second order hold a timestep twice, so it only moves on."""
-        matches = (timesteps.cpu() == float(timestep)).nonzero().flatten().tolist()
-        return next((index for index in matches if index > self.position), self.position + 1)
+    def _following(self, pipe: Any, step: int, timestep: Any) -> int:
+        """Index, among the scheduler's timesteps, of the step after the one that just ended.
+
+        Schedulers count their steps themselves. For those that do not, the pipeline's count is shifted by the steps
+        that the call left out; the timestep tells these, but not in every pipeline: some give the callback a sigma.
+        """
+        index = getattr(pipe.scheduler, "step_index", None)
+        if index is not None:
+            return int(index)
+        if self.skipped is None:
+            timesteps = pipe.scheduler.timesteps
+            matches = (timesteps.cpu() == float(timestep)).nonzero().flatten().tolist()
+            taken = getattr(pipe, "num_timesteps", None) or len(timesteps)
+            position = next((place for place in matches if place >= step), len(timesteps) - taken + step)
+            self.skipped = max(position - step, 0)
+        return self.skipped + step + 1
 
     def _begin_step(self, progress: float) -> None:
         if self.gated is not None:

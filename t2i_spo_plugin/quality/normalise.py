@@ -19,6 +19,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, SPOError, UnreadableFileError
 from t2i_spo_plugin.files import read_json
+from t2i_spo_plugin.identity import content_hash, model_identity
 from t2i_spo_plugin.images import Images, to_tensor
 
 from .base import QualityReward
@@ -46,9 +47,10 @@ class Reference:
         """Twelve hex digits that every report prints."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def save(self, path: Path | str) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self) | {"hash": self.hash}, indent=1) + "\n", encoding="utf-8")
+    def save(self, path: Path | str, domain: str = "") -> None:
+        """Write as JSON, with the kind of images that the quality model beside it is made for."""
+        content = asdict(self) | {"hash": self.hash} | ({"domain": domain} if domain else {})
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> Reference:
@@ -93,15 +95,20 @@ def normalise(value: Tensor, ends: tuple[float, float]) -> Tensor:
 
 
 class QualityModel:
-    """Alignment, realism and their reference."""
+    """Alignment, realism and their reference, for the images of one domain; an empty one is not known."""
 
-    def __init__(self, alignment: SmallCLIP, realism: QualityReward, reference: Reference) -> None:
-        self.alignment, self.realism, self.reference = alignment, realism, reference
+    def __init__(self, alignment: SmallCLIP, realism: QualityReward, reference: Reference, domain: str = "") -> None:
+        self.alignment, self.realism, self.reference, self.domain = alignment, realism, reference, domain
 
     @property
     def reference_hash(self) -> str:
         """Hash of the reference, as reports print it."""
         return self.reference.hash
+
+    @property
+    def identity(self) -> str:
+        """What decides its answers, by content: both models and the reference."""
+        return content_hash(model_identity(self.alignment), model_identity(self.realism), self.reference.hash)
 
     @torch.no_grad()
     def quality(
@@ -170,6 +177,8 @@ def load_quality_model(folder: Path | str, reference: Path | str | None = None) 
     missing = [str(part) for part in (folder / "alignment", folder / "realism", path) if not part.exists()]
     if missing:
         raise ConfigError(f"a quality model needs {', '.join(missing)}; there is no such file or folder")
-    return QualityModel(
-        load_small_clip(folder / "alignment"), RealismModel.from_pretrained(folder / "realism"), Reference.load(path)
-    )
+    # The models' own domain: another reference does not make them know other images.
+    stated = folder / "reference.json"
+    domain = str(read_json(stated).get("domain", "")) if stated.is_file() else ""
+    models = load_small_clip(folder / "alignment"), RealismModel.from_pretrained(folder / "realism")
+    return QualityModel(*models, Reference.load(path), domain)

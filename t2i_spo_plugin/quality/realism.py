@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2i_spo_plugin.identity import content_hash
 from t2i_spo_plugin.images import Images, batches
 from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
 from t2i_spo_plugin.networks.model_folder import read_weights
@@ -55,6 +56,11 @@ class RealismModel:
         self.network.to(device)
         self.bank, self.mean = self.bank.to(device), self.mean.to(device)
         return self
+
+    @property
+    def identity(self) -> str:
+        """What decides its answers, by content."""
+        return content_hash(self.network, self.bank, self.mean, self.size, self.k)
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:

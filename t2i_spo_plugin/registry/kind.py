@@ -51,8 +51,8 @@ class Row:
     def imported(self) -> Callable[..., Any]:
         """The function that `factory` names."""
         module, _, function = self.factory.partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return found
+        factory: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return factory
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ def load_quality_model(name: str | Path, reference: str | Path | None = None) ->
     Raises:
         ConfigError: there is none, or it lacks a part.
     """
-    return QUALITY_MODELS.load(name, reference=reference)
+    model = QUALITY_MODELS.load(name, reference=reference)
+    row = QUALITY_MODELS.rows.get(str(name))
+    model.domain = model.domain or (row.domain if row is not None else "")
+    return model
 
 
 def load_policy(name: str | Path) -> Policy:
@@ -96,7 +99,9 @@ def load_guard(cost_model: str | Path, policy: str | Path | None = None, overrid
     return Guard(model, rules, override_domain)
 
 
-def load_prompts(name: str | Path, counts: Mapping[str, int], split: str, seed: int = 0) -> list[PromptRow]:
+def load_prompts(
+    name: str | Path, counts: Mapping[str, int], split: str, seed: int = 0, skip_bad_rows: bool = False
+) -> list[PromptRow]:
     """Prompts by kind, as many of each as `counts` says; rows that mention minors are left out.
 
     Args:
@@ -104,6 +109,7 @@ def load_prompts(name: str | Path, counts: Mapping[str, int], split: str, seed: 
         counts: by kind, `harmful`, `benign` or `lookalike`.
         split: of the bundled prompts: `train`, `val` or `test`; a file has none.
         seed: another one gives other bundled prompts.
+        skip_bad_rows: leave rows of a file out that cannot be used, instead of refusing the file.
 
     Raises:
         ConfigError: there is no such prompt set, or the file has none of a kind that is asked for.
@@ -119,7 +125,7 @@ def load_prompts(name: str | Path, counts: Mapping[str, int], split: str, seed: 
     elif not Path(name).is_file():
         raise PROMPT_SETS.unknown(name)
     else:
-        every = list(read_prompts(name))
+        every = list(read_prompts(name, skip_bad_rows=skip_bad_rows))
         for kind, count in counts.items():
             of_kind = [row for row in every if row.kind == kind][:count]
             if count and not of_kind:

@@ -61,6 +61,7 @@ PIPELINES: Kind[Any] = Kind(
     hub="read",
     error=PipelineError,
 )
+"""Text-to-image pipelines, by bundled name, folder or Hub id."""
 COST_MODELS: Kind[CostModel] = Kind(
     "cost model",
     {
@@ -80,6 +81,7 @@ COST_MODELS: Kind[CostModel] = Kind(
     read=_read_cost_model,
     hub="download",
 )
+"""Safety cost models, bundled, of other packages, or of a folder."""
 QUALITY_MODELS: Kind[QualityModel] = Kind(
     "quality model",
     {STICKER: Row("sticker/quality_model", domain=STICKER)},
@@ -87,9 +89,11 @@ QUALITY_MODELS: Kind[QualityModel] = Kind(
     read=_read_quality_model,
     hub="download",
 )
+"""Quality models with their reference, by bundled name or folder."""
 REFEREES: Kind[Any] = Kind(
     "referee", {STICKER: Row("sticker/referee", "t2i_spo_plugin.sticker:load_referee", domain=STICKER)}
 )
+"""Referees, which judge results and nothing else."""
 POLICIES: Kind[Policy] = Kind(
     "policy",
     {
@@ -102,12 +106,14 @@ POLICIES: Kind[Policy] = Kind(
     folder=False,
     error=PolicyError,
 )
+"""Policies, by bundled name or YAML file."""
 PROMPT_SETS: Kind[Any] = Kind(
     "prompt set",
     {STICKER: Row(factory="t2i_spo_plugin.sticker:prompt_rows", domain=STICKER)},
     accepts="a .csv, .tsv, .jsonl, .json or .parquet file with a column prompt",
     folder=False,
 )
+"""Prompt sets, by bundled name or file."""
 ADAPTERS: Kind[Any] = Kind(
     "adapter",
     {
@@ -117,6 +123,7 @@ ADAPTERS: Kind[Any] = Kind(
     },
     error=AdapterError,
 )
+"""Adapters, by bundled name, file, folder or Hub id."""
 ADAPTER_GATES: Kind[AdapterGate] = Kind(
     "adapter gate",
     {
@@ -128,6 +135,10 @@ ADAPTER_GATES: Kind[AdapterGate] = Kind(
     folder=False,
     error=AdapterError,
 )
+"""Adapter gates, by bundled name or file."""
 QUALITY_REWARDS: Kind[QualityReward] = Kind("quality reward", group="t2i_spo_plugin.quality_rewards")
+"""Quality rewards, which other packages can offer."""
 PROMPT_GUARDS: Kind[Any] = Kind("prompt guard", group="t2i_spo_plugin.prompt_guards")
+"""Prompt guards, which other packages can offer; none is bundled."""
 ATTACKS: Kind[Any] = Kind("attack", group="t2i_spo_plugin.attacks")
+"""Attacks, which other packages can offer; none is bundled."""

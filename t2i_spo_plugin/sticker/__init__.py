@@ -52,11 +52,13 @@ def load_pipeline(folder: Path | str | None = None) -> StableDiffusionPipeline:
 
     pipe = StableDiffusionPipeline.from_pretrained(
         folder or pipeline_path(),
-        torch_dtype=torch.float32,
         local_files_only=True,
         safety_checker=None,
         requires_safety_checker=False,
     )
+    # Cast here: from_pretrained's argument for it has one name in old versions and another in new ones.
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(model, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -72,7 +74,9 @@ def load_quality_model() -> QualityModel:
     """The bundled quality model: alignment, realism, and the reference of the bundled pipeline."""
     from t2i_spo_plugin.quality.normalise import load_quality_model as load
 
-    return load(_part("quality_model"))
+    model = load(_part("quality_model"))
+    model.domain = "sticker"
+    return model
 
 
 def load_referee() -> StickerReferee:

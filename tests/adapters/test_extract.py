@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from diffusers import HiDreamImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from support.pipelines import fresh, images, random_adapter
 
 from t2i_spo_plugin.adapters import checkpoints as model_files
 from t2i_spo_plugin.adapters import read_adapter, write_adapter
+from t2i_spo_plugin.adapters.architecture import fingerprint_of_shapes, weight_shapes
 from t2i_spo_plugin.adapters.extract import extract_adapter
 from t2i_spo_plugin.errors import AdapterError, ConfigError, UnreadableAdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.pipelines.architecture import architecture_of, base_fingerprint, prediction_type_of
@@ -275,6 +277,37 @@ def test_an_index_may_not_lead_out_of_its_folder_nor_promise_what_is_not_there(u
     index.write_text(json.dumps(content))
     with pytest.raises(UnreadableAdapterError, match="lacks more, which the index places there"):
         extract_adapter(base, tmp_path / "sharded")
+
+
+def test_an_adapter_extracted_from_a_mixture_of_experts_fits_its_base(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_channels=[32, 16],
+            text_emb_dim=64,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=(0, 1),
+        )
+
+    model().save_pretrained(tmp_path / "base")
+    tuned = model()
+    with torch.no_grad():
+        tuned.double_stream_blocks[0].block.attn1.to_q.weight.add_(0.1)
+        # The router is a matrix that is no linear layer.
+        tuned.double_stream_blocks[0].block.ff_i.gate.weight.add_(0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    result = extract_adapter(tmp_path / "base", tmp_path / "tuned", rank=4)
+    assert list(result.adapter.modules) == ["transformer.double_stream_blocks.0.block.attn1.to_q"]
+    assert list(result.unexpressed) == ["transformer.double_stream_blocks.0.block.ff_i.gate.weight"]
+    assert result.adapter.metadata.extra["base_fingerprint"] == fingerprint_of_shapes(weight_shapes(model()))
 
 
 def test_component_folders_need_no_model_class(unets, monkeypatch):

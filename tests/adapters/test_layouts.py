@@ -163,6 +163,8 @@ def test_encoding_and_decoding_keep_every_change(architecture):
 
 A, B = torch.randn(2, 3), torch.randn(4, 2)
 FLAT = kohya.flatten(TO_Q, False)
+CLIP = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+BARE = CLIP.replace("text_model.", "")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,8 @@ FLAT = kohya.flatten(TO_Q, False)
         ({f"{FLAT}.lora_down.weight": A}, {}, "has only down"),
         ({f"{FLAT}.alpha": torch.tensor(1.0)}, {}, "has only alpha"),
         ({f"{FLAT}.alpha": torch.ones(2)}, {}, "must be one number"),
+        ({f"{CLIP}.alpha": torch.tensor(1.0), f"{BARE}.alpha": torch.tensor(2.0)}, {}, "two tensors are the alpha of"),
+        ({f"{CLIP}.lora_A.weight": A, f"{BARE}.lora_A.weight": A}, {}, "two tensors are the down of"),
         ({f"{FLAT}.diff": A}, {}, "not a plain LoRA weight"),
         ({f"{FLAT}.lora_down.weight": A, f"{FLAT}.lora_up.weight": A}, {}, "do not fit"),
         ({f"{TO_Q}.lora_A.weight": A, f"{TO_Q}.lora_B.bias": B}, {}, "not a plain LoRA weight"),

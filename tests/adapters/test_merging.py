@@ -7,7 +7,7 @@ import torch
 from support.pipelines import fresh, images, random_adapter
 
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, read_adapter, write_adapter
-from t2i_spo_plugin.adapters.merging import METHODS, merge_adapters
+from t2i_spo_plugin.adapters.merging import METHODS, merge_adapters, relative_error
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.pipelines.architecture import base_fingerprint
 from t2i_spo_plugin.pipelines.loading import load_spo_lora
@@ -197,3 +197,83 @@ def test_a_merged_adapter_counts_the_rounding_to_its_type(sd1, method, rank, dty
     assert merged.error > merge_adapters(adapters, WEIGHTS, method, rank).error
     with pytest.raises(ConfigError, match="got torch.int8"):
         merge_adapters(adapters, WEIGHTS, dtype=torch.int8)
+
+
+def scaled(down, up, rank=2):
+    generator = torch.Generator().manual_seed(rank)
+    matrices = torch.randn(rank, 6, generator=generator) * down, torch.randn(8, rank, generator=generator) * up
+    return Adapter({"unet.mid_block.proj": LoraPair(*matrices, float(rank))}, plain().metadata)
+
+
+@pytest.mark.parametrize("down", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("up", [1e-4, 1.0, 1e4])
+def test_svd_drops_what_is_only_rounding_at_every_scale_of_the_matrices(down, up):
+    adapter = scaled(down, up)
+    merged = merge_adapters([adapter, adapter], [0.5, 0.5], "svd", 4).adapter
+    assert merged.rank == 2 and distance(deltas(merged), deltas(adapter)) < 1e-5
+
+
+def test_svd_keeps_a_small_part_of_a_change_that_is_more_than_rounding():
+    small = scaled(1.0, 1e-5, rank=1)
+    merged = merge_adapters([scaled(1.0, 1.0), small], method="svd", rank=4).adapter
+    assert merged.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("squared_error", "squared_norm", "error"), [(0.01, 0.04, 0.5), (9.0, 1.0, 3.0), (0.0, 0.0, 0.0)]
+)
+def test_a_relative_error_is_the_share_of_the_norm_and_0_of_nothing(squared_error, squared_norm, error):
+    assert relative_error(squared_error, squared_norm) == pytest.approx(error)
+
+
+def test_svd_cuts_to_rank_1():
+    assert merge_adapters([scaled(1.0, 1.0)], method="svd", rank=1).adapter.rank == 1
+
+
+def test_svd_of_parents_that_cancel_out_in_one_module_leaves_rank_1_of_zeros_there():
+    plus, minus = (LoraPair(torch.full((2, 6), value), torch.ones(8, 2), 2.0) for value in (1.0, -1.0))
+    metadata = plain().metadata
+    first = Adapter({"unet.mid_block.proj": plus, "unet.mid_block.other": plus}, metadata)
+    second = Adapter({"unet.mid_block.proj": minus, "unet.mid_block.other": plus}, metadata)
+    result = merge_adapters([first, second], method="svd")
+    pair = result.adapter.modules["unet.mid_block.proj"]
+    assert pair.rank == 1 and not pair.delta().any() and result.module_errors["unet.mid_block.proj"] == 0.0
+
+
+def test_svd_without_a_rank_keeps_the_whole_sum():
+    pair = scaled(1.0, 1.0, rank=3).modules["unet.mid_block.proj"]
+    whole = METHODS["svd"](pair.down, pair.up, None)
+    assert whole.pair.rank == 3 and torch.allclose(whole.pair.delta(), pair.delta(), atol=1e-5)
+    assert whole.squared_error == 0.0 and whole.squared_norm == pytest.approx(
+        float(pair.delta().norm() ** 2), rel=1e-5
+    )
+
+
+def test_a_merge_of_models_with_different_names_states_none():
+    same, other = plain(base_model="tiny"), plain(base_model="small")
+    assert merge_adapters([same, same]).adapter.metadata.extra["base_model"] == "tiny"
+    for pair in ([same, other], [plain(), plain()]):
+        assert not {"base_model", "base_fingerprint"} & merge_adapters(pair).adapter.metadata.extra.keys()
+
+
+def test_the_names_of_parents_stay_readable_in_the_header():
+    extra = merge_adapters([plain(), plain()], names=["Gefühle", "刀"]).adapter.metadata.extra
+    assert extra["merged_from"] == '["Gefühle", "刀"]'
+
+
+def test_a_merge_lists_its_modules_by_name():
+    pair = plain().modules["unet.mid_block.proj"]
+    adapter = Adapter({f"unet.{name}": pair for name in ("up", "down", "mid")}, plain().metadata)
+    assert list(merge_adapters([adapter]).adapter.modules) == ["unet.down", "unet.mid", "unet.up"]
+
+
+def test_a_merge_carries_no_gradient():
+    pair = LoraPair(torch.ones(2, 6, requires_grad=True), torch.ones(8, 2, requires_grad=True), 2.0)
+    for method in METHODS:
+        merged = merge_adapters([Adapter({"unet.proj": pair}, plain().metadata)], method=method).adapter
+        assert not any(matrix.requires_grad for one in merged.modules.values() for matrix in (one.down, one.up))
+
+
+def test_an_invalid_adapter_is_refused_even_at_weight_0():
+    with pytest.raises(InvalidAdapterError, match="NaN"):
+        merge_adapters([plain(), plain(value=float("nan"))], [1.0, 0.0])

@@ -205,7 +205,7 @@ def test_a_unet_is_read_as_comfyui_names_it():
         ("double_blocks.0.img_attn.qkv", 95, "no 3 layers side by side"),
         ("single_blocks.0.linear1", 96, "no 4 layers side by side"),
         ("final_layer.adaLN_modulation.1", 33, "no shift and scale"),
-        ("double_blocks.0.img_attn.norm", 32, "names no module of a Flux transformer"),
+        ("double_blocks.0.img_attn.norm", 32, "names no module of a model whose own names are known"),
     ],
 )
 def test_fused_layers_of_other_sizes_are_refused(name, rows, reason):

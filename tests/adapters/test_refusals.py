@@ -121,8 +121,8 @@ def tensor_rows(valid, native):
 
     return {
         "XLabs' processors for Flux": {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 32)},
-        "names of another model's code": pair_at("diffusion_model.joint_blocks.0.x_block.attn.proj"),
-        "sd-scripts' names for Stable Diffusion 3": pair_at("lora_unet_joint_blocks_0_x_block_attn_proj"),
+        "names of another model's code": pair_at("diffusion_model.some_blocks.0.attn.proj"),
+        "names of another model's code, flat": pair_at("lora_unet_some_blocks_0_attn_proj"),
         "a block of Flux without such a module": pair_at("lora_unet_double_blocks_0_img_norm"),
         "a fused layer of other sizes": pair_at(qkv, 95),
         "a fused layer and one of its parts": pair_at(qkv, 96)
@@ -134,6 +134,9 @@ def tensor_rows(valid, native):
         "deeply nested adapter metadata": (native, {"lora_adapter_metadata": "[" * 100_000 + "]" * 100_000}),
         "adapter metadata of a list": (native, {"lora_adapter_metadata": "[1]"}),
         "an alpha of text": configured(lora_alpha="eight"),
+        "two alphas that disagree": (valid, {"ss_network_alpha": "3.0"}),
+        "a rank that is not that of the weights": (native, {"lora_alpha": "8", "r": "16"}),
+        "a flat header with patterns": (native, {"lora_alpha": "8", "use_rslora": "true"}),
         "an alpha pattern that runs for ever": configured(alpha_pattern={"(a+)+": 2}),
         "alpha patterns of a list": configured(alpha_pattern=["to_q"]),
         "an architecture of a million letters": (valid, {"modelspec.architecture": "x" * 1_000_000}),

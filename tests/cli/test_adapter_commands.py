@@ -23,24 +23,24 @@ def files(tmp_path, sd1):
 
 def test_inspect_prints_one_json_object_when_asked(files, capsys):
     assert cli.main(["inspect", str(files[0]), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["layout"] == "kohya" and found["ranks"] == [4] and found["alphas"] == [2.0] and found["loads"]
-    assert found["block_norms"].keys() >= {"unet.mid_block.attentions.0"}
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["layout"], printed["ranks"], printed["alphas"], printed["loads"]) == ("kohya", [4], [2.0], True)
+    assert printed["block_norms"].keys() >= {"unet.mid_block.attentions.0"}
 
 
 def test_inspect_prints_warnings(files, capsys, tmp_path):
     text = random_adapter(fresh("sd1"), components=("unet", "text_encoder"))
     assert cli.main(["inspect", str(write_adapter(text, tmp_path / "text.safetensors"))]) == 0
-    shown = capsys.readouterr().out
-    assert "warning: it changes text_encoder too" in shown and "unet.down_blocks.1" in shown
+    printed = capsys.readouterr().out
+    assert "warning: it changes text_encoder too" in printed and "unet.down_blocks.1" in printed
 
 
 def test_merge_writes_one_adapter(files, tmp_path, capsys):
     out = tmp_path / "all.safetensors"
     paths = [str(path) for path in files]
     assert cli.main(["merge", *paths, "--weights", "1", "0.5", "--out", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert f"{out}: " in shown and "rank 8" in shown and "relative error 0.00e+00" in shown
+    printed = capsys.readouterr().out
+    assert f"{out}: " in printed and "rank 8" in printed and "relative error 0.00e+00" in printed
     merged = read_adapter(out)
     first, second = (read_adapter(path) for path in files)
     for name, pair in merged.modules.items():
@@ -48,8 +48,8 @@ def test_merge_writes_one_adapter(files, tmp_path, capsys):
         assert torch.allclose(pair.delta(), expected, atol=1e-5)
     assert json.loads(merged.metadata.extra["merged_from"]) == ["knives", "blood"]
     assert cli.main(["merge", *paths, "--method", "svd", "--rank", "2", "--out", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert "rank 2" in shown and "  unet." in shown
+    printed = capsys.readouterr().out
+    assert "rank 2" in printed and "  unet." in printed
     assert cli.main(["merge", *paths, "--weights", "1", "-1", "--out", str(out)]) == 2
     assert "at least 0, got -1.0" in capsys.readouterr().err
 
@@ -104,7 +104,7 @@ def test_every_writing_command_takes_a_type(files, tmp_path, capsys):
             cli.main([command, *words, "--dtype", "int8", "--out", str(out)])
 
 
-def found(checks, name):
+def check_named(checks, name):
     (check,) = [check for check in checks if check.name == name]
     return check
 
@@ -132,7 +132,7 @@ def versions(monkeypatch):
     return invented
 
 
-def test_the_doctor_finds_this_environment_sound(capsys):
+def test_the_doctor_reports_no_fault_in_this_environment(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     names = {check["name"] for check in checks}
@@ -144,9 +144,9 @@ def test_the_doctor_finds_this_environment_sound(capsys):
 def test_the_doctor_names_what_is_missing_too_old_or_does_not_import(versions):
     versions |= {"tyro": None, "peft": "0.9.1"}
     checks = doctor.examine(failing("transformers", "a bad build\nmore"))
-    assert found(checks, "tyro").detail == "not installed; needed is 0.9 or newer"
-    assert found(checks, "peft").detail == "0.9.1 is too old; needed is 0.15 or newer"
-    assert found(checks, "transformers").detail.endswith("does not import: RuntimeError: a bad build")
+    assert check_named(checks, "tyro").detail == "not installed; needed is 0.9 or newer"
+    assert check_named(checks, "peft").detail == "0.9.1 is too old; needed is 0.15 or newer"
+    assert check_named(checks, "transformers").detail.endswith("does not import: RuntimeError: a bad build")
     assert {check.name for check in doctor.broken(checks)} == {"tyro", "peft", "transformers"}
 
 
@@ -176,24 +176,24 @@ def test_the_doctor_takes_builds_and_pre_releases_for_what_they_are(versions):
 
 
 @pytest.mark.parametrize("name", ["torchvision", "xformers"])
-def test_the_doctor_knows_what_takes_the_libraries_down_with_it(name, versions):
+def test_the_doctor_advises_on_packages_that_break_the_libraries(name, versions):
     versions[name] = "0.1"
-    check = found(doctor.examine(failing(name)), name)
+    check = check_named(doctor.examine(failing(name)), name)
     assert check.status == "broken" and "no such operator" in check.detail and "Uninstall it" in check.detail
     versions[name] = None
-    assert found(doctor.examine(failing(name)), name).status == "ok"
+    assert check_named(doctor.examine(failing(name)), name).status == "ok"
 
 
-def test_the_doctor_misses_what_should_be_bundled(tmp_path, monkeypatch):
-    assert found(doctor.examine(), "sticker world").status == "ok"
+def test_the_doctor_reports_bundled_files_that_are_missing(tmp_path, monkeypatch):
+    assert check_named(doctor.examine(), "sticker world").status == "ok"
     monkeypatch.setattr(sticker, "FOLDER", tmp_path)
-    check = found(doctor.examine(), "sticker world")
+    check = check_named(doctor.examine(), "sticker world")
     assert check.status == "broken" and "lacks the bundled pipeline" in check.detail
 
 
 def test_an_extra_that_is_not_there_is_a_note_with_its_cure(versions):
     versions["nudenet"] = None
-    check = found(doctor.examine(), "[nudenet]")
+    check = check_named(doctor.examine(), "[nudenet]")
     assert check.status == "note" and "pip install 't2i_spo_plugin[nudenet]'" in check.detail
 
 

@@ -33,17 +33,17 @@ def statuses(checks):
 
 def fake_pack(folder, entry="raise RuntimeError('no nodes today')"):
     """A copy of the pack whose nodes are replaced."""
-    made = install_pack(folder, copy=True)
-    (made / "__init__.py").write_text(f"async def comfy_entrypoint():\n    {entry}\n")
-    return made
+    pack = install_pack(folder, copy=True)
+    (pack / "__init__.py").write_text(f"async def comfy_entrypoint():\n    {entry}\n")
+    return pack
 
 
 def test_the_pack_is_linked_and_taken_away_again(comfyui):
-    made = install_pack(comfyui)
-    assert made == comfyui / "custom_nodes" / PACK and made.is_symlink()
-    assert made.resolve() == pack_folder() and (made / "__init__.py").exists()
-    assert install_pack(comfyui) == made
-    assert uninstall_pack(comfyui) == made
+    pack = install_pack(comfyui)
+    assert pack == comfyui / "custom_nodes" / PACK and pack.is_symlink()
+    assert pack.resolve() == pack_folder() and (pack / "__init__.py").exists()
+    assert install_pack(comfyui) == pack
+    assert uninstall_pack(comfyui) == pack
     assert list((comfyui / "custom_nodes").iterdir()) == [] and (pack_folder() / "__init__.py").exists()
     with pytest.raises(ConfigError, match="not installed"):
         uninstall_pack(comfyui)
@@ -51,29 +51,29 @@ def test_the_pack_is_linked_and_taken_away_again(comfyui):
 
 def test_a_copy_holds_the_whole_pack_and_replaces_a_link(comfyui):
     install_pack(comfyui)
-    made = install_pack(comfyui, copy=True)
-    assert not made.is_symlink()
+    pack = install_pack(comfyui, copy=True)
+    assert not pack.is_symlink()
     expected = {
         path.relative_to(pack_folder())
         for path in pack_folder().rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {path.relative_to(made) for path in made.rglob("*") if path.is_file()} == expected
-    assert not any(path.is_symlink() for path in made.rglob("*"))
-    (made / "left-over.py").write_text("")
+    assert {path.relative_to(pack) for path in pack.rglob("*") if path.is_file()} == expected
+    assert not any(path.is_symlink() for path in pack.rglob("*"))
+    (pack / "left-over.py").write_text("")
     assert not (install_pack(comfyui, copy=True) / "left-over.py").exists()
     uninstall_pack(comfyui)
     assert list((comfyui / "custom_nodes").iterdir()) == []
 
 
-def test_a_base_directory_is_a_place_for_the_pack_too(tmp_path):
+def test_a_base_directory_takes_the_pack_too(tmp_path):
     for name in ("custom_nodes", "models"):
         (tmp_path / name).mkdir()
     install_pack(tmp_path)
     assert statuses(check_pack(tmp_path)) == {"comfyui": "note", "pack": "ok", "import": "note"}
 
 
-def test_other_folders_are_refused(comfyui, tmp_path):
+def test_folders_that_are_no_comfyui_are_refused(comfyui, tmp_path):
     with pytest.raises(ConfigError, match="is no ComfyUI: it has no folders"):
         install_pack(tmp_path / "custom_nodes")
     with pytest.raises(ConfigError, match=f"did you mean {re.escape(str(comfyui))}"):
@@ -81,7 +81,7 @@ def test_other_folders_are_refused(comfyui, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__init__.py", ".git", ".tracking"])
-def test_what_another_put_in_its_place_is_left_alone(comfyui, name):
+def test_foreign_files_in_the_place_of_the_pack_are_left_alone(comfyui, name):
     target = comfyui / "custom_nodes" / PACK
     if name == "__init__.py":
         target.mkdir()
@@ -104,18 +104,18 @@ def test_check_counts_the_nodes_that_comfyui_would_get(comfyui):
     fake_pack(
         comfyui, "return type('E', (), {'get_node_list': staticmethod(nodes)})\nasync def nodes(): return [1, 2]"
     )
-    found = {check.name: check for check in check_pack(comfyui)}
-    assert found["import"].detail == "2 nodes" and found["comfyui"].detail == "0.30.0"
-    assert found["python"].detail == sys.executable
+    checks = {check.name: check for check in check_pack(comfyui)}
+    assert checks["import"].detail == "2 nodes" and checks["comfyui"].detail == "0.30.0"
+    assert checks["python"].detail == sys.executable
 
 
 def test_check_says_what_does_not_work(comfyui, tmp_path):
     assert statuses(check_pack(comfyui)) == {"comfyui": "ok", "pack": "broken"}
-    made = fake_pack(comfyui)
-    found = {check.name: check for check in check_pack(comfyui)}
-    assert found["import"].status == "broken" and "no nodes today" in found["import"].detail
-    text = (made / "pyproject.toml").read_text()
-    (made / "pyproject.toml").write_text(text.replace(t2i_spo_plugin.__version__, "0.0.9"))
+    pack = fake_pack(comfyui)
+    checks = {check.name: check for check in check_pack(comfyui)}
+    assert checks["import"].status == "broken" and "no nodes today" in checks["import"].detail
+    text = (pack / "pyproject.toml").read_text()
+    (pack / "pyproject.toml").write_text(text.replace(t2i_spo_plugin.__version__, "0.0.9"))
     (comfyui / "comfyui_version.py").write_text('__version__ = "0.9.12"\n')
     assert statuses(check_pack(comfyui)) | {"comfyui": "broken", "pack": "note"} == statuses(check_pack(comfyui))
     with pytest.raises(ConfigError, match="cannot run"):
@@ -129,30 +129,30 @@ def test_check_looks_into_comfyuis_own_python(comfyui):
     bare.parent.mkdir(parents=True)
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     bare.chmod(0o755)
-    found = {check.name: check for check in check_pack(comfyui)}
-    assert found["python"].detail == str(bare)
-    assert found["t2i_spo_plugin"].status == "broken"
-    assert found["t2i_spo_plugin"].detail == f"not installed: {bare} -m pip install t2i-spo-plugin"
+    checks = {check.name: check for check in check_pack(comfyui)}
+    assert checks["python"].detail == str(bare)
+    assert checks["t2i_spo_plugin"].status == "broken"
+    assert checks["t2i_spo_plugin"].detail == f"not installed: {bare} -m pip install t2i-spo-plugin"
 
 
-def test_the_command_line(comfyui, capsys):
+def test_the_command_installs_checks_and_uninstalls(comfyui, capsys):
     assert cli.main(["comfyui", "install", "--path", str(comfyui), "--copy"]) == 0
     assert "restart ComfyUI" in capsys.readouterr().out
     fake_pack(comfyui)
     assert cli.main(["comfyui", "check", "--path", str(comfyui), "--json"]) == 2
-    shown = capsys.readouterr()
-    assert {check["name"] for check in json.loads(shown.out)} >= {"comfyui", "pack", "import"}
-    assert "broken" in shown.err and "import" in shown.err
+    printed = capsys.readouterr()
+    assert {check["name"] for check in json.loads(printed.out)} >= {"comfyui", "pack", "import"}
+    assert "broken" in printed.err and "import" in printed.err
     assert cli.main(["comfyui", "uninstall", "--path", str(comfyui)]) == 0
     assert cli.main(["comfyui", "uninstall", "--path", str(comfyui)]) == 2
     assert cli.main(["comfyui", "install", "--path", str(comfyui / "models")]) == 2
     assert "is no ComfyUI" in capsys.readouterr().err
 
 
-def test_the_registry_is_told_what_is_true():
+def test_metadata_for_the_node_registry_agrees_with_the_package():
     tomllib = pytest.importorskip("tomllib")
-    found = tomllib.loads((pack_folder() / "pyproject.toml").read_text(encoding="utf-8"))
-    project, comfy = found["project"], found["tool"]["comfy"]
+    content = tomllib.loads((pack_folder() / "pyproject.toml").read_text(encoding="utf-8"))
+    project, comfy = content["project"], content["tool"]["comfy"]
     assert project["name"] == PACK and "comfyui" not in project["name"].lower()
     assert project["version"] == t2i_spo_plugin.__version__ and project["version"].count(".") == 2
     assert comfy["requires-comfyui"] == f">={'.'.join(map(str, LEAST_COMFYUI))}"

@@ -1,6 +1,7 @@
 """The command line: options from YAML and dataclass, plain sentences for errors, files in and out."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from transformers import ResNetConfig
 
 from t2i_spo_plugin import cli
 from t2i_spo_plugin.adapters import Adapter, AdapterMetadata, LoraPair, write_adapter
-from t2i_spo_plugin.cli.commands import COMMANDS
+from t2i_spo_plugin.cli.commands import COMMANDS, GROUPS
 from t2i_spo_plugin.cli.demo import DemoConfig
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.errors import ConfigError
@@ -61,8 +62,8 @@ def write(path: Path, text: str) -> str:
 
 def test_yaml_is_read_and_the_command_line_wins(tmp_path):
     config = write(tmp_path / "a.yaml", "target: there\nsteps: 7\nrate: 1e-4\nnames: [a, b]\n")
-    found = read_options(Options, ["--config", config, "--steps", "9", "--lambda", "2"], "spo x")
-    assert found == Options("there", steps=9, rate=1e-4, lambda_=2.0, names=("a", "b"))
+    parsed = read_options(Options, ["--config", config, "--steps", "9", "--lambda", "2"], "spo x")
+    assert parsed == Options("there", steps=9, rate=1e-4, lambda_=2.0, names=("a", "b"))
     assert read_options(Options, [f"--config={config}"], "spo x").steps == 7
 
 
@@ -102,9 +103,9 @@ def test_help_explains_every_option_from_the_docstring(capsys):
     with pytest.raises(SystemExit) as stop:
         read_options(Options, ["--help"], "spo x")
     assert stop.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for expected in ("the place one goes to", "how many; and how fast", "--lambda", "a text"):
-        assert expected in shown
+        assert expected in printed
 
 
 def test_the_training_options_are_those_of_the_python_api():
@@ -149,6 +150,27 @@ def test_help_is_printed_without_loading_torch():
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
 
+def test_help_lists_every_command_once_in_its_group(capsys):
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    first, second = capsys.readouterr().out.split("usage:")[1:]
+    assert first == second
+    groups = [block.splitlines() for block in first.split("\n\n") if block.splitlines()[0].endswith(":")]
+    assert {head.rstrip(":"): [line.split()[0] for line in lines] for head, *lines in groups} == {
+        group: list(commands) for group, commands in GROUPS.items()
+    }
+    assert sum(map(len, GROUPS.values())) == len(COMMANDS)
+
+
+def test_generate_needs_no_training_package(tmp_path):
+    code = (
+        "import sys; from t2i_spo_plugin.cli import main\n"
+        f"main(['generate', '--prompts', 'a cat', '--pipeline', {str(tmp_path)!r}])\n"
+        "print([name for name in sys.modules if name.startswith(('t2i_spo_plugin.training', 't2i_spo_plugin.eval'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot load the pipeline" in done.stderr and done.stdout.strip() == "[]"
+
+
 def test_errors_are_one_sentence_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "t2i_spo_plugin", "inspect", str(tmp_path / "none.safetensors")],
@@ -166,9 +188,9 @@ def test_inspect_says_what_an_adapter_is(tmp_path, capsys):
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     write_adapter(Adapter({name: pair}, metadata), tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in ("No knives", "stable-diffusion-v1", "epsilon", "1 in unet", "alpha / rank 0.5", "spo", "kohya"):
-        assert expected in shown
+        assert expected in printed
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +219,10 @@ def test_score_prints_costs_and_never_passes_over_a_broken_image(tmp_path, capsy
     paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
     options = ["--domain", "sticker", "--overlays", str(tmp_path / "seen"), *cost_model]
     assert cli.main(["score", *paths, *options]) == 2
-    shown = capsys.readouterr()
-    assert f"{paths[0]}: cost 0." in shown.out and "weapons" in shown.out
-    assert f"{paths[1]}: not scored" in shown.out and f"{paths[2]}: not scored" in shown.out
-    assert "2 of 3 images were not scored" in shown.err
+    printed = capsys.readouterr()
+    assert f"{paths[0]}: cost 0." in printed.out and "weapons" in printed.out
+    assert f"{paths[1]}: not scored" in printed.out and f"{paths[2]}: not scored" in printed.out
+    assert "2 of 3 images were not scored" in printed.err
     assert [path.name for path in (tmp_path / "seen").iterdir()] == ["0000-a-overlay.png"]
 
 
@@ -209,43 +231,68 @@ def test_generate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert "at least one prompt" in capsys.readouterr().err
     assert cli.main(["generate", "--prompts", "a cat", "--pipeline", str(tmp_path / "none")]) == 2
     assert "there is no pipeline" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompts", "a cat", "list.txt", "--out", str(tmp_path)]) == 2
+    assert "list.txt is a file of prompts" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompts", "upper.CSV", "--out", str(tmp_path)]) == 2
+    assert "cannot read upper.CSV" in capsys.readouterr().err
 
 
-def test_generate_draws_with_an_adapter_and_does_not_pretend_to_have_scored(tmp_path, capsys):
+def test_generate_applies_an_adapter_and_claims_no_score_without_a_cost_model(tmp_path, capsys):
     pipe = fresh("sd1")
     pipe.save_pretrained(tmp_path / "pipe")
     adapter = write_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
-    drawn = {}
+    generated = {}
     never = save_adapter_gate(AdapterGate(1e9), tmp_path / "never.safetensors")
     ways = {"base": [], "zero": ["--strength", "0"], "full": [], "never": ["--adapter-gate", str(never)]}
     for name, more in ways.items():
         options = ["--pipeline", str(tmp_path / "pipe"), "--steps", "2", "--out", str(tmp_path / name), *more]
         options += ["--adapter", str(adapter)] if name != "base" else []
         assert cli.main(["generate", "--prompts", "a sunny street", *options]) == 0
-        shown = capsys.readouterr().out
-        assert "not scored: no bundled cost model knows photo images" in shown
+        printed = capsys.readouterr().out
+        assert "not scored: no bundled cost model knows photo images" in printed
         (path,) = (tmp_path / name).rglob("*.png")
-        assert str(path) in shown
-        drawn[name] = path.read_bytes()
-    assert drawn["zero"] == drawn["never"] == drawn["base"] != drawn["full"]
+        assert str(path) in printed
+        generated[name] = path.read_bytes()
+    assert generated["zero"] == generated["never"] == generated["base"] != generated["full"]
     assert cli.main(["generate", "--prompts", "a street", "--adapter-gate", str(never), *options[:2]]) == 2
     assert "--adapter-gate gates one adapter, 0 are named" in capsys.readouterr().err
 
 
-def test_generate_draws_with_several_adapters_each_at_its_strength(tmp_path):
+def test_generate_refuses_images_of_the_adapter_that_was_there_before(tmp_path, capsys):
+    pipe = fresh("sd1")
+    pipe.save_pretrained(tmp_path / "pipe")
+    adapter = write_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
+
+    def generate(adapter):
+        options = ["--pipeline", str(tmp_path / "pipe"), "--steps", "1", "--out", str(tmp_path / "out")]
+        return cli.main(["generate", "--prompts", "a sunny street", *options, "--adapter", str(adapter)])
+
+    assert generate(adapter) == 0
+    (image,) = (tmp_path / "out").rglob("*.png")
+    before = image.stat().st_mtime_ns, image.read_bytes()
+    assert generate(adapter.rename(tmp_path / "renamed.safetensors")) == 0
+    write_adapter(random_adapter(pipe, seed=1), adapter)
+    capsys.readouterr()
+    assert generate(adapter) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"holds images of other settings \(pipeline.weights.adapters: \w{16} there, \w{16} now\)", said)
+    assert before == (image.stat().st_mtime_ns, image.read_bytes())
+
+
+def test_generate_applies_several_adapters_each_at_its_strength(tmp_path):
     pipe = fresh("sd1")
     pipe.save_pretrained(tmp_path / "pipe")
     files = [write_adapter(random_adapter(pipe, seed=seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
-    wanted = {
+    cases = {
         "one": [str(files[0])],
         "both": [str(files[0]), f"{files[1]}@0.5"],
         "turned": [f"{files[1]}@0.5", str(files[0])],
         "off": [str(files[0]), f"{files[1]}@0"],
     }
-    drawn = {}
-    for name, adapters in wanted.items():
+    generated = {}
+    for name, adapters in cases.items():
         options = [word for adapter in adapters for word in ("--adapter", adapter)]
         options += ["--pipeline", str(tmp_path / "pipe"), "--steps", "2", "--out", str(tmp_path / name)]
         assert cli.main(["generate", "--prompts", "a sunny street", *options]) == 0
-        drawn[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
-    assert drawn["both"] == drawn["turned"] != drawn["one"] == drawn["off"]
+        generated[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
+    assert generated["both"] == generated["turned"] != generated["one"] == generated["off"]

@@ -1,6 +1,7 @@
 """The demo, end to end, on a tiny pipeline: what it writes, what it says, and that it says when it has nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from t2i_spo_plugin.cli import demo
 from t2i_spo_plugin.cli.demo import DemoConfig, Stage, run_demo, score_table, stored_results
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.eval import image_sheet
 from t2i_spo_plugin.eval.scoring import Judges
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.policy import Category, Policy
@@ -22,6 +24,7 @@ from t2i_spo_plugin.quality.normalise import QualityBatch
 class HalfQuality:
     """Finds everything half good."""
 
+    domain = "photo"
     reference_hash = "0" * 12
 
     def quality(self, images, prompts, safe_completions=None):
@@ -48,25 +51,40 @@ def stage(tmp_path):
     )
 
 
-def test_it_leaves_images_scores_sheet_and_report_and_says_where(stage, tmp_path, capsys):
-    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, shown=2, progress=False)
+def test_the_demo_writes_images_scores_sheet_and_report_and_says_where(stage, tmp_path, capsys):
+    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, sheet_prompts=2, progress=False)
     assert run_demo(config, stage) == config.out
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("sheet.png", "report.html"):
-        assert str(config.out / name) in shown and (config.out / name).stat().st_size > 1000
+        assert str(config.out / name) in printed and (config.out / name).stat().st_size > 1000
     for word in ("3 harmful and 3 benign", "spo eval", "spo generate"):
-        assert word in shown
+        assert word in printed
     assert set(json.loads((config.out / "summary.json").read_text())["systems"]) == {"base", "spo"}
-    drawn = {folder.name: len(list((folder / "images").iterdir())) for folder in (config.out / "images").iterdir()}
-    assert drawn == {"base": 6, "spo": 6, "spo-half": 2}
+    counts = {folder.name: len(list((folder / "images").iterdir())) for folder in (config.out / "images").iterdir()}
+    assert counts == {"base": 6, "spo": 6, "spo-half": 2}
     image = next((config.out / "images" / "base" / "images").iterdir())
     with Image.open(config.out / "sheet.png") as sheet, Image.open(image) as one:
         assert sheet.width > 4 * one.width  # four columns
     assert not stage.pipe.get_list_adapters(), "the pipeline is given back without adapter"
 
 
+@pytest.mark.parametrize(("level", "words"), [(2.0, {"safe"}), (-1.0, {"red", "green"})])
+def test_the_sheet_names_a_category_under_unsafe_images_alone(stage, tmp_path, monkeypatch, level, words):
+    captions = []
+
+    def keep(rows, titles, texts, **options):
+        captions.extend(texts)
+        return image_sheet(rows, titles, texts, **options)
+
+    monkeypatch.setattr("t2i_spo_plugin.eval.image_sheet", keep, raising=False)
+    judges = replace(stage.judges, guard=Guard(ColourCost(level=level), stage.judges.guard.policy))
+    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, sheet_prompts=2, progress=False)
+    run_demo(config, replace(stage, judges=judges))
+    assert len(captions) == 2 and {line[3] for line in captions} <= words
+
+
 def test_strengths_on_the_sheet_are_really_applied(stage, tmp_path):
-    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, shown=2, progress=False)
+    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, sheet_prompts=2, progress=False)
     run_demo(config, stage)
     folder = config.out / "images"
     for half in (folder / "spo-half" / "images").iterdir():
@@ -74,8 +92,8 @@ def test_strengths_on_the_sheet_are_really_applied(stage, tmp_path):
         assert len(set(images)) == 3
 
 
-def test_starting_again_draws_nothing_twice(stage, tmp_path):
-    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, shown=2, progress=False)
+def test_a_second_start_generates_nothing_twice(stage, tmp_path):
+    config = DemoConfig(out=tmp_path / "out", harmful=3, benign=3, sheet_prompts=2, progress=False)
     run_demo(config, stage)
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*.png") if path.name != "sheet.png"}
     run_demo(config, stage)
@@ -97,24 +115,22 @@ def test_the_table_shows_the_referees_numbers_where_it_looked():
     assert "88.0 [80.0, 90.0]" in lines[2] and "60.0" not in lines[2]
 
 
-def test_stored_results_are_shown_or_said_to_be_absent(tmp_path):
+def test_stored_results_are_printed_or_said_to_be_absent(tmp_path):
     assert "No full results" in stored_results(tmp_path / "none.json")
     (tmp_path / "full.json").write_text(json.dumps({"systems": {"base": system(50.0), "spo": system(88.0)}}))
-    shown = stored_results(tmp_path / "full.json")
-    assert "500 harmful and 500 benign" in shown and "88.0 [83.0, 93.0]" in shown and "spo eval" in shown
+    printed = stored_results(tmp_path / "full.json")
+    assert "500 harmful and 500 benign" in printed and "88.0 [83.0, 93.0]" in printed and "spo eval" in printed
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(SPOError, match="not the summary of an evaluation"):
         stored_results(tmp_path / "broken.json")
 
 
-def test_results_that_come_with_the_package_can_be_shown():
-    if demo.RESULTS.is_file():
-        assert "spo" in stored_results()
-    else:
-        assert "No full results" in stored_results()
+def test_the_results_of_the_package_are_a_table_of_its_systems():
+    lines = stored_results(demo.RESULTS).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["base", "spo", "dpo"]
 
 
-@pytest.mark.parametrize("options", [{"harmful": 0}, {"shown": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("options", [{"harmful": 0}, {"sheet_prompts": 0}, {"batch_size": 0}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match="at least 1"):
         DemoConfig(**options)

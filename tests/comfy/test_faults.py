@@ -151,7 +151,7 @@ def test_a_broken_cost_model_is_refused_in_a_sentence(run_graph, cost_models, fi
         (folder / file).unlink()
     else:
         (folder / file).write_bytes(content)
-    with pytest.raises(GraphError, match=f"SPO_LoadCostModel: .*SPOError: .*{words}"):
+    with pytest.raises(GraphError, match=f"SPO_LoadCostModel: .*UnreadableFileError: .*{words}"):
         run_graph(score_images("mine"), {"images": images(1)})
 
 
@@ -161,7 +161,7 @@ def test_a_broken_quality_reference_is_refused_in_a_sentence(run_graph, cost_mod
     graph = score_images() | {
         "8": node("SPO_UAScore", image=["1", 0], cost_model=["2", 0], **prompts, reference="mine.json")
     }
-    with pytest.raises(GraphError, match="SPO_UAScore: .*SPOError: .*mine.json is no quality reference"):
+    with pytest.raises(GraphError, match="SPO_UAScore: .*UnreadableFileError: .*mine.json is no quality reference"):
         run_graph(graph, {"images": images(1)})
 
 

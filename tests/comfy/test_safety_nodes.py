@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behin
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
+from t2i_spo_plugin.guards.annotation import annotate
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.quality.normalise import Reference
 from t2i_spo_plugin.registry import load_policy
@@ -23,6 +25,9 @@ from t2i_spo_plugin.sticker.world import scene
 
 
 pytestmark = pytest.mark.comfy
+
+ALPHA = 0.6
+GROUNDS = ((1.0, ALPHA), (0.0, ALPHA))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,36 @@ def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):
     assert torch.equal(plain, image)
     labelled = pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.0, True, True, 0.5).args[0]
     assert not torch.equal(labelled[0], image[0]) and not torch.equal(labelled[1], image[1])
+
+
+def test_a_transparent_image_is_judged_over_white_and_black(pack, guard):
+    unsafe = unsafe_scene(guard)
+    seen = [float(guard(unsafe.movedim(-1, 1) * alpha + ground * (1 - alpha)).costs) for ground, alpha in GROUNDS]
+    clear = torch.cat([unsafe, torch.full_like(unsafe[..., :1], ALPHA)], -1)
+    result = cost(pack, guard, clear)
+    assert result.args[0] is clear and result.args[1] == [pytest.approx(max(seen), abs=1e-5)]
+    ground = result.args[6].view(0).ground
+    assert dict(zip(("white", "black"), seen, strict=True))[ground] == pytest.approx(max(seen), abs=1e-5)
+    drawn = pack["SPO_SafetyOverlay"].execute(clear, result.args[6], "heat", 0.0, False, False, 0.5).args[0]
+    assert torch.allclose(drawn, unsafe * ALPHA + (1 - ALPHA) * float(ground == "white"), atol=1e-6)
+    empty = torch.cat([unsafe, torch.zeros_like(unsafe[..., :1])], -1)
+    result = cost(pack, guard, empty)
+    assert result.args[1] == [0.0] and result.args[3] is False and "empty" in result.args[6].note(0)
+
+
+def test_the_overlay_writes_a_category_on_unsafe_images_alone(pack, guard, monkeypatch):
+    labels = []
+    nodes_module = sys.modules[pack["SPO_SafetyOverlay"].__module__]
+
+    def keep(pixels, marked=(), label=""):
+        labels.append(label)
+        return annotate(pixels, marked, label)
+
+    monkeypatch.setattr(nodes_module, "annotate", keep)
+    image = torch.cat([unsafe_scene(guard), scenes("benign")])
+    _, costs, (deciding, _), _, _, _, safety = cost(pack, guard, image).args
+    pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.6, False, True, 0.5)
+    assert set(labels) == {f"{deciding} {costs[0]:.2f}", f"safe {costs[1]:.2f}"}
 
 
 def test_images_may_be_enlarged_after_scoring_but_not_exchanged(pack, guard):

@@ -119,6 +119,17 @@ def test_images_of_other_settings_are_refused_not_mixed(tmp_path):
         run(ROWS, tmp_path, metadata={"adapter": "aa"}, guidance_scale=4.0)
 
 
+def test_images_of_other_weights_are_refused_and_of_the_same_ones_elsewhere_are_not(tmp_path):
+    pipe, options = tiny_pipeline("sd1"), {"call_options": {"height": 32, "width": 32}}
+    run(ROWS[:1], tmp_path, pipe, **options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    report, _ = run(ROWS[:1], tmp_path, tiny_pipeline("sd1"), **options)
+    assert report.n_reused == 1
+    with pytest.raises(ConfigError, match=r"pipeline\.weights\.unet: \w{16} there, \w{16} now"):
+        run(ROWS[:1], tmp_path, tiny_pipeline("sd1", seed=1), **options)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
 def test_prompts_that_mention_minors_are_never_generated(tmp_path):
     rows = [PromptRow("m", "a child with a gun", "harmful"), PromptRow("u", "a 12 year old", "unlabelled"), *ROWS]
     report, pipe = run(rows, tmp_path)

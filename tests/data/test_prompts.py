@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from t2i_spo_plugin.data.prompts import PromptRow, drop_minors, mentions_minors, prompt_seed, read_prompts
+from t2i_spo_plugin.data.minors import mentions_minors
+from t2i_spo_plugin.data.prompts import PromptRow, drop_minors, prompt_seed, read_prompts
 from t2i_spo_plugin.errors import TableError
 
 
@@ -133,8 +134,8 @@ def test_the_minors_filter_reads_the_hidden_target_of_an_attack(tmp_path):
     ("text", "message"),
     [
         ("words\nhello\n", "no prompt column among words"),
-        ("prompt,kind\na cat,cute\n", "row 1: unknown kind 'cute'"),
-        ("prompt,seed\na cat,abc\n", "row 1: seed must be an integer"),
+        ("prompt,kind\na cat,cute\n", "row 2: unknown kind 'cute'"),
+        ("prompt,seed\na cat,abc\n", "row 2: seed must be an integer"),
         ("prompt,seed\na cat,1.5\n", "seed must be an integer"),
         ("prompt,seed\na cat,-1\n", "seed"),
         ("prompt,id\na cat,1\na dog,1\n", "'1' occurs more than once"),
@@ -148,7 +149,7 @@ def test_a_bad_prompt_file_says_what_is_wrong(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("s.txt", b"a cat"), ("s.jsonl", b"{"), ("s.parquet", b"x"), ("s.csv", b"\xff\xfe")]
+    ("name", "content"), [("s.docx", b"a cat"), ("s.jsonl", b"{"), ("s.parquet", b"x"), ("s.csv", b"\xff\xfe")]
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

@@ -99,6 +99,13 @@ def test_a_comparison_is_paired_and_signed():
     assert compare(worse, better).value == pytest.approx(-found.value)
 
 
+def test_systems_that_differ_by_rounding_are_said_to_be_equal():
+    same, rounded = table(n=20, system="a"), table(n=20, system="b")
+    rounded = [row | {"quality": row["quality"] - 1e-8} for row in rounded]
+    assert str(compare(same, rounded)) == "a - b, by the cost model: 0.0 [0.0, 0.0] (includes 0)"
+    assert str(compare(rounded, same)) == "b - a, by the cost model: 0.0 [0.0, 0.0] (includes 0)"
+
+
 def test_half_of_refuses_a_referee_that_did_not_look():
     with pytest.raises(NotScoredError, match="has not looked"):
         half_of([row(0, "benign", referee_unsafe=None)], "benign", "referee")

@@ -47,7 +47,7 @@ def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("eval")
     options = GenerationOptions(steps=1, batch_size=6, progress=False)
     prompts = rows(8)
-    scores = generate_and_score(SquarePipeline(), systems(), prompts, judges(True), out, options, "squares")
+    scores = generate_and_score(SquarePipeline(), systems(), prompts, judges(True), out, options)
     summary = summarise_run(scores, judges(True), metadata={"options": {"out": "<here>"}}, resamples=100)
     return out, scores, summary
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,9 +39,7 @@ OPTIONS = GenerationOptions(steps=2, batch_size=4, shard_size=8, progress=False)
 
 def run(out_dir, pipe=None, referee=True, which=None, options=OPTIONS, prompts=None):
     pipe = pipe or SquarePipeline()
-    return generate_and_score(
-        pipe, which or systems(), prompts or rows(), judges(referee), out_dir, options, "squares"
-    )
+    return generate_and_score(pipe, which or systems(), prompts or rows(), judges(referee), out_dir, options)
 
 
 def test_systems_of_known_worth_get_their_scores(tmp_path):
@@ -103,6 +102,37 @@ def test_other_judges_score_again_without_generating(tmp_path):
     assert scores["base"][0]["referee_unsafe"] is True
 
 
+def test_another_base_under_the_same_name_is_refused(tmp_path):
+    def weighted(value):
+        pipe = SquarePipeline()
+        pipe.components = {"unet": torch.nn.Linear(2, 2)}
+        torch.nn.init.constant_(pipe.components["unet"].weight, value)
+        torch.nn.init.constant_(pipe.components["unet"].bias, value)
+        return pipe
+
+    run(tmp_path, weighted(1.0))
+    with pytest.raises(ConfigError, match=r"pipeline\.weights\.unet"):
+        run(tmp_path, weighted(2.0))
+
+
+def test_another_judge_of_the_same_name_scores_again(tmp_path):
+    class Strict(ColourQuality):
+        identity = "of other weights"
+
+        def quality(self, images, prompts, safe_completions=None):
+            batch = super().quality(images, prompts, safe_completions)
+            return replace(batch, q=batch.q / 2)
+
+    pipe, options = SquarePipeline(), GenerationOptions(steps=1, progress=False)
+    strict = replace(judges(), quality_model=Strict())
+    first, second = (
+        generate_and_score(pipe, [base_system()], rows(2), those, tmp_path, options)["base"]
+        for those in (judges(), strict)
+    )
+    assert [row["quality"] / 2 for row in first] == [row["quality"] for row in second]
+    assert pipe.n_generated == 6
+
+
 def test_systems_leave_the_pipeline_as_it_was(tmp_path):
     pipe = SquarePipeline()
     run(tmp_path, pipe)
@@ -152,8 +182,6 @@ def test_an_image_that_a_judge_fails_on_is_not_scored_and_spoils_no_other(tmp_pa
             batch = super().__call__(images)
             batch.logits[5 if len(batch.logits) > 5 else 0] = math.nan
             return batch
-
-    from dataclasses import replace
 
     moody = replace(judges(), quality_model=Moody())
     images = generated_images(tmp_path, rows(5)[:5])

@@ -146,7 +146,7 @@ def test_the_report_keeps_the_score_by_which_an_image_was_gated_on():
 
 def test_the_report_has_no_number_where_nothing_was_scored():
     state = GateState(AdapterGate(0.5), 2)
-    state.gate_all_on()
+    state.close()
     assert state.report.gated_on == [True, True] and state.report.scores.isnan().all()
 
 

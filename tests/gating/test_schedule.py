@@ -30,6 +30,12 @@ def test_windows_that_share_a_boundary_share_no_step_and_leave_none_out(steps, s
     assert inside == [step for step in range(steps) if start * steps <= 3 * step < end * steps]
 
 
+def test_a_boundary_with_a_rounding_error_is_still_that_of_its_step():
+    assert 0.1 + 0.2 != 3 / 10
+    assert not in_window(3 / 10, (0.0, 0.1 + 0.2)) and in_window(3 / 10, (0.1 + 0.2, 1.0))
+    assert not in_window(1 - 0.7, (0.0, 0.3)) and in_window(1 - 0.9, (0.1, 0.3))
+
+
 @pytest.mark.parametrize(
     "window", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.0,), "ab", (0.6, 0.4), (float("nan"), 1.0)]
 )

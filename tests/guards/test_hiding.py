@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards.hiding import CELLS_ACROSS, block_image, hide
-from t2i_spo_plugin.images import pixelate, to_tensor
+from t2i_spo_plugin.guards.hiding import CELLS_ACROSS, block_image, hide, pixelate
+from t2i_spo_plugin.images import to_tensor
 
 
 def noise(height, width, seed=0):
@@ -116,3 +116,17 @@ def test_an_image_that_cannot_be_read_is_blocked_as_black():
 def test_an_image_that_is_not_blocked_is_the_same_object():
     image = noise(8, 8)
     assert block_image(image, "none") is image
+
+
+def test_pixelating_leaves_the_mean_colour_of_each_cell():
+    pixels = torch.rand(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    cells = pixels.unflatten(1, (3, 4)).unflatten(3, (2, 4)).mean((2, 4))
+    assert torch.allclose(pixelate(pixels, (3, 2)), cells.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-6)
+
+
+def test_smooth_pixelating_has_no_edges_and_no_more_detail():
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    smooth, hard = pixelate(pixels, (4, 4), smooth=True), pixelate(pixels, (4, 4))
+    steepest = [float(image.diff(dim=-1).abs().max()) for image in (smooth, hard, pixels)]
+    assert steepest[0] < steepest[1] / 8 < steepest[2] / 8
+    assert torch.allclose(smooth.mean((1, 2)), pixels.mean((1, 2)), atol=0.02)

@@ -8,7 +8,7 @@ from support.cost_models import RedSquareCost
 from support.eval_world import POLICY, ColourQuality, SquarePipeline
 
 from t2i_spo_plugin.errors import DomainError
-from t2i_spo_plugin.guards import Guard, judge_images
+from t2i_spo_plugin.guards import Guard, counterparts, judge_images
 from t2i_spo_plugin.images import to_pil
 
 
@@ -94,5 +94,33 @@ def test_the_guards_reason_comes_before_that_of_quality():
 
 
 def test_images_of_a_foreign_domain_are_refused():
-    with pytest.raises(DomainError):
+    with pytest.raises(DomainError, match="the cost model was made for"):
         judged(domain="photo")
+    assert judged(domain="squares") == judged()
+
+
+@pytest.mark.parametrize(
+    ("known", "said"), [("sticker", "was made for the domain 'sticker'"), ("", "states no domain")]
+)
+def test_a_quality_model_of_a_foreign_domain_is_refused_unless_it_is_overridden(known, said):
+    class Foreign(ColourQuality):
+        domain = known
+
+    with pytest.raises(DomainError, match=f"the quality model {said}, not for 'squares'"):
+        judged(Foreign(), domain="squares")
+    guard = Guard(RedSquareCost(), POLICY, override_domain=True)
+    assert judge_images(squares(), PROMPTS, [()] * 3, guard, Foreign(), "squares") == judged()
+
+
+def test_a_harmful_prompt_without_a_counterpart_is_not_shown_to_the_quality_model():
+    class Asked(ColourQuality):
+        def quality(self, images, prompts, safe_completions=None):
+            assert not any("red" in prompt for prompt in prompts), prompts
+            return super().quality(images, [prompt or "a red" for prompt in prompts], safe_completions)
+
+    assert judged(Asked(), safe_prompts=(None, (), ()))[0].quality == 1.0
+
+
+def test_counterparts_are_those_of_harmful_prompts():
+    assert counterparts(True, ["a", "b"]) == ("a", "b") and counterparts(True, ()) is None
+    assert counterparts(False, ()) == () == counterparts(False, ["a"])

@@ -1,6 +1,7 @@
 """The report of a guard: everything it found, no other file needed, and no text that acts as markup."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -52,6 +53,12 @@ def test_the_page_shows_everything_and_needs_nothing(report):
     assert "3 images, 1 unsafe, 1 not scored" in page.text and "NaN" in page.text
     assert f"unsafe {report.costs[0]:.3f}" in page.text and "uascore/1" in page.text
     assert len(text) < 100_000
+
+
+def test_the_page_names_no_category_beside_a_safe_image():
+    images = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (90, 90, 90))]
+    unsafe, safe = safety_page(Guard(ColourCost(), colour_policy())(images)).split('class="badge safe"')
+    assert "</span> red</p>" in unsafe and re.search(r"</span></p>", safe.partition("<table")[0])
 
 
 def test_the_content_is_plain_json(report):

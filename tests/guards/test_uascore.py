@@ -8,13 +8,13 @@ from support.cost_models import ColourCost, colour_policy
 
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
-from t2i_spo_plugin.guards.uascore import read_prompts, summarise_images
+from t2i_spo_plugin.guards.uascore import parse_prompts, summarise_images
 from t2i_spo_plugin.metrics import ScoreMetadata, uascore
 
 
 FACTS = ScoreMetadata("cost/1", "quality/1", "abc123", policy="colour")
 COLOURS = [(255, 0, 0), (90, 90, 90), (90, 90, 90), (90, 90, 90)]
-PROMPTS = read_prompts("a\nb\nc\nc\n", "x | y\n z\n", 4)
+PROMPTS = parse_prompts("a\nb\nc\nc\n", "x | y\n z\n", 4)
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def test_lines_become_prompts_with_their_safe_completions():
         ("c", ()),
         ("c", ()),
     ]
-    assert read_prompts("", "", 0) == []
-    assert [one.safe_prompts for one in read_prompts("a\nb", "\nz\n\n\n", 2)] == [(), ("z",)]
+    assert parse_prompts("", "", 0) == []
+    assert [one.safe_prompts for one in parse_prompts("a\nb", "\nz\n\n\n", 2)] == [(), ("z",)]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_lines_become_prompts_with_their_safe_completions():
 )
 def test_lines_and_images_have_to_agree(prompts, safe, count, message):
     with pytest.raises(ConfigError, match=message):
-        read_prompts(prompts, safe, count)
+        parse_prompts(prompts, safe, count)
 
 
 def test_the_score_is_that_of_its_halves(report):
@@ -65,7 +65,7 @@ def test_one_image_in_a_hundred_may_be_without_a_score_and_no_more(missing):
         else:
             images = [np.full((2, 2, 3), np.nan)] * failures + images[failures:]
         report = Guard(ColourCost(), colour_policy())(images)
-        prompts = read_prompts("a\n" * 100, "safe\n" * 50, 100)
+        prompts = parse_prompts("a\n" * 100, "safe\n" * 50, 100)
         return summarise_images("mine", report, quality, prompts, FACTS)
 
     assert (summary(1).harmful.n, summary(1).harmful.not_scored, summary(1).benign.n) == (49, 1, 50)
@@ -77,6 +77,6 @@ def test_an_image_that_is_not_scored_is_neither_safe_nor_forgotten(report):
     with pytest.raises(NotScoredError, match="1 of 4 images"):
         summarise_images("mine", report, torch.tensor([0.5, 0.7, float("nan"), 0.8]), PROMPTS, FACTS)
     with pytest.raises(NotScoredError, match="both harmful and benign"):
-        summarise_images("mine", report, torch.full((4,), 0.5), read_prompts("a\nb\nc\nd", "", 4), FACTS)
+        summarise_images("mine", report, torch.full((4,), 0.5), parse_prompts("a\nb\nc\nd", "", 4), FACTS)
     with pytest.raises(ConfigError, match="4 images, 3 qualities"):
         summarise_images("mine", report, torch.full((3,), 0.5), PROMPTS, FACTS)

@@ -28,7 +28,8 @@ def test_wilson_matches_published_values(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 3, 10, 49, 500])
+# Of these, rounding alone would miss the edge for 6 and 11.
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 11, 49, 500])
 def test_wilson_of_none_or_all_ends_exactly_at_the_edge(n):
     none, every = wilson(0, n), wilson(n, n)
     assert none.low == 0.0 and every.high == 1.0
@@ -129,3 +130,12 @@ def test_bootstrap_of_a_ratio_holds_the_ratio():
     system = base * (random.uniform(size=400) < 0.95)
     low, high = bootstrap_ratio(system, base, [str(i) for i in range(400)])
     assert low < system.sum() / base.sum() < high <= 1.0
+
+
+def test_bootstrap_does_not_depend_on_the_order_of_rows():
+    random = np.random.default_rng(0)
+    above, below, prompts = random.uniform(size=90), random.uniform(size=90), [str(i % 31) for i in range(90)]
+    order = random.permutation(90)
+    turned = above[order], below[order], [prompts[i] for i in order]
+    assert bootstrap_mean(above, prompts) == bootstrap_mean(turned[0], turned[2])
+    assert bootstrap_ratio(above, below, prompts) == bootstrap_ratio(*turned)

@@ -1,6 +1,7 @@
 """A score is printed and stored with everything that it is never separated from."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,13 @@ def test_a_run_fails_when_more_than_one_percent_of_both_halves_is_not_scored():
         summarise("x", half(0, 1, n=99, not_scored=1), half(0, 1, n=99, not_scored=2), METADATA)
 
 
+def test_a_summary_names_the_seeds_of_both_halves_in_order_and_its_notes():
+    harmful, benign = Half([0.0] * 2, [1.0] * 2, ("a", "b"), (900, 7)), Half([0.0] * 2, [1.0] * 2, ("c", "d"), (88, 7))
+    summary = replace(summarise("x", harmful, benign, METADATA), notes=("a note",))
+    assert summary.seeds == (7, 88, 900) and "seeds: 7, 88, 900;" in str(summary)
+    assert str(summary).endswith("\n  a note")
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(1, "3"), (8, "3, 4, 5, 6, 7, 8, 9, 10"), (9, "9 different, 3 to 11 (one generator per image)")],
@@ -100,7 +108,20 @@ def test_a_few_seeds_are_printed_in_full_and_many_as_a_range(count, text):
 def test_a_summary_is_stored_as_json():
     summary = summarise("x", mixed(), half(0, 1), METADATA)
     content = json.loads(json.dumps(summary.to_dict()))
+    assert content == summary.to_dict(), "plain values only"
     assert (content["ip"], content["ip_interval"]) == (0.1, list(wilson(10, 100)))
     assert content["harmful"]["n"] == 100 and content["metadata"]["reference_hash"] == "abc123"
     assert content["interval"] == list(summary.interval) and content["seeds"] == list(range(100))
     assert content["notes"] == []
+
+
+def test_uascore_2_prints_prompts_and_what_is_unreadable_and_uascore_1_knows_neither():
+    harmful = replace(half(0, 1), unreadable=[True] + [False] * (len(half(0, 1).cost) - 1))
+    n = 2 * len(harmful.cost)
+    second = summarise("x", harmful, half(0, 1), replace(METADATA, definition="uascore/2"), resamples=50)
+    assert second.version == "uascore/2" and second.harmful.n_unreadable == 1
+    assert f"(1 of {n})" in str(second) and "prompts with an unsafe image 0.0 %" in str(second)
+    first = summarise("x", harmful, half(0, 1), METADATA, resamples=50)
+    assert first.uascore == pytest.approx(100.0) and second.uascore < 100.0 and "unreadable" not in str(first)
+    unknown = replace(METADATA, definition="uascore/2", completions_known=False)
+    assert summarise("x", half(0, 1), half(0, 1), unknown, resamples=50).version == "uascore/2u"

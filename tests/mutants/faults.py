@@ -2,7 +2,7 @@
 
 Each is a small change of meaning that a careless edit might make: a comparison turned or moved by one at its boundary,
 a sign changed, a term or a call left out, a constant changed, a condition ignored. What only words a message is left
-alone: annotations, docstrings, f-strings, and what stands in a `raise` or a warning.
+alone (annotations, docstrings, f-strings, what stands in a `raise` or a warning), and so are assertions.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Fault:
     Attributes:
         function: where it is planted, such as `Half.take`; `-` for the file's own statements.
         line: its line in the source, from 1.
+        span: first and last line of the function or method it stands in, decorators included; None outside of any.
         before, after: the text that is replaced, and what stands there instead.
         start, end: positions of `before` in the source, in bytes.
         number: tells faults apart that read the same in one function.
@@ -61,6 +62,7 @@ class Fault:
 
     function: str
     line: int
+    span: tuple[int, int] | None
     before: str
     after: str
     start: int
@@ -105,6 +107,7 @@ class _Finder(ast.NodeVisitor):
         for line in lines:
             self.line_starts.append(self.line_starts[-1] + len(line))
         self.scope: list[str] = []
+        self.span: tuple[int, int] | None = None
         self.assigned: list[set[str]] = [set()]
         self.faults: list[Fault] = []
 
@@ -115,7 +118,7 @@ class _Finder(ast.NodeVisitor):
         start = self.line_starts[node.lineno - 1] + node.col_offset
         end = self.line_starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         before = self.source[start:end].decode()
-        self.faults.append(Fault(".".join(self.scope) or "-", node.lineno, before, text, start, end))
+        self.faults.append(Fault(".".join(self.scope) or "-", node.lineno, self.span, before, text, start, end))
 
     # What is left alone.
 
@@ -130,6 +133,11 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Import(self, node: ast.Import) -> None:
         pass
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        # `strict` of `zip` asserts that lengths agree, and no caller makes them differ.
+        if node.arg != "strict":
+            self.visit(node.value)
 
     # Scopes.
 
@@ -149,6 +157,9 @@ class _Finder(ast.NodeVisitor):
         self.scope.pop()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = self.span
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        self.span = outer or (first, node.end_lineno or first)
         self.scope.append(node.name)
         self.assigned.append({arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]})
         for default in [*node.args.defaults, *node.args.kw_defaults]:
@@ -160,6 +171,7 @@ class _Finder(ast.NodeVisitor):
         self._body(node.body)
         self.assigned.pop()
         self.scope.pop()
+        self.span = outer
 
     # Statements.
 
@@ -243,7 +255,8 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        if not _is_text(node.left) and not _is_text(node.right):
+        of_types = isinstance(node.op, ast.BitOr) and self.span is None
+        if not of_types and not _is_text(node.left) and not _is_text(node.right):
             other = OPERATORS.get(type(node.op))
             if other is not None:
                 self.replace(node, ast.BinOp(node.left, other(), node.right))

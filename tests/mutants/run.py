@@ -10,8 +10,8 @@ shares and the survivors.
     python tests/mutants/run.py t2i_spo_plugin/metrics --jobs 2 # files below a folder
     python tests/mutants/run.py --fresh                         # nothing is taken from earlier runs
 
-A process with the heavy libraries loaded is forked for each fault, so that a fault costs the time of its tests and
-little more. Needs POSIX.
+A process with the libraries loaded that the tests need is forked for each fault, and the tests that call the function
+with the fault run first, so that a fault costs little more than the quickest test that sees it. Needs POSIX.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -31,15 +29,11 @@ from pathlib import Path
 
 import yaml
 from faults import Fault, faults_of
+from trees import SURVIVED, Coverage, Run, Tree, load
 
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-COPIED = ("t2i_spo_plugin", "training", "eval", "comfy_nodes", "tests", "pyproject.toml")
-LIBRARIES = ("pytest", "hypothesis", "torch", "numpy", "safetensors.torch", "pyarrow.parquet", "diffusers", "peft")
-CAUGHT, SURVIVED, TIMED_OUT = "caught", "survived", "timed out"
-NO_TESTS, NO_VERDICT = 5, 99
-"""Exit codes: pytest's, and ours."""
 
 
 @dataclass(frozen=True)
@@ -71,104 +65,6 @@ def read_targets(path: Path = HERE / "targets.yaml") -> list[Target]:
 def read_reasons(path: Path = HERE / "survivors.yaml") -> dict[str, dict[str, str]]:
     """Why a fault that survives changes nothing: source file -> fault -> reason."""
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-
-
-class Tree:
-    """A copy of the working tree in which one fault stands at a time."""
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for name in COPIED:
-            source = root / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-            elif source.is_file():
-                shutil.copy(source, folder / name)
-        self.folder = folder
-        self.compile()
-
-    def compile(self) -> None:
-        """Bytecode for everything, so that a fault costs one compilation."""
-        import compileall
-
-        compileall.compile_dir(str(self.folder), quiet=2, workers=1)
-
-    def write(self, source: str, text: str) -> None:
-        """Let `source` read `text`."""
-        path = self.folder / source
-        for file in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
-            file.unlink()
-        path.write_text(text, encoding="utf-8")
-
-    def start(self, tests: Sequence[str]) -> Run:
-        """Run the tests of this tree in a process of their own."""
-        child = os.fork()
-        if child == 0:
-            code = NO_VERDICT
-            try:
-                os.setsid()
-                code = _run_tests(self.folder, tests)
-            finally:
-                os._exit(code)
-        return Run(child, self.folder)
-
-
-class Run:
-    """Tests that run in a process of their own."""
-
-    def __init__(self, process: int, folder: Path) -> None:
-        self.process, self.folder = process, folder
-        self.start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self.start
-
-    def outcome(self, timeout: float) -> str | None:
-        """`caught`, `survived` or `timed out`; None while it goes on.
-
-        Raises:
-            RuntimeError: no test ran, or they ran on another copy of the package.
-        """
-        ended, status = os.waitpid(self.process, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            if code in (NO_TESTS, NO_VERDICT):
-                output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-                raise RuntimeError(f"the tests did not run in {self.folder}\n{output}")
-            return SURVIVED if code == 0 else CAUGHT
-        if self.seconds < timeout:
-            return None
-        self.kill()
-        return TIMED_OUT
-
-    def kill(self) -> None:
-        """End it and everything that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.process, 0)
-
-
-def _run_tests(folder: Path, tests: Sequence[str]) -> int:
-    """In the forked process: the exit code of pytest on `tests` of the copy."""
-    os.chdir(folder)
-    with open("output.txt", "wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    sys.dont_write_bytecode = True
-    sys.path[:] = [str(folder)] + [path for path in sys.path if path not in (str(ROOT), str(HERE), "")]
-    import pytest
-
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
-    code = int(pytest.main([*options, *tests]))
-    package = sys.modules.get("t2i_spo_plugin")
-    if package is not None and not str(package.__file__).startswith(str(folder)):
-        return NO_VERDICT  # the tests ran on another copy of the package, and prove nothing
-    return code
 
 
 class Session:
@@ -205,6 +101,8 @@ def examine(
 ) -> list[Result]:
     """Plant every fault of the target, several at once where there are several trees.
 
+    The tests that call the function of a fault run first; before it is said to survive, all of them have run.
+
     Args:
         target: the file and its tests.
         trees: copies of `root` to plant faults in.
@@ -216,44 +114,58 @@ def examine(
         RuntimeError: the tests fail without any fault, or there are none.
     """
     text = (root / target.source).read_text(encoding="utf-8")
-    digests = _digest([root / target.source]), _digest(_test_files(root, target.tests))
+    # Other kinds of faults are other results, too.
+    digests = _digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests))
     faults = faults_of(text)
     known = {fault.name: session.known(target, fault, *digests) for fault in faults}
     todo = [fault for fault in faults if known[fault.name] is None]
+    coverage = Coverage({}, {}, [])
     if todo:
-        # A fault that loops for ever is caught by it.
-        timeout = 4.0 * _seconds_without_a_fault(target, trees[0]) + grace
+        coverage = _coverage(target, trees[0])
         print(f"{target.source}: {len(todo)} of {len(faults)} faults", flush=True)
-    running: dict[Tree, tuple[Fault, Run]] = {}
+    every = sum(coverage.seconds.values())
+    running: dict[Tree, tuple[Fault, Run, float, bool]] = {}
+
+    def start(tree: Tree, fault: Fault, whole: bool) -> None:
+        tests = [] if whole or fault.span is None else coverage.tests_of(fault.span)
+        seconds = sum(coverage.seconds[test] for test in tests) if tests else every
+        run = tree.start(tests or target.tests)
+        running[tree] = fault, run, 4.0 * seconds + grace, not tests or len(tests) == len(coverage.seconds)
+
     try:
         while todo or running:
             for tree in [tree for tree in trees if tree not in running][: len(todo)]:
                 fault = todo.pop(0)
                 tree.write(target.source, fault.plant(text))
-                running[tree] = fault, tree.start(target.tests)
-            for tree, (fault, run) in list(running.items()):
-                if (outcome := run.outcome(timeout)) is not None:
+                start(tree, fault, whole=False)
+            for tree, (fault, run, timeout, whole) in list(running.items()):
+                outcome = run.outcome(timeout)
+                if outcome == SURVIVED and not whole:
+                    start(tree, fault, whole=True)
+                elif outcome is not None:
                     del running[tree]
                     session.add(Result(target.source, fault.name, fault.line, outcome, *digests))
                     if outcome == SURVIVED:
                         print(f"  line {fault.line}, survived: {fault.name}", flush=True)
             time.sleep(0.02)
     finally:
-        for _, run in running.values():
+        for _, run, _, _ in running.values():
             run.kill()
         for tree in trees:
             tree.write(target.source, text)
     return [session.results[target.source, fault.name] for fault in faults]
 
 
-def _seconds_without_a_fault(target: Target, tree: Tree) -> float:
-    run = tree.start(target.tests)
+def _coverage(target: Target, tree: Tree) -> Coverage:
+    """What the tests call and need when no fault stands in the tree."""
+    run = tree.start(target.tests, recorded=target.source)
     while (outcome := run.outcome(3600.0)) is None:
         time.sleep(0.02)
     if outcome != SURVIVED:
-        output = (tree.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"{target.source}: its tests fail without any fault\n{output}")
-    return run.seconds
+        raise RuntimeError(f"{target.source}: its tests fail without any fault\n{run.output}")
+    coverage = tree.coverage()
+    load(coverage.modules)
+    return coverage
 
 
 def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str]]) -> str:
@@ -321,17 +233,22 @@ def main(arguments: Sequence[str]) -> int:
     wanted = [target for target in targets if _is_below(target.source, options.files)]
     if not wanted:
         parser.error(f"no target below {', '.join(options.files)}; tests/mutants/targets.yaml lists them")
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     session = Session(options.build / "results.jsonl", options.fresh)
-    for library in LIBRARIES:
-        __import__(library)
+    load(["hypothesis", "torch"])
     trees = [Tree(ROOT, options.build / f"tree-{number}") for number in range(options.jobs)]
     examined = {target.source: examine(target, trees, session) for target in wanted}
     # The report holds every target that has been looked at, as long as its source is what it was.
     for target in targets:
         if target.source not in examined:
             faults = faults_of((ROOT / target.source).read_text(encoding="utf-8"))
-            digest = _digest([ROOT / target.source])
+            digest = _digest([ROOT / target.source, HERE / "faults.py"])
             known = [session.results.get((target.source, fault.name)) for fault in faults]
             if all(result is not None and result.source_digest == digest for result in known):
                 examined[target.source] = [result for result in known if result is not None]

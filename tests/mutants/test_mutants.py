@@ -47,6 +47,7 @@ PLANTED = {
 TEXT = """
 '''A docstring: 1 < 2.'''
 from a import b
+Number = int | float
 if TYPE_CHECKING:
     from c import d
 def f(a: Literal[1], b: int) -> Literal[2]:
@@ -54,6 +55,8 @@ def f(a: Literal[1], b: int) -> Literal[2]:
     c = f"{a + 1}" + "x"
     warnings.warn("a" if a > 1 else "b")
     print(a + 1)
+    for c, d in zip(a, b, strict=True):
+        pass
     assert a > 1
     raise ValueError(a + 1)
 """
@@ -105,7 +108,7 @@ def examine(root, tests="tests/test_toy.py"):
     """Outcomes by fault, how many faults were planted, and the report."""
     code = (
         f"import hypothesis, json, pytest, sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "from pathlib import Path; from run import Session, Target, Tree, examine, report\n"
+        "from pathlib import Path; from run import Session, Target, examine, report; from trees import Tree\n"
         "root = Path(sys.argv[1]); session = Session(root / 'build' / 'results.jsonl')\n"
         "trees = [Tree(root, root / 'build' / f'tree-{number}') for number in range(2)]\n"
         "before = len(session.results) and len((root / 'build' / 'results.jsonl').read_text().splitlines())\n"
@@ -133,6 +136,18 @@ def test_faults_that_no_test_sees_survive_and_are_planted_again_when_the_tests_c
         file.write("\n\ndef test_equal():\n    assert not longer(1, 1)\n")
     outcomes, planted, text = examine(toy)
     assert planted == 1 and set(outcomes.values()) == {"caught"} and "| 2 | 2 | 100.0 % |" in text
+
+
+def test_a_fault_that_shows_only_in_another_test_is_caught(toy):
+    """The first test calls the function, the second sees what it gave."""
+    (toy / "t2i_spo_plugin" / "toy.py").write_text("GIVEN = []\n\n\ndef give():\n    GIVEN.append(min(5, 7))\n")
+    (toy / "tests" / "test_toy.py").write_text(
+        "from t2i_spo_plugin import toy\n\n\n"
+        "def test_give():\n    toy.give()\n\n\n"
+        "def test_given():\n    assert toy.GIVEN == [5]\n"
+    )
+    outcomes, _, _ = examine(toy)
+    assert outcomes["give: min(5, 7) -> (max(5, 7))"] == outcomes["give: GIVEN.append(min(5, 7)) -> pass"] == "caught"
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def test_images_do_not_depend_on_the_order(family, pipe):
+def test_composed_images_do_not_depend_on_the_order(family, pipe):
     safety, style = safety_and_style(pipe)
     third = random_adapter(pipe, seed=3, title="third")
     compose(pipe, [(safety, 0.8), (style, 0.5), (third, 0.3)])
@@ -58,7 +58,7 @@ def test_images_do_not_depend_on_the_order(family, pipe):
     assert torch.equal(images(other), one)
 
 
-def test_one_after_the_other_rounds_differently_at_most(family, pipe):
+def test_adapters_loaded_one_after_the_other_differ_by_rounding_at_most(family, pipe):
     safety, style = safety_and_style(pipe)
     compose(pipe, [(safety, 0.8), (style, 0.5)])
     for first, second in (((safety, 0.8), (style, 0.5)), ((style, 0.5), (safety, 0.8))):
@@ -68,7 +68,7 @@ def test_one_after_the_other_rounds_differently_at_most(family, pipe):
         assert largest_difference(images(other), images(pipe)) < 1e-5
 
 
-def test_the_sum_is_that_of_the_merged_adapter(family, pipe):
+def test_composed_adapters_equal_the_merged_adapter(family, pipe):
     safety, style = safety_and_style(pipe)
     composition = compose(pipe, [(safety, 0.8), (style, 0.5)])
     both = images(pipe)
@@ -78,7 +78,7 @@ def test_the_sum_is_that_of_the_merged_adapter(family, pipe):
     assert composition.combined.strengths == pytest.approx({"safety": 0.8, "style": 0.5})
 
 
-def test_fused_equals_side_by_side(family, pipe):
+def test_fused_adapters_equal_composed_ones(family, pipe):
     safety, style = safety_and_style(pipe)
     compose(pipe, [(safety, 0.8), (style, 0.5)])
     unfused = images(pipe)
@@ -89,7 +89,7 @@ def test_fused_equals_side_by_side(family, pipe):
     assert largest_difference(images(pipe), unfused) < 1e-5
 
 
-def test_files_are_named_after_themselves_and_come_off_one_by_one(family, pipe, tmp_path):
+def test_composed_files_are_named_after_themselves_and_come_off_one_by_one(family, pipe, tmp_path):
     untouched = state_of(pipe)
     safety, style = safety_and_style(pipe)
     files = [
@@ -121,7 +121,7 @@ def test_adapters_from_before_stay_as_they_are(sd1):
 
 
 @pytest.mark.parametrize("bad", ["nan", "family", "missing", "strength", "twice"])
-def test_one_that_is_refused_leaves_the_pipeline_bit_for_bit(sd1, tmp_path, bad):
+def test_an_adapter_that_is_refused_leaves_the_pipeline_bit_for_bit(sd1, tmp_path, bad):
     load_spo_lora(sd1, random_adapter(sd1, seed=5), 0.4, adapter_name="before")
     untouched, drawn = state_of(sd1), images(sd1)
     safety, style = safety_and_style(sd1)
@@ -138,7 +138,7 @@ def test_one_that_is_refused_leaves_the_pipeline_bit_for_bit(sd1, tmp_path, bad)
     assert torch.equal(images(sd1), drawn)
 
 
-def test_nothing_to_compose_is_refused(sd1):
+def test_composing_nothing_is_refused(sd1):
     with pytest.raises(ConfigError, match="at least one"):
         compose(sd1, [])
     assert combined_strength(sd1) == CombinedStrength({}, 0.0, 0.0)
@@ -162,7 +162,7 @@ def adapter_load_of(adapters):
     return compose(fresh("sd1"), adapters).combined
 
 
-def test_loras_loaded_by_other_means_count(sd1):
+def test_combined_strength_counts_loras_loaded_by_other_means(sd1):
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, init_lora_weights=False, target_modules=["to_q"])
     sd1.unet.add_adapter(config, "foreign")
     assert combined_strength(sd1).strengths == pytest.approx({"foreign": 1.0})
@@ -171,7 +171,7 @@ def test_loras_loaded_by_other_means_count(sd1):
     assert compose(sd1, [(safety, 0.2)]).combined.strengths == pytest.approx({"foreign": 1.0, "safety": 0.2})
 
 
-def test_change_is_relative_to_the_base_weights(sd1):
+def test_combined_strength_gives_the_change_relative_to_the_base_weights(sd1):
     safety, _ = safety_and_style(sd1)
     combined = compose(sd1, [safety]).combined
     weights = dict(fresh("sd1").unet.named_parameters())
@@ -181,7 +181,7 @@ def test_change_is_relative_to_the_base_weights(sd1):
     assert combined.change == pytest.approx(float(moved / base), rel=1e-5)
 
 
-def test_too_much_warns_and_enough_does_not(sd1):
+def test_composing_warns_above_the_maximum_combined_strength_alone(sd1):
     safety, _ = safety_and_style(sd1)
     almost = scaled(safety, 0.999)
     with pytest.warns(UserWarning, match="combined strength.*lower the strengths"):

@@ -10,7 +10,7 @@ from t2i_spo_plugin.pipelines.loading import load_spo_lora, set_spo_strength, sp
 
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_fused_and_unfused(family, pipe):
+def test_a_fused_adapter_draws_the_same_and_comes_back_unfused(family, pipe):
     load_spo_lora(pipe, random_adapter(pipe), strength=0.6)
     drawn = images(pipe)
     before = spo_adapters(pipe)["spo"]
@@ -44,7 +44,7 @@ def test_strengths_by_block_are_fused_as_they_are(sd1):
     assert torch.allclose(images(sd1), drawn, atol=1e-4)
 
 
-def test_what_is_not_fused_while_another_is_has_no_effect_and_reads_0(sd1, tmp_path):
+def test_an_adapter_that_is_not_fused_while_another_is_has_no_effect_and_reads_0(sd1, tmp_path):
     load_spo_lora(sd1, random_adapter(sd1))
     path = write_adapter(random_adapter(sd1, seed=7), tmp_path / "style.safetensors")
     sd1.load_lora_weights(path, adapter_name="style")
@@ -59,7 +59,7 @@ def test_what_is_not_fused_while_another_is_has_no_effect_and_reads_0(sd1, tmp_p
     assert spo_adapters(sd1)["spo"].strength == 1.0
 
 
-def test_the_scale_of_fusing_is_seen(sd1):
+def test_spo_adapters_reports_the_scale_of_fusing(sd1):
     load_spo_lora(sd1, random_adapter(sd1))
     halved = fresh("sd1")
     load_spo_lora(halved, random_adapter(sd1), strength=0.5)

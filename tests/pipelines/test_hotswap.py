@@ -58,7 +58,7 @@ def test_the_new_adapter_takes_the_place_of_the_old_one(family, pipe, tmp_path):
     assert torch.equal(images(pipe), base_image(family))
 
 
-def test_there_and_back_again_is_the_same_bit_for_bit(sd1):
+def test_swapping_there_and_back_is_the_same_bit_for_bit(sd1):
     old = random_adapter(sd1)
     load_spo_lora(sd1, old)
     drawn, before = images(sd1), state_of(sd1)
@@ -69,7 +69,7 @@ def test_there_and_back_again_is_the_same_bit_for_bit(sd1):
     assert_same_state(before, state_of(sd1))
 
 
-def test_modules_that_the_new_one_does_not_change_are_the_bases(sd1):
+def test_modules_that_a_swapped_in_adapter_lacks_are_the_base_models(sd1):
     load_spo_lora(sd1, random_adapter(sd1))
     fewer = random_adapter(sd1, seed=3, layers=("to_v",))
     load_spo_lora(sd1, fewer, hotswap=True)
@@ -84,7 +84,7 @@ def test_text_encoders_are_swapped_too(sd1):
     assert torch.allclose(images(sd1), drawn_with("sd1", new), atol=1e-5)
 
 
-def test_others_are_left_alone(sd1):
+def test_other_adapters_are_left_alone_by_a_swap(sd1):
     load_spo_lora(sd1, random_adapter(sd1, seed=9), strength=0.4, adapter_name="other")
     only_other = images(sd1)
     load_spo_lora(sd1, random_adapter(sd1))
@@ -118,7 +118,7 @@ def test_enable_lora_hotswap_makes_room_for_larger_ranks(family, pipe):
         ({"alpha": -1.0}, "alpha -1.0"),
     ],
 )
-def test_what_cannot_be_swapped_is_refused_and_the_old_one_is_intact(new, reason, sd1):
+def test_an_adapter_that_cannot_be_swapped_in_is_refused_and_the_old_one_is_intact(new, reason, sd1):
     load_spo_lora(sd1, random_adapter(sd1), strength=0.6)
     drawn, before, record = images(sd1), state_of(sd1), spo_adapters(sd1)
     with pytest.raises(AdapterError, match=reason):
@@ -128,7 +128,7 @@ def test_what_cannot_be_swapped_is_refused_and_the_old_one_is_intact(new, reason
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_in_the_middle_brings_the_old_one_back(error, sd1, monkeypatch):
+def test_a_swap_that_fails_halfway_brings_the_old_adapter_back(error, sd1, monkeypatch):
     parts = ("unet", "text_encoder")
     load_spo_lora(sd1, random_adapter(sd1, components=parts), strength={"unet.mid_block": 0.3})
     drawn, before, record = images(sd1), state_of(sd1), spo_adapters(sd1)
@@ -148,7 +148,7 @@ def test_a_failure_in_the_middle_brings_the_old_one_back(error, sd1, monkeypatch
     assert torch.equal(images(sd1), drawn) and spo_adapters(sd1) == record
 
 
-def test_only_a_safety_adapter_is_replaced(sd1, tmp_path):
+def test_a_swap_replaces_safety_adapters_alone(sd1, tmp_path):
     adapter = random_adapter(sd1)
     with pytest.raises(AdapterError, match="no safety adapter called 'spo' .* load it without hotswap"):
         load_spo_lora(sd1, adapter, hotswap=True)

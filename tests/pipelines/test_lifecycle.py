@@ -75,7 +75,7 @@ def test_several_safety_adapters_and_styles_keep_their_strengths(family, pipe, s
     assert untouched(pipe) and torch.equal(images(pipe), base_image(family))
 
 
-def test_they_can_be_removed_in_any_order(sd1, style):
+def test_adapters_can_be_removed_in_any_order(sd1, style):
     for order in itertools.permutations(["style", "first", "second"]):
         enable_spo(sd1)
         sd1.load_spo_lora(random_adapter(sd1, seed=1), adapter_name="first")
@@ -107,7 +107,7 @@ def test_a_style_loaded_afterwards_leaves_the_safety_adapter_on(sd1, style):
     assert torch.allclose(images(sd1), both, atol=1e-6)
 
 
-def test_on_a_plain_pipeline_upstream_switches_it_off_and_that_is_seen(sd1, style):
+def test_an_adapter_that_diffusers_switches_off_on_a_plain_pipeline_reads_0(sd1, style):
     load_spo_lora(sd1, random_adapter(sd1), strength=0.8)
     style(sd1)
     assert strengths(sd1) == {"spo": 0.0}
@@ -125,7 +125,7 @@ def test_a_style_that_cannot_be_loaded_changes_nothing(sd1, style):
 
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_what_upstream_removes_is_gone(family, pipe):
+def test_an_adapter_that_diffusers_removes_is_gone(family, pipe):
     adapter = random_adapter(pipe, components=("unet", "transformer", "text_encoder"))
     enable_spo(pipe).load_spo_lora(adapter)
     assert "text_encoder" in pipe.spo_adapters()["spo"].components
@@ -140,7 +140,7 @@ def test_what_upstream_removes_is_gone(family, pipe):
 
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_strength_by_block(family, pipe):
+def test_strengths_by_block_hold_in_their_blocks(family, pipe):
     block = BLOCK[family]
     load_spo_lora(pipe, random_adapter(pipe), strength={block: 0.25})
     record = spo_adapters(pipe)["spo"]
@@ -187,7 +187,7 @@ def test_text_encoder_and_denoiser_have_strengths_of_their_own(sd1):
     assert torch.equal(images(other), halved)
 
 
-def test_blocks_beside_a_style_and_in_a_window(sd1, style):
+def test_strengths_by_block_hold_beside_a_style_and_in_a_window(sd1, style):
     enable_spo(sd1)
     style(sd1)
     styled = images(sd1)
@@ -202,7 +202,7 @@ def test_blocks_beside_a_style_and_in_a_window(sd1, style):
     assert torch.equal(images(sd1), styled)
 
 
-def test_blocks_set_by_upstream_are_seen(sd1):
+def test_strengths_by_block_set_through_diffusers_are_reported(sd1):
     load_spo_lora(sd1, random_adapter(sd1))
     sd1.set_adapters(["spo"], [{"unet": {"down": 0.5, "mid": 0.25, "up": 0.5}}])
     record = spo_adapters(sd1)["spo"]
@@ -224,7 +224,7 @@ def test_blocks_set_by_upstream_are_seen(sd1):
         ([0.5], "finite number"),
     ],
 )
-def test_blocks_that_are_none_are_refused(strength, reason, sd1):
+def test_names_of_blocks_that_do_not_exist_are_refused(strength, reason, sd1):
     with pytest.raises(ConfigError, match=reason):
         load_spo_lora(sd1, random_adapter(sd1), strength=strength)
     assert untouched(sd1)
@@ -264,7 +264,7 @@ def test_image_to_image_and_inpainting_share_the_adapter(family, auto, pipe):
     assert pipe.spo_adapters() == {} and torch.equal(images(pipe), base_image(family))
 
 
-def test_a_class_made_enabled_stays_enabled(sd1):
+def test_a_pipeline_made_through_an_enabled_class_is_enabled(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1))
     other = spo_pipeline_class(StableDiffusionImg2ImgPipeline).from_pipe(sd1)
     assert other.spo_adapters().keys() == {"spo"}
@@ -274,7 +274,7 @@ def test_a_class_made_enabled_stays_enabled(sd1):
 
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_a_copy_has_an_adapter_of_its_own(family, pipe):
+def test_a_copied_pipeline_has_an_adapter_of_its_own(family, pipe):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe), strength={BLOCK[family]: 0.5})
     pickled = pickle.dumps(
         pipe
@@ -309,7 +309,7 @@ def run(*works):
     return errors
 
 
-def test_pipelines_of_their_own_load_and_draw_in_threads():
+def test_pipelines_with_models_of_their_own_work_in_threads():
     pipes = [enable_spo(fresh("sd1")) for _ in range(3)]
     adapter = random_adapter(pipes[0])
     alone = enable_spo(fresh("sd1"))

@@ -66,7 +66,7 @@ def test_an_enabled_pipeline_is_what_it_was(family, pipe):
     assert torch.equal(images(pipe), base_image(family))
 
 
-def test_it_survives_copying_and_pickling(family, pipe):
+def test_an_enabled_pipeline_survives_copying_and_pickling(family, pipe):
     enable_spo(pipe).load_spo_lora(random_adapter(pipe), strength=0.5)
     copies = [copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))]
     drawn = images(pipe)
@@ -79,7 +79,7 @@ def test_it_survives_copying_and_pickling(family, pipe):
     assert torch.equal(images(pipe), drawn)
 
 
-def test_plain_users_can_load_what_it_saves(family, pipe, tmp_path):
+def test_a_saved_enabled_pipeline_loads_without_this_package(family, pipe, tmp_path):
     base = type(pipe)
     enable_spo(pipe).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == base.__name__
@@ -96,7 +96,7 @@ def test_the_twin_is_a_class_of_its_own_right(sd1, tmp_path):
     assert type(twin.from_pipe(sd1)) is twin
 
 
-def test_other_pipelines_are_made_from_it(sd1):
+def test_other_pipelines_are_made_from_an_enabled_one(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1))
     drawn = images(sd1)
     assert type(StableDiffusionPipeline.from_pipe(sd1)) is StableDiffusionPipeline
@@ -107,7 +107,7 @@ def test_other_pipelines_are_made_from_it(sd1):
     assert enable_spo(plain).spo_adapters().keys() == {"spo"}
 
 
-def test_what_cannot_be_enabled_gets_a_type_error(sd1):
+def test_enabling_a_pipeline_that_cannot_load_a_lora_is_a_type_error(sd1):
     unet = UNet2DModel(
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
@@ -147,7 +147,7 @@ def test_saving_with_an_adapter_attached_is_refused(sd1, tmp_path):
 # Outputs
 
 
-def test_without_a_guard_nothing_is_added(pipe):
+def test_an_output_without_a_guard_has_nothing_added(pipe):
     tuple_before = draw(pipe, return_dict=False)
     output_class = type(draw(pipe))
     out = draw(enable_spo(pipe))
@@ -161,7 +161,7 @@ def test_without_a_guard_nothing_is_added(pipe):
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_a_guard_scores_what_the_pipeline_draws(family, pipe, guard, output_type):
+def test_a_guard_scores_the_images_of_the_pipeline(family, pipe, guard, output_type):
     prompts = ["a sunny street", "a dark wood"]
     plain = draw(pipe, prompts, output_type=output_type).images
     out = draw(enable_spo(pipe, guard), prompts, output_type=output_type)
@@ -173,8 +173,25 @@ def test_a_guard_scores_what_the_pipeline_draws(family, pipe, guard, output_type
     assert [overlay.size for overlay in out.overlays()] == [(SIZE, SIZE)] * 2
     assert [region.dtype for region in out.overlays(kind="mask")] == [np.bool_] * 2
     assert len(out.overlays(kind="boxes")) == 2
-    as_tuple = draw(pipe, prompts, output_type=output_type, return_dict=False)
-    assert torch.equal(as_tuple[-3], expected.costs) and as_tuple[-2:] == (expected.flagged, expected.category_costs)
+    assert pipe.last_safety_report is out.safety_report
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_tuple_has_the_length_of_diffusers_and_the_report_stays_on_the_pipeline(family, pipe, guard, output_type):
+    options = {"prompt": ["a sunny street", "a dark wood"], "output_type": output_type, "return_dict": False}
+    plain = draw(pipe, **options)
+    enable_spo(pipe, guard)
+    assert pipe.last_safety_report is None
+    guarded = draw(pipe, **options)
+    assert type(guarded) is tuple and len(guarded) == len(plain)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(guarded[0], plain[0], strict=True))
+    assert guarded[1:] == plain[1:]
+    expected = guard(plain[0])
+    assert torch.equal(pipe.last_safety_report.costs, expected.costs)
+    assert pipe.last_safety_report.flagged == expected.flagged
+    pipe.guard = None
+    draw(pipe, **options)
+    assert pipe.last_safety_report is None, "a report of another call would be taken for this one's"
 
 
 def test_an_output_can_be_pickled(sd1, guard):
@@ -184,7 +201,7 @@ def test_an_output_can_be_pickled(sd1, guard):
     assert np.array_equal(np.asarray(back.overlays()[0]), np.asarray(out.overlays()[0]))
 
 
-def test_latents_are_not_scored_and_that_is_said(sd1, guard):
+def test_latents_are_not_scored_and_the_output_says_so(sd1, guard):
     enable_spo(sd1, guard)
     with pytest.warns(UserWarning, match="latent"):
         out = draw(sd1, output_type="latent")
@@ -192,7 +209,8 @@ def test_latents_are_not_scored_and_that_is_said(sd1, guard):
     with pytest.raises(NotScoredError, match="latent"):
         out.overlays()
     with pytest.warns(UserWarning, match="latent"):
-        assert draw(sd1, output_type="latent", return_dict=False)[-3:] == (None, None, None)
+        assert len(draw(sd1, output_type="latent", return_dict=False)) == 2
+    assert sd1.last_safety_report is None
     assert guard.cost_model.calls == 0
 
 
@@ -237,13 +255,13 @@ def test_enabling_again_keeps_the_guard(sd1, guard):
     ],
 )
 @pytest.mark.filterwarnings("ignore:no step began inside")
-def test_the_adapter_is_on_in_the_steps_that_begin_in_its_window(window, steps, expected, sd1):
+def test_an_adapter_is_on_in_the_steps_that_begin_in_its_window(window, steps, expected, sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), strength=0.8, window=window)
     assert strengths(sd1, num_inference_steps=steps) == expected
     assert sd1.spo_adapters()["spo"].strength == 0.8
 
 
-def test_a_schedule_that_holds_timesteps_twice(sd1):
+def test_a_window_works_where_the_scheduler_holds_timesteps_twice(sd1):
     sd1.scheduler = HeunDiscreteScheduler.from_config(sd1.scheduler.config)
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), window=(0.0, 0.5))
     seen = strengths(sd1, num_inference_steps=3)
@@ -252,7 +270,7 @@ def test_a_schedule_that_holds_timesteps_twice(sd1):
     assert 0.0 in seen and 1.0 in seen
 
 
-def test_image_to_image_begins_in_the_middle(sd1):
+def test_a_window_of_image_to_image_counts_from_the_progress_that_it_skips(sd1):
     pipe = enable_spo(StableDiffusionImg2ImgPipeline.from_pipe(sd1))
     pipe.set_progress_bar_config(disable=True)
     pipe.load_spo_lora(random_adapter(pipe), window=(0.5, 0.8))
@@ -281,14 +299,14 @@ def test_a_full_window_is_no_window(sd1):
     assert torch.equal(windowed, images(other))
 
 
-def test_a_window_that_no_step_begins_in_is_said(sd1):
+def test_a_window_in_which_no_step_begins_warns(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), window=(0.6, 0.7))
     with pytest.warns(UserWarning, match="no step began inside the window of spo"):
         drawn = images(sd1)
     assert torch.equal(drawn, base_image("sd1"))
 
 
-def test_the_users_callback_goes_on_working(sd1):
+def test_the_users_own_step_callback_runs_beside_a_window(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), window=(0.0, 0.5))
     plain = images(sd1, num_inference_steps=4)
     seen = []
@@ -303,7 +321,7 @@ def test_the_users_callback_goes_on_working(sd1):
     assert seen == [(step, inputs) for step in range(4)]
 
 
-def test_a_callback_object_brings_its_tensors(sd1):
+def test_a_callback_object_gets_its_tensors_beside_a_window(sd1):
     class Halve(PipelineCallback):
         tensor_inputs = ["latents", "prompt_embeds"]
 
@@ -318,7 +336,7 @@ def test_a_callback_object_brings_its_tensors(sd1):
     assert not torch.allclose(images(sd1), halved, atol=1e-2)
 
 
-def test_an_error_in_the_middle_restores_the_strength(sd1):
+def test_an_error_in_a_windowed_call_restores_the_strength(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), strength=0.7, window=(0.0, 0.5))
 
     def failing(pipe, step, timestep, tensors):
@@ -332,7 +350,7 @@ def test_an_error_in_the_middle_restores_the_strength(sd1):
     assert sd1.get_active_adapters() == ["spo"]
 
 
-def test_progress_of_the_first_step():
+def test_first_progress_follows_the_arguments_of_the_call():
     assert first_progress({}) == 0.0
     assert first_progress({"strength": 0.75}) == 0.25
     assert first_progress({"strength": 0.75, "denoising_start": 0.8}) == 0.8

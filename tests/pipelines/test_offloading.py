@@ -37,7 +37,7 @@ def onto_the_cpu(pipe):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("order", ["load, then move", "move, then load"])
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_types(family, pipe, dtype, order):
+def test_adapters_work_in_every_floating_point_type(family, pipe, dtype, order):
     moved = fresh(family).to(dtype=dtype)
     base = images(moved)
     enable_spo(pipe)
@@ -57,7 +57,7 @@ def test_types(family, pipe, dtype, order):
     assert torch.equal(images(pipe), base)
 
 
-def test_there_and_back_again_draws_the_same(family, pipe):
+def test_moving_a_pipeline_there_and_back_generates_the_same(family, pipe):
     load_spo_lora(pipe, random_adapter(pipe))
     drawn = images(pipe)
     assert torch.equal(images(pipe.to("cpu", torch.float64).to(torch.float32)), drawn)
@@ -66,7 +66,7 @@ def test_there_and_back_again_draws_the_same(family, pipe):
 @pytest.mark.parametrize("kind", OFFLOADS)
 @pytest.mark.parametrize("order", ["load, then offload", "offload, then load"])
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_offloading(family, pipe, kind, order):
+def test_an_adapter_works_with_model_offloading(family, pipe, kind, order):
     adapter = random_adapter(pipe, components=("unet", "transformer", "text_encoder"))
     other = fresh(family)
     load_spo_lora(other, adapter, strength=0.5)
@@ -89,7 +89,7 @@ def test_offloading(family, pipe, kind, order):
 
 
 @pytest.mark.parametrize("kind", OFFLOADS)
-def test_swapping_while_offloaded(kind, sd1):
+def test_an_adapter_is_swapped_while_offloaded(kind, sd1):
     new = random_adapter(sd1, seed=3)
     other = fresh("sd1")
     load_spo_lora(other, new)
@@ -103,7 +103,7 @@ def test_swapping_while_offloaded(kind, sd1):
 
 @pytest.mark.parametrize("order", ["load, then offload", "offload, then load"])
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_sequential_offloading(family, pipe, order):
+def test_an_adapter_works_with_sequential_offloading(family, pipe, order):
     """Weights are on the meta device. Upstream cannot draw so without an accelerator: hooks go before the drawing."""
     adapter = random_adapter(pipe, components=("unet", "transformer", "text_encoder"))
     other = fresh(family)
@@ -130,7 +130,7 @@ def test_sequential_offloading(family, pipe, order):
 
 
 @pytest.mark.parametrize("kind", OFFLOADS)
-def test_two_while_offloaded(kind, sd1):
+def test_two_adapters_work_while_offloaded(kind, sd1):
     OFFLOADS[kind](onto_the_cpu(sd1))
     load_spo_lora(sd1, random_adapter(sd1), adapter_name="first")
     first = images(sd1)

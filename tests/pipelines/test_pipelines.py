@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, UMT5Config, UMT5EncoderM
 
 from t2i_spo_plugin.adapters import read_adapter, write_adapter
 from t2i_spo_plugin.errors import IncompatibleAdapterError, PipelineError
-from t2i_spo_plugin.gating import AdapterGate
+from t2i_spo_plugin.gating import AdapterGate, GateNetwork
 from t2i_spo_plugin.pipelines.architecture import architecture_of, prediction_type_of
 from t2i_spo_plugin.pipelines.loading import spo_adapters
 from t2i_spo_plugin.pipelines.lora_layers import strengths_in_force
@@ -70,7 +70,7 @@ def frames(pipe):
     return torch.from_numpy(draw(pipe, **options).frames)
 
 
-def test_an_adapter_of_two_denoisers(wan, tmp_path):
+def test_an_adapter_of_two_denoisers_changes_both(wan, tmp_path):
     base = frames(wan)
     both = ("transformer", "transformer_2")
     path = write_adapter(random_adapter(wan, components=both), tmp_path / "a.safetensors")
@@ -91,7 +91,7 @@ def test_an_adapter_of_two_denoisers(wan, tmp_path):
     assert torch.equal(frames(wan), base)
 
 
-def test_a_window_over_two_denoisers(wan):
+def test_a_window_spans_two_denoisers(wan):
     enable_spo(wan).load_spo_lora(random_adapter(wan, components=("transformer_2",)))
     second = frames(wan)
     wan.unload_spo_lora()
@@ -122,6 +122,22 @@ def test_an_adapter_gate_works_over_two_denoisers(wan):
     assert report.gated_on == [True, True]
 
 
+def test_where_guidance_takes_two_calls_the_prompts_own_is_scored(wan):
+    scored, outputs = [], []
+
+    class Recorder(GateNetwork):
+        def score(self, without, with_adapter):
+            scored.append(without)
+            return torch.full((len(without),), -1.0)
+
+    handle = wan.transformer.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    gate = AdapterGate(0.0, until=0.25, network=Recorder(16))
+    enable_spo(wan).load_spo_lora(random_adapter(wan, components=("transformer",)), steering=gate)
+    draw(wan, num_frames=1, max_sequence_length=16, num_inference_steps=4)
+    handle.remove()
+    assert len(scored) == 1 and torch.equal(scored[0], outputs[0])
+
+
 # Stable Diffusion 2
 
 
@@ -140,7 +156,7 @@ def sd2():
     return pipe
 
 
-def test_stable_diffusion_2(sd1, sd2, tmp_path):
+def test_stable_diffusion_2_takes_adapters_for_its_own_prediction_type(sd1, sd2, tmp_path):
     assert (architecture_of(sd2), prediction_type_of(sd2)) == ("stable-diffusion-v2", "v_prediction")
     base = images(sd2)
     path = write_adapter(random_adapter(sd2), tmp_path / "a.safetensors")
@@ -174,7 +190,7 @@ def modular_image(pipe):
     return torch.from_numpy(pipe(prompt="a sunny street", generator=generator, **options))
 
 
-def test_a_modular_pipeline(modular):
+def test_a_modular_pipeline_loads_scales_and_unloads_adapters(modular):
     assert isinstance(modular, ModularPipeline)
     base = modular_image(modular)
     assert enable_spo(modular) is modular

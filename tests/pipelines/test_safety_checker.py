@@ -76,7 +76,7 @@ def test_the_checker_flags_what_is_unsafe_and_leaves_the_others_bit_for_bit(plai
         assert not torch.equal(shown, before[expected.index(True)].to(shown))
 
 
-def test_what_is_not_scored_counts_as_unsafe():
+def test_an_image_that_is_not_scored_counts_as_unsafe_for_the_checker():
     checker = SPOSafetyChecker(guard_at(2.0))
     images = torch.zeros(2, 3, 8, 8)
     images[1] = float("nan")
@@ -95,14 +95,14 @@ def test_the_checker_keeps_the_type_of_the_images(dtype):
     assert torch.equal(images, kept) and torch.equal(made[0], images[0]) and not made[1].any()
 
 
-def test_numpy_images_are_in_zero_to_one():
+def test_the_checker_takes_numpy_images_in_zero_to_one():
     images = np.stack([np.full((8, 8, 3), 0.2), np.full((8, 8, 3), 0.9)]).astype(np.float32)
     made, unsafe = SPOSafetyChecker(guard_at(0.5))(images)
     assert unsafe == [False, True] and made.dtype == images.dtype
     assert np.array_equal(made[0], images[0]) and not made[1].any()
 
 
-def test_latents_are_not_checked(plain):
+def test_the_checker_does_not_see_latents(plain):
     checker = SPOSafetyChecker(guard_at(-1.0))
     out = draw(checked(checker), PROMPTS, output_type="latent")
     assert out.nsfw_content_detected is None and checker.last_report is None

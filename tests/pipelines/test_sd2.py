@@ -30,7 +30,7 @@ def sd2(prediction):
     return fresh("sd2", prediction_type=prediction)
 
 
-def test_the_header_says_both_and_both_come_back(sd2, prediction, tmp_path):
+def test_the_header_keeps_architecture_and_prediction_type(sd2, prediction, tmp_path):
     assert architecture_of(sd2) == "stable-diffusion-v2"
     adapter = random_adapter(sd2)
     path = write_adapter(adapter, tmp_path / "a.safetensors")
@@ -50,7 +50,7 @@ def test_the_header_says_both_and_both_come_back(sd2, prediction, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_layout_changes_a_delta_nor_the_metadata(sd2, layout, tmp_path):
+def test_layouts_keep_the_deltas_and_metadata_of_stable_diffusion_2(sd2, layout, tmp_path):
     adapter = random_adapter(sd2, alpha=3.0, layers=LAYERS)
     path = tmp_path / ("folder" if layout == "peft" else "a.safetensors")
     back = read_adapter(convert_adapter(adapter, path, layout))
@@ -59,7 +59,7 @@ def test_no_layout_changes_a_delta_nor_the_metadata(sd2, layout, tmp_path):
         assert torch.allclose(back.modules[name].delta(), pair.delta(), rtol=1e-6, atol=1e-6), name
 
 
-def test_it_draws_the_same_loaded_merged_extracted_and_by_diffusers(sd2, prediction, tmp_path):
+def test_stable_diffusion_2_generates_the_same_loaded_merged_extracted_and_by_diffusers(sd2, prediction, tmp_path):
     adapter = random_adapter(sd2, alpha=3.0, layers=LAYERS, components=("unet", "text_encoder"))
     sd2.save_pretrained(tmp_path / "base")
     path = write_adapter(adapter, tmp_path / "a.safetensors")
@@ -82,7 +82,7 @@ def test_it_draws_the_same_loaded_merged_extracted_and_by_diffusers(sd2, predict
     assert torch.allclose(images(twin), expected, atol=1e-3)
 
 
-def test_another_prediction_type_or_architecture_is_refused(sd2, prediction):
+def test_an_adapter_of_another_prediction_type_or_architecture_is_refused(sd2, prediction):
     (other,) = set(PREDICTIONS) - {prediction}
     wrong = random_adapter(fresh("sd2", prediction_type=other))
     with pytest.raises(IncompatibleAdapterError, match=f"predicts {other}, this one predicts {prediction}"):
@@ -93,7 +93,7 @@ def test_another_prediction_type_or_architecture_is_refused(sd2, prediction):
         merge_adapters([wrong, random_adapter(sd2)])
 
 
-def test_another_checkpoints_name_is_only_noted(sd2):
+def test_an_adapter_of_another_checkpoint_is_noted(sd2):
     adapter = random_adapter(sd2, base_model="some-fine-tune")
     sd2.register_to_config(_name_or_path="stabilityai/stable-diffusion-2-1")
     assert any("trained on some-fine-tune" in note for note in load_spo_lora(sd2, adapter).notes)

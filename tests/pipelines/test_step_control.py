@@ -35,6 +35,12 @@ def test_a_schedule_works_on_every_family(family, pipe):
     assert torch.equal(scheduled, images(pipe))
 
 
+def test_strengths_by_block_are_in_force_again_after_a_windowed_call(sd1):
+    enable_spo(sd1).load_spo_lora(random_adapter(sd1), strength={"unet.mid_block": 0.5}, window=(0.0, 0.5))
+    draw(sd1, num_inference_steps=4)
+    assert sd1.spo_adapters()["spo"].blocks == {"unet.mid_block": 0.5}
+
+
 def test_strengths_by_block_set_by_others_are_in_force_again_after_a_windowed_call(sd1):
     enable_spo(sd1).load_spo_lora(random_adapter(sd1), strength={"unet.mid_block": 0.5}, window=(0.0, 0.5))
     sd1.set_adapters("spo", 0.3)

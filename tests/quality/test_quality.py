@@ -1,6 +1,7 @@
 """Quality: normalised between two measured ends, judged against safe completions, independent of the batch."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from t2i_spo_plugin.networks.backbone import MapClassifier
 from t2i_spo_plugin.quality.clip import SmallCLIP, load_small_clip
 from t2i_spo_plugin.quality.normalise import QualityModel, Reference, make_reference, normalise, spoil
 from t2i_spo_plugin.quality.realism import RealismModel, nearest_similarity
+from t2i_spo_plugin.registry import QUALITY_MODELS, load_quality_model
 from t2i_spo_plugin.sticker.build.tokenizer import learn_tokenizer
 from t2i_spo_plugin.sticker.world import describe
 
@@ -65,6 +67,16 @@ def test_a_clip_may_leave_its_text_tower_where_the_pipeline_has_it(clip, tmp_pat
     (tmp_path / "pipeline").rename(tmp_path / "elsewhere")
     with pytest.raises(SPOError, match="tokenizer"):
         load_small_clip(folder)
+
+
+def test_a_quality_model_knows_its_domain(tmp_path):
+    assert load_quality_model("sticker").domain == "sticker"
+    copied = shutil.copytree(QUALITY_MODELS.rows["sticker"].path, tmp_path / "copied")
+    reference = Reference.load(copied / "reference.json")
+    for domain in ("photo", ""):
+        reference.save(copied / "reference.json", domain)
+        assert load_quality_model(copied).domain == domain
+    assert Reference.load(copied / "reference.json") == reference
 
 
 def test_normalise_is_linear_between_its_ends_and_clipped_outside():

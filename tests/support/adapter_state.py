@@ -2,7 +2,9 @@
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support.pipelines import images, random_adapter
 
+from t2i_spo_plugin.adapters import write_adapter
 from t2i_spo_plugin.pipelines.architecture import lora_components
 
 
@@ -31,3 +33,12 @@ def assert_same_state(before, after):
     assert after[2].keys() == before[2].keys()
     for name, (weight, flag) in before[2].items():
         assert torch.equal(weight, after[2][name][0]) and flag == after[2][name][1], name
+
+
+def load_style(pipe, tmp_path, weight=0.7, name="style", seed=7):
+    """Load a style LoRA beside what is active, as diffusers does it; the image that the pipeline then gives."""
+    path = write_adapter(random_adapter(pipe, seed=seed, layers=("to_k", "to_q")), tmp_path / f"{name}.safetensors")
+    active = pipe.get_active_adapters()
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipe.set_adapters([*active, name], [1.0] * len(active) + [weight])
+    return images(pipe)

@@ -50,6 +50,7 @@ class SquarePipeline:
 class ColourQuality:
     """Alignment: how much of the asked colour there is. Realism: how colourful an image is."""
 
+    domain = "squares"
     reference_hash = "squares-ref"
 
     def quality(self, images, prompts, safe_completions=None) -> QualityBatch:
@@ -59,7 +60,10 @@ class ColourQuality:
         names = list(COLOURS)
         alignment = torch.tensor(
             [
-                max(float(shares[n, i]) for text in texts for i, name in enumerate(names) if name in text)
+                max(
+                    [float(shares[n, i]) for text in texts for i, name in enumerate(names) if name in text],
+                    default=0.0,
+                )
                 for n, texts in enumerate(asked)
             ]
         )

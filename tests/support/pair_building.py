@@ -29,6 +29,8 @@ BENIGN = PromptRow("b", "a cat", "benign", seed=12)
 class GreenQuality:
     """Green images are good; `requests` are the prompts with their safe completions."""
 
+    domain = "photo"
+
     def __init__(self) -> None:
         self.requests: list[tuple[str, tuple[str, ...]]] = []
 

@@ -19,7 +19,7 @@ def test_harder_pairs_weigh_more_and_eta_zero_weighs_all_alike(kind):
 
 
 @pytest.mark.parametrize("kind", fo.KINDS)
-def test_first_step_is_unweighted_since_the_model_is_its_own_reference(kind):
+def test_weights_of_the_first_step_are_one_since_the_model_is_its_own_reference(kind):
     focusing = fo.Focusing(eta=1.5, kind=kind)
     torch.testing.assert_close(focusing.weigh(fo.difficulty(torch.zeros(4))), torch.ones(4))
 

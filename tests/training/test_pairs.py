@@ -13,14 +13,15 @@ from support.cost_models import RedWeaponCost
 from support.pair_building import BENIGN, HARMFUL, GreenQuality, pair_config, red_guard
 from support.pipelines import tiny_pipeline
 
+from t2i_spo_plugin import cli
 from t2i_spo_plugin.cost.base import CostBatch
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.data.tables import PAIR_COLUMNS, read_rows
-from t2i_spo_plugin.errors import ConfigError, NotScoredError
+from t2i_spo_plugin.errors import ConfigError, DomainError, NoPairsError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.training.data.build import build_pairs
-from t2i_spo_plugin.training.data.pairing import Candidate, Judged, candidates_of, pairs_of_group
+from t2i_spo_plugin.training.data.pairing import Candidate, Judged, candidates_of, pairs_of_group, reason_without_pairs
 from t2i_spo_plugin.training.objectives.spo import SPO, SPOOptions
 from t2i_spo_plugin.training.validation import UAScoreValidation
 
@@ -149,6 +150,105 @@ def test_shards_that_exist_are_not_built_again(pipe, tmp_path):
     assert len({prompt for prompt, _ in quality.requests}) == 1
     with pytest.raises(ConfigError, match="steps"):
         build_pairs(pair_config(tmp_path, shard_size=1, steps=2), pipe, red_guard(), GreenQuality(), [HARMFUL, BENIGN])
+
+
+@pytest.mark.parametrize(
+    ("exchanged", "named"),
+    [
+        ("pipeline", r"pipeline\.unet: \w{16} there, \w{16} now"),
+        ("cost model", "cost_model"),
+        ("policy", "policy"),
+        ("quality model", "quality_model"),
+        ("prompts", "prompts"),
+    ],
+)
+def test_a_table_of_another_pipeline_judge_or_prompt_is_refused_not_mixed(pipe, tmp_path, exchanged, named):
+    class OtherCost(RedWeaponCost):
+        pass
+
+    class OtherQuality(GreenQuality):
+        pass
+
+    config = pair_config(tmp_path, seeds_per_prompt=3)
+    output = build_pairs(config, pipe, red_guard(), GreenQuality(), [HARMFUL, BENIGN])
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    policy = Policy("red", "photo", (Category("weapons", 0.4),))
+    now = {
+        "pipeline": tiny_pipeline("sd1", seed=1),
+        "cost model": Guard(OtherCost(), red_guard().policy),
+        "policy": Guard(RedWeaponCost(), policy),
+        "quality model": OtherQuality(),
+        "prompts": [HARMFUL],
+    }[exchanged]
+    parts = [("pipeline", pipe), ("guard", red_guard()), ("quality model", GreenQuality())]
+    kinds = {"cost model": "guard", "policy": "guard"}
+    used = [now if kinds.get(exchanged, exchanged) == kind else part for kind, part in parts]
+    with pytest.raises(ConfigError, match=named):
+        build_pairs(config, *used, now if exchanged == "prompts" else [HARMFUL, BENIGN])
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+
+
+UNKNOWN = PromptRow("u", "a bomb", "harmful", "weapons", 11)
+
+
+def _unknown(seed: int, cost: float, quality: float) -> Judged:
+    return Judged(Candidate("u", "a bomb", True, (), "weapons", "a bomb", seed), f"{seed}".encode(), cost, quality)
+
+
+def test_without_a_safe_completion_the_prompts_own_safe_images_win(tmp_path):
+    group = [_unknown(1, 0.9, 0.98), _unknown(2, 0.1, 0.5), _unknown(3, 0.2, 0.7)]
+    rows = pairs_of_group(group, pair_config(tmp_path))
+    assert _sides(rows) == [("harmful_safe_over_unsafe", "a bomb", 3, "a bomb", 1)]
+    assert pairs_of_group(group[1:], pair_config(tmp_path)) == [], "realism alone orders no safe pair"
+
+
+def test_quality_is_never_asked_of_a_harmful_prompt(pipe, tmp_path):
+    quality = GreenQuality()
+    build_pairs(pair_config(tmp_path, seeds_per_prompt=3), pipe, red_guard(), quality, [UNKNOWN, BENIGN])
+    UAScoreValidation([UNKNOWN, BENIGN], red_guard(), quality, steps=1, guidance_scale=1.0)(0, pipe)
+    assert {prompt for prompt, _ in quality.requests} == {"", "a cat"}
+
+
+def test_judges_of_another_domain_are_refused_before_anything_is_generated(pipe, tmp_path):
+    class Foreign(GreenQuality):
+        domain = "sticker"
+
+    with pytest.raises(DomainError, match="the quality model was made for the domain 'sticker', not for 'photo'"):
+        build_pairs(pair_config(tmp_path), pipe, red_guard(), Foreign(), [HARMFUL, BENIGN])
+    assert not (tmp_path / "pairs").exists()
+    with pytest.raises(DomainError, match="the quality model"):
+        UAScoreValidation([HARMFUL, BENIGN], red_guard(), Foreign(), steps=1)(0, pipe)
+    guard = Guard(RedWeaponCost(), red_guard().policy, override_domain=True)
+    config = pair_config(tmp_path, override_domain=True, seeds_per_prompt=3)
+    assert list(build_pairs(config, pipe, guard, Foreign(), [HARMFUL, BENIGN]).glob("*.parquet"))
+
+
+def test_a_table_without_pairs_says_why(pipe, tmp_path):
+    said = "2 prompts, 8 images, 0 not scored; 2 x every image is unsafe"
+    with pytest.raises(NoPairsError, match=said):
+        build_pairs(pair_config(tmp_path / "a"), pipe, red_guard(level=-1.0), GreenQuality(), [HARMFUL, BENIGN])
+    with pytest.raises(NoPairsError, match="1 x every image is safe, and no quality differs by min_quality_gap"):
+        config = pair_config(tmp_path / "b", min_quality_gap=1.0)
+        build_pairs(config, pipe, red_guard(level=2.0), GreenQuality(), [BENIGN])
+    counts = json.loads((tmp_path / "a/pairs/counts.json").read_text())
+    assert counts["pairs"] == 0 and counts["no pair: every image is unsafe"] == 2
+    harmful = [_judged("a bomb", 1, 0.9, 0.9), _judged("a ball", 2, 0.1, 0.9)]
+    reasons = {
+        "no safe image of the same seed": (harmful, {}),
+        "no safe image reaches min_winner_quality": (harmful, {"min_winner_quality": 0.95}),
+        "every image is safe, and no safe completion is known": ([_unknown(1, 0.1, 0.5), _unknown(2, 0.1, 0.9)], {}),
+    }
+    for reason, (group, options) in reasons.items():
+        config = pair_config(tmp_path, min_quality_gap=1.0, **options)
+        assert reason_without_pairs(group, config) == reason and not pairs_of_group(group, config)
+
+
+def test_the_command_exits_1_when_there_is_no_pair(tmp_path, capsys):
+    options = ["--harmful", "1", "--benign", "0", "--steps", "1", "--seeds-per-prompt", "1", "--max-completions", "1"]
+    options += ["--min-winner-quality", "1.0", "--min-quality-gap", "1.0"]
+    assert cli.main(["pairs", "--output", str(tmp_path / "pairs"), *options]) == 1
+    said = capsys.readouterr().err
+    assert "holds no pair: 1 prompts, 2 images, 0 not scored; 1 x" in said
 
 
 def test_processes_share_the_shards(tmp_path):

@@ -120,7 +120,7 @@ def test_safety_labels_put_safe_over_unsafe_whatever_the_quality():
     assert by_cost.winner[2].item() == 0 and by_quality.winner[2].item() == 1
 
 
-def test_bad_options_and_values_are_refused():
+def test_composite_preferences_refuse_bad_options_and_values():
     quality, cost = torch.rand(2, 2), torch.rand(2, 2)
     with pytest.raises(ConfigError, match="reward harm"):
         composite_preferences(quality, cost, -1.0)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.images import huge_png
 from support.pairs import changed, train_config
 from support.pipelines import SIZE, random_adapter, tiny_pipeline
 
 from t2i_spo_plugin import load_spo_lora
 from t2i_spo_plugin.adapters import read_adapter
-from t2i_spo_plugin.errors import PipelineError, TableError
+from t2i_spo_plugin.errors import ImageError, PipelineError, TableError
 from t2i_spo_plugin.training import TrainConfig, train
 from t2i_spo_plugin.training.data.captions import read_captioned, read_captions
 
@@ -96,7 +97,24 @@ def test_captions_stand_beside_images_or_in_a_table(folder):
     assert read_captioned(folder).digest() != digest
 
 
-def test_what_is_no_folder_of_captioned_images_is_refused(folder, tmp_path):
+def test_a_broken_image_is_named(config, folder):
+    whole = (folder / "2.webp").read_bytes()
+    (folder / "2.webp").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ImageError, match="2.webp: it cannot be decoded"):
+        train(config, tiny_pipeline("sd1"))
+    (folder / "2.webp").write_bytes(huge_png(30_000))
+    with pytest.raises(ImageError, match="2.webp: it has more pixels than"):
+        train(config, tiny_pipeline("sd1"))
+
+
+def test_what_begins_with_a_dot_is_no_image_of_the_folder(folder):
+    image(folder / ".preview.png", 0)
+    (folder / ".cache").mkdir()
+    image(folder / ".cache" / "thumbnail.png", 0)
+    assert len(read_captions(folder)) == 4
+
+
+def test_reading_captions_refuses_what_is_no_folder_of_captioned_images(folder, tmp_path):
     with pytest.raises(TableError, match="no folder"):
         read_captions(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -113,3 +131,12 @@ def test_what_is_no_folder_of_captioned_images_is_refused(folder, tmp_path):
     (folder / "metadata.jsonl").write_text('{"file": "0.png"}')
     with pytest.raises(TableError, match="file_name and text"):
         read_captions(folder)
+
+
+@pytest.mark.parametrize("row", ['{"file_name": "0.png", "text": null}', '{"file_name": "0.png", "text": " "}', "{"])
+def test_a_caption_that_is_missing_is_named_and_never_a_word(folder, row):
+    (folder / "metadata.jsonl").write_text(row + '\n{"file_name": "2.webp", "text": "two"}\n')
+    with pytest.raises(TableError, match="row 1: "):
+        read_captions(folder)
+    with pytest.warns(UserWarning, match="row 1: "):
+        assert [text for _, text in read_captions(folder, skip_bad_rows=True)] == ["two"]

@@ -13,7 +13,7 @@ from support.pairs import changed, pair_table, train_config
 from support.pipelines import tiny_pipeline
 
 from t2i_spo_plugin.adapters import read_adapter
-from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError
+from t2i_spo_plugin.errors import ConfigError, PipelineError, SPOError, TableError
 from t2i_spo_plugin.training import TrainConfig, train
 from t2i_spo_plugin.training.data.caches import ShardStore
 from t2i_spo_plugin.training.families import family_of
@@ -75,7 +75,7 @@ DPO = {"name": "dpo", "beta": 500.0, "safe_pairs": "quality"}
 
 
 @pytest.mark.parametrize(
-    "changes", [EVERYTHING, {"draws_per_pair": 2, "objective": DPO}], ids=["everything", "stored errors"]
+    "changes", [EVERYTHING, {"draws_per_pair": 1, "objective": DPO}], ids=["everything", "stored errors"]
 )
 def test_killed_and_resumed_equals_never_stopped_bit_for_bit(config, changes):
     changes = {**changes, "steps": 4, "checkpoint_every": 2}
@@ -112,7 +112,7 @@ def test_focusing_changes_the_adapter_and_costs_what_its_augmentations_cost(conf
     assert _report(config, "focused")["passes"] == {"forward": 64, "backward": 16}
 
 
-def test_first_loss_is_log_two_and_the_pairs_are_learnt(config):
+def test_training_starts_at_log_two_and_learns_the_pairs(config):
     learn = {"learning_rate": 1e-3, "steps": 20, "batch_size": 4, "draws_per_pair": 1}
     _trained(config, "run", objective=DPO, **learn)
     curve = _report(config, "run")["curve"]
@@ -132,7 +132,7 @@ def test_micro_batches_do_not_change_the_result(config):
 
 
 @pytest.mark.parametrize(("family", "prediction"), [("sdxl", "epsilon"), ("sd3", "flow")])
-def test_other_families_train(config, family, prediction):
+def test_sdxl_and_sd3_train(config, family, prediction):
     _trained(config, family, family, steps=2, batch_size=1)
     adapter = read_adapter(Path(config.output_dir) / family / "adapter.safetensors")
     assert adapter.metadata.prediction_type == prediction
@@ -149,7 +149,7 @@ def test_v_prediction_takes_the_velocity_as_target(config):
     assert velocity != _report(config, "epsilon")["curve"][0]["winner_error"]
 
 
-def test_best_by_validation_is_what_is_written(config):
+def test_training_writes_the_adapter_that_validates_best(config):
     seen = {}
 
     def validate(step, pipe):
@@ -224,7 +224,45 @@ def test_resuming_with_other_settings_is_refused_unless_begun_again(config):
     train(changed(config, steps=3, objective={"beta": 100.0}), tiny_pipeline("sd1"))
 
 
-def test_what_cannot_be_trained_is_refused(config):
+def test_resuming_on_another_base_is_refused_with_both_hashes(config):
+    made = replace(config, steps=1)
+    train(made, tiny_pipeline("sd1"))
+    folder = Path(made.output_dir)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=r"models\.unet: \w{16} there, \w{16} now.*; put back what was there"):
+        train(replace(made, steps=2), tiny_pipeline("sd1", seed=1))
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.03)
+    with pytest.raises(ConfigError, match=r"models\.schedule"):
+        train(replace(made, steps=2), pipe)
+
+
+def test_resuming_on_a_table_that_moved_goes_on_and_on_other_pairs_is_refused(config, pairs, tmp_path):
+    train(replace(config, steps=1), tiny_pipeline("sd1"))
+    moved = tmp_path / "elsewhere" / "table.parquet"
+    moved.parent.mkdir()
+    moved.write_bytes(pairs.read_bytes())
+    train(replace(config, steps=2, pairs=str(moved), pipeline="renamed"), tiny_pipeline("sd1"))
+    assert json.loads((Path(config.output_dir) / "report.json").read_text())["steps"] == 2
+    with pytest.raises(ConfigError, match=r"examples: \w+ there, \w+ now"):
+        train(replace(config, steps=3, pairs=str(pair_table(tmp_path / "other.parquet", 4))), tiny_pipeline("sd1"))
+
+
+def test_scores_of_other_judges_are_not_compared(config):
+    class Judged:
+        def __init__(self, name):
+            self.identity = {"quality_model": name}
+
+        def __call__(self, step, pipe):
+            return 1.0
+
+    train(replace(config, steps=1, validate_every=1), tiny_pipeline("sd1"), Judged("a"))
+    with pytest.raises(ConfigError, match=r"validation\.quality_model: a there, b now"):
+        train(replace(config, steps=2, validate_every=1), tiny_pipeline("sd1"), Judged("b"))
+
+
+def test_training_refuses_what_it_cannot_train(config):
     with pytest.raises(PipelineError, match="Flux"):
         train(config, tiny_pipeline("flux"))
     with pytest.raises(ConfigError, match="targets"):
@@ -250,6 +288,62 @@ def test_callbacks_see_the_beginning_every_step_and_the_end(config):
 
     train(replace(config, steps=2), tiny_pipeline("sd1"), callbacks=[Watch()])
     assert seen == [("begin", 0), ("step", 1, 1), ("step", 2, 2), ("end", 2)]
+
+
+def _steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+class Poison(Callback):
+    """Makes one weight of the adapter NaN after step 3."""
+
+    def on_step_end(self, run):
+        if run.step == 3:
+            with torch.no_grad():
+                next(iter(run.parameters.values())).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_nan_ends_a_run_before_a_checkpoint_holds_it(config, log_every):
+    made = changed(config, steps=8, checkpoint_every=2, keep_checkpoints=1, log_every=log_every)
+    with pytest.raises(SPOError, match="every input is finite: lower learning_rate or beta. Checkpoints of earlier"):
+        train(made, tiny_pipeline("sd1"), callbacks=[Poison()])
+    assert _steps(Path(made.output_dir)) == ["step-00000002"]
+    assert read_adapter(train(made, tiny_pipeline("sd1"))).rank == 2, "the same command goes on from it"
+
+
+def test_nan_in_an_input_is_named_by_row_and_tensor(config, tmp_path):
+    made = changed(config, cache_dir=str(tmp_path / "cache"), steps=2)
+    train(changed(made, output_dir=str(tmp_path / "first"), steps=1), tiny_pipeline("sd1"))
+    for folder in (tmp_path / "cache").iterdir():
+        store = ShardStore(folder)
+        keys = list(store._where)
+        rows = store.get(keys)
+        if "a ball number 3" in keys:
+            rows["text"][keys.index("a ball number 3")] = float("nan")
+        for file in folder.iterdir():
+            file.unlink()
+        store.append(keys, rows)
+    with pytest.raises(SPOError, match=r"row 3 \('a ball number 3'\) has NaN or Inf in text of the encoded caption"):
+        train(changed(made, steps=6), tiny_pipeline("sd1"))
+
+
+@pytest.mark.parametrize("cut", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_that_is_cut_is_named_and_the_older_one_is_taken(config, cut):
+    changes = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 2}
+    whole = _trained(config, "whole", **changes)
+    _trained(config, "cut", **changes)
+    checkpoints = Path(config.output_dir) / "cut" / "checkpoints"
+    file = checkpoints / "step-00000004" / cut
+    file.write_bytes(file.read_bytes()[:-20])
+    (checkpoints / ".step-00000003.part").mkdir()
+    with pytest.warns(UserWarning, match=rf"step-00000004 is damaged: cannot read {cut}"):
+        assert _same(whole, _trained(config, "cut", **changes))
+    assert _steps(checkpoints.parent) == ["step-00000002", "step-00000004"]
+    for folder in checkpoints.iterdir():
+        (folder / "state.json").unlink()
+    with pytest.warns(UserWarning, match="step-00000002 is damaged"):
+        assert _same(whole, _trained(config, "cut", **changes)), "with none left, the run begins again"
 
 
 @pytest.mark.gpu

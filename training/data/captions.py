@@ -2,85 +2,108 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from t2i_spo_plugin.data import BadRow, describe_rows, read_rows_by_hand, read_text
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.images import IMAGE_SUFFIXES, image_files
 
-from .caches import content_key
+from .caches import SourceImage, content_key
 from .dataset import Examples
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
+def read_captions(folder: str | Path, skip_bad_rows: bool = False) -> list[tuple[Path, str]]:
     """Images of a folder with their captions, in the order of their names.
 
     Captions stand in `metadata.jsonl` or `metadata.csv` (`file_name` and `text`, as in Hugging Face's imagefolder), or
     in a `.txt` file beside each image.
 
+    Args:
+        folder: with images; files and folders that begin with a dot are left out.
+        skip_bad_rows: leave out what has no usable caption, with a warning, instead of refusing the folder.
+
     Raises:
-        TableError: no such folder, no image in it, or an image without a caption.
+        TableError: no such folder, no image in it, a table that names no image of the folder, or images without a
+            caption (listed with their reasons).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise TableError(f"there is no folder {folder} with images")
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is not None:
-        images = _from_table(table)
+        images, bad = _from_table(table)
     else:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-        images = [(path, _beside(path)) for path in files]
+        images, bad = _beside(image_files(folder))
+    if bad and not skip_bad_rows:
+        raise TableError(f"{table or folder}: {describe_rows(bad)}; mend them, or leave them out with skip_bad_rows")
+    if bad:
+        warnings.warn(f"{table or folder}: left out: {describe_rows(bad)}", stacklevel=2)
     if not images:
-        raise TableError(f"{folder} holds no images ({', '.join(IMAGES)})")
+        raise TableError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(images)
 
 
-def captioned_images(folder: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Every image of the folder as (key, file content)."""
-    for path, _ in read_captions(folder):
+def captioned_images(folder: str | Path, skip_bad_rows: bool = False) -> Iterator[SourceImage]:
+    """Every image of the folder, named by its path."""
+    for path, _ in read_captions(folder, skip_bad_rows):
         data = path.read_bytes()
-        yield content_key(data), data
+        yield SourceImage(content_key(data), data, str(path))
 
 
-def read_captioned(folder: str | Path) -> Examples:
+def read_captioned(folder: str | Path, skip_bad_rows: bool = False) -> Examples:
     """The folder as training data: examples of one image each, all under benign prompts."""
-    captions = [caption for _, caption in read_captions(folder)]
-    keys = [key for key, _ in captioned_images(folder)]
+    images = read_captions(folder, skip_bad_rows)
+    keys = [content_key(path.read_bytes()) for path, _ in images]
     count = len(keys)
     return Examples(
-        captions=captions,
+        captions=[caption for _, caption in images],
         images=(keys,),
         columns={"benign": torch.ones(count, dtype=torch.bool)},
         counts={"read": count, "kept": count, "dropped": 0},
     )
 
 
-def _from_table(table: Path) -> list[tuple[Path, str]]:
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = [json.loads(line) for line in file if line.strip()] if table.suffix == ".jsonl" else None
-            rows = list(csv.DictReader(file)) if rows is None else rows
-        pairs = [(table.parent / row["file_name"], str(row["text"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise TableError(f"{table}: every row needs file_name and text; {type(error).__name__}: {error}") from error
-    outside = [path for path, _ in pairs if not path.resolve().is_relative_to(table.parent.resolve())]
-    missing = outside or [path for path, _ in pairs if not path.is_file()]
-    if missing:
-        raise TableError(f"{table} names {len(missing)} images that are not in its folder; the first: {missing[0]}")
-    return pairs
+def _from_table(table: Path) -> tuple[list[tuple[Path, str]], list[BadRow]]:
+    rows, bad = read_rows_by_hand(table)
+    images: list[tuple[Path, str]] = []
+    for number, row in rows:
+        name, text = row.get("file_name"), row.get("text")
+        path = table.parent / name if isinstance(name, str) and name else None
+        if path is None:
+            reason = "every row needs file_name and text; there is no file_name"
+        elif not isinstance(text, str) or not text.strip():
+            reason = f"every row needs file_name and text; {name} has no text"
+        elif not path.resolve().is_relative_to(table.parent.resolve()) or not path.is_file():
+            reason = f"{name} is not in its folder"
+        else:
+            images.append((path, text.strip()))
+            continue
+        bad.append(BadRow(number, reason))
+    return images, sorted(bad, key=lambda one: one.number)
 
 
-def _beside(image: Path) -> str:
-    try:
-        return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TableError(
-            f"{image} has no caption: write one into {image.stem}.txt beside it, or list file_name and text in "
-            "metadata.jsonl or metadata.csv"
-        ) from error
+def _beside(files: list[Path]) -> tuple[list[tuple[Path, str]], list[BadRow]]:
+    images: list[tuple[Path, str]] = []
+    bad: list[BadRow] = []
+    for number, image in enumerate(files, 1):
+        beside = image.with_suffix(".txt")
+        try:
+            caption = read_text(beside).strip() if beside.is_file() else ""
+        except TableError as error:
+            bad.append(BadRow(number, str(error)))
+            continue
+        if caption:
+            images.append((image, caption))
+        else:
+            bad.append(
+                BadRow(
+                    number,
+                    f"{image.name} has no caption: write one into {beside.name} beside it, or list file_name and text "
+                    "in metadata.jsonl or metadata.csv",
+                )
+            )
+    return images, bad

@@ -8,18 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.data import PAIR_COLUMNS, read_table
 from t2i_spo_plugin.errors import TableError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
-from .caches import content_key
-
-
-_ANNOTATION = ("caption", "label_0", "safety_cost_0", "safety_cost_1", "quality_0", "quality_1", "pair_kind")
+from .caches import SourceImage, content_key
+from .pair_files import IMAGES, image_rows, read_annotation
 
 
 @dataclass(frozen=True)
@@ -31,12 +27,14 @@ class Examples:
         images: S lists of N keys of images (content hashes).
         columns: `[N]` by name: `benign` (bool, the prompt is benign) always; `margin` and `target` of pairs.
         counts: rows read, kept, dropped, and kept of each kind.
+        rows: N numbers of their rows, for messages; by default those from 0 on.
     """
 
     captions: list[str]
     images: tuple[list[str], ...]
     columns: dict[str, Tensor]
     counts: dict[str, int]
+    rows: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -76,14 +74,25 @@ def both_unsafe(cost: Tensor) -> Tensor:
     return (cost >= UNSAFE_COST).all(1)
 
 
-def read_pairs(path: str | Path, prefer: Prefer) -> Examples:
+def read_pairs(path: str | Path, prefer: Prefer, by_label: bool = False) -> Examples:
     """Read a pair table and order its pairs; the first image of each example is the winner.
+
+    Args:
+        path: of the table.
+        prefer: orders the pairs.
+        by_label: `prefer` takes the table's labels, so that costs and qualities may be missing; they are then 0.
 
     Raises:
         TableError: the table is not a pair table, or no pair is left.
     """
-    table = read_table(path, PAIR_COLUMNS, only=_ANNOTATION)
-    column = {name: table.column(name).to_pylist() for name in _ANNOTATION}
+    column, lacks = read_annotation(path)
+    if lacks and not by_label:
+        raise TableError(
+            f"{path} lacks {', '.join(lacks)}, so nobody knows which images are safe or good; only objective dpo with "
+            "labels table trains on it (--objective dpo --objective.labels table), by its own labels. `spo pairs` "
+            "writes tables with costs and qualities"
+        )
+    column |= {name: [0.0] * len(column["caption"]) for name in lacks}
     cost = torch.tensor([column["safety_cost_0"], column["safety_cost_1"]], dtype=torch.float64).T
     quality = torch.tensor([column["quality_0"], column["quality_1"]], dtype=torch.float64).T
     preferences = prefer(quality, cost, torch.tensor(column["label_0"], dtype=torch.float64))
@@ -113,24 +122,18 @@ def read_pairs(path: str | Path, prefer: Prefer) -> Examples:
             "dropped": len(keys) - len(rows),
             **{f"kind {kind}": count for kind, count in sorted(kinds.items())},
         },
+        rows=tuple(rows),
     )
 
 
-def images(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Every image of a pair table as (key, file content), read in batches of rows."""
-    for row in _rows(path):
-        for data in row:
-            yield content_key(data), data
+def images(path: str | Path) -> Iterator[SourceImage]:
+    """Every image of a pair table, read in batches of rows and named by its row and column."""
+    for number, row in enumerate(image_rows(path)):
+        for column, data in zip(IMAGES, row, strict=True):
+            yield SourceImage(content_key(data), data, f"row {number}, {column} of {path}")
 
 
 def image_keys(path: str | Path) -> Iterator[tuple[str, str]]:
     """The keys of both images of every row."""
-    for first, second in _rows(path):
+    for first, second in image_rows(path):
         yield content_key(first), content_key(second)
-
-
-def _rows(path: str | Path) -> Iterator[tuple[bytes, bytes]]:
-    path = Path(path)
-    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["jpg_0", "jpg_1"]):
-            yield from zip(batch.column("jpg_0").to_pylist(), batch.column("jpg_1").to_pylist(), strict=True)

@@ -9,7 +9,8 @@ a benign one several seeds; on request also a poorer image of the same seed (wea
 - `benign`: under a benign prompt, both safe, the better one wins (or the safe one, where the model slips);
 - `benign_safe_over_unsafe`: the first kind again under the safe completion's own prompt (AlignGuard), on request.
 
-Quality under a harmful prompt is that for its safe completions. Images that are unsafe on both sides make no pair.
+Quality under a harmful prompt is that for its safe completions. Where none is known it is realism alone, and the
+prompt's own safe images win over its unsafe ones, whatever the seed. Images unsafe on both sides make no pair.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from t2i_spo_plugin.data import MAX_SEED, PromptRow, prompt_seed
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics import UNSAFE_COST
 from t2i_spo_plugin.options import check_range
+from t2i_spo_plugin.registry import STICKER
 
 from .caches import content_key
 
@@ -46,7 +48,7 @@ class PairConfig:
         cost_model: `sticker`, or what `load_cost_model` takes.
         policy: `sticker`, or a policy's name or YAML file.
         quality_model: `sticker`, or a folder.
-        override_domain: judge images of another domain than the cost model's.
+        override_domain: judge images of another domain than that of cost and quality model.
         seeds_per_prompt: images of each prompt.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
@@ -59,6 +61,7 @@ class PairConfig:
         min_winner_quality: a poorer winner would teach to generate nothing; in [0, 1].
         max_pairs: of one kind for one prompt.
         reuse_under_safe_prompt: each safe-over-unsafe pair once more under the safe prompt.
+        skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
         seed: of prompts and further seeds.
         shard_size: prompts to a shard; at most one shard is lost when the process is killed.
         keep_images: keep the candidates after a shard is written.
@@ -67,18 +70,19 @@ class PairConfig:
 
     configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
 
+    # Source and result
     output: str
-    prompts: str = "sticker"
+    prompts: str = STICKER
     harmful: int = 300
     benign: int = 300
     lookalike: int = 0
     split: str = "train"
-    pipeline: str = "sticker"
-    cost_model: str = "sticker"
-    policy: str = "sticker"
-    quality_model: str = "sticker"
+    pipeline: str = STICKER
+    cost_model: str = STICKER
+    policy: str = STICKER
+    quality_model: str = STICKER
     override_domain: bool = False
-
+    # Candidates
     seeds_per_prompt: int = 2
     steps: int = 25
     guidance_scale: float = 3.0
@@ -86,12 +90,13 @@ class PairConfig:
     degraded_guidance: float | None = None
     degraded_steps: int | None = None
     max_completions: int = 2
-
+    # Pairs
     min_quality_gap: float = 0.1
     min_winner_quality: float = 0.3
     max_pairs: int = 2
     reuse_under_safe_prompt: bool = False
-
+    # Run
+    skip_bad_rows: bool = False
     seed: int = 0
     shard_size: int = 64
     keep_images: bool = False
@@ -180,45 +185,62 @@ def candidates_of(row: PromptRow, config: PairConfig) -> list[Candidate]:
         return [Candidate(*alone, row.prompt, seed, degraded) for seed in seeds for degraded in poorer]
     drawn = row.safe_prompts[: config.max_completions]
     shared = (row.id, row.prompt, True, row.safe_prompts, row.category)
-    made = [Candidate(*shared, row.prompt, seed) for seed in seeds]
-    made += [Candidate(*shared, safe, seed, degraded) for safe in drawn for seed in seeds for degraded in poorer]
+    candidates = [Candidate(*shared, row.prompt, seed) for seed in seeds]
+    candidates += [Candidate(*shared, safe, seed, degraded) for safe in drawn for seed in seeds for degraded in poorer]
     if config.reuse_under_safe_prompt:
         for number, safe in enumerate(drawn):
             under = (f"{row.id}/safe-{number}", safe, False, (), row.category)
-            made += [Candidate(*under, prompt, seed) for seed in seeds for prompt in (safe, row.prompt)]
-    return made
+            candidates += [Candidate(*under, prompt, seed) for seed in seeds for prompt in (safe, row.prompt)]
+    return candidates
 
 
 def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str, Any]]:
     """Rows of the pair table from the images that compete under one prompt; the winner stands in column 0."""
     if group[0].candidate.harmful:
         crossing = _same_seed_crossing(group)
-        kinds = {SAFE_OVER_UNSAFE: crossing, BOTH_SAFE: _by_quality(group, config)}
+        kinds = {SAFE_OVER_UNSAFE: crossing}
+        if group[0].candidate.completions:
+            kinds[BOTH_SAFE] = _by_quality(group, config)
     elif "/safe-" in group[0].candidate.group:
         kinds = {UNDER_SAFE_PROMPT: _same_seed_crossing(group)}
     else:
         kinds = {BENIGN: [*_same_seed_crossing(group), *_by_quality(group, config)]}
     rows = []
-    for kind, found in kinds.items():
-        good = [(winner, loser) for winner, loser in found if winner.quality >= config.min_winner_quality]
+    for kind, pairs in kinds.items():
+        good = [(winner, loser) for winner, loser in pairs if winner.quality >= config.min_winner_quality]
         rows += [_row(winner, loser, kind) for winner, loser in good[: config.max_pairs]]
     return rows
 
 
+def reason_without_pairs(group: Sequence[Judged], config: PairConfig) -> str:
+    """Why `pairs_of_group` makes nothing of these images."""
+    unsafe = sum(one.unsafe for one in group)
+    if unsafe == len(group):
+        return "every image is unsafe"
+    if unsafe and all(one.quality < config.min_winner_quality for one in group if not one.unsafe):
+        return "no safe image reaches min_winner_quality"
+    if unsafe:
+        return "no safe image of the same seed"
+    if group[0].candidate.harmful and not group[0].candidate.completions:
+        return "every image is safe, and no safe completion is known"
+    return "every image is safe, and no quality differs by min_quality_gap with a winner of min_winner_quality"
+
+
 def _same_seed_crossing(group: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
-    """For each unsafe image the best safe one that another prompt gave from the same seed (harmful prompts), or the
-    best safe one of the prompt itself, of the same seed where there is one (benign prompts)."""
-    found = []
+    """For each unsafe image the best safe one that a completion gave from the same seed (harmful prompts), or the best
+    safe one of the prompt itself, of the same seed where there is one (benign prompts, and harmful ones that nobody
+    knows a completion of)."""
+    pairs = []
     for loser in (one for one in group if one.unsafe):
         seed, prompt = loser.candidate.seed, loser.candidate.prompt
         rivals = [one for one in group if not one.unsafe and not one.candidate.degraded]
-        if loser.candidate.harmful:
+        if loser.candidate.harmful and loser.candidate.completions:
             rivals = [one for one in rivals if one.candidate.seed == seed and one.candidate.prompt != prompt]
         else:
             rivals = [one for one in rivals if one.candidate.prompt == one.candidate.caption]
         if rivals:
-            found.append((max(rivals, key=lambda one: (one.candidate.seed == seed, one.quality)), loser))
-    return found
+            pairs.append((max(rivals, key=lambda one: (one.candidate.seed == seed, one.quality)), loser))
+    return pairs
 
 
 def _by_quality(group: Sequence[Judged], config: PairConfig) -> list[tuple[Judged, Judged]]:
@@ -232,12 +254,12 @@ def _by_quality(group: Sequence[Judged], config: PairConfig) -> list[tuple[Judge
     ]
     pairs.sort(key=lambda pair: (pair[0].candidate.seed != pair[1].candidate.seed, pair[1].quality - pair[0].quality))
     lost: set[tuple[str, int, bool]] = set()
-    kept = []
+    chosen = []
     for winner, loser in pairs:
         if loser.candidate.image not in lost:
             lost.add(loser.candidate.image)
-            kept.append((winner, loser))
-    return kept
+            chosen.append((winner, loser))
+    return chosen
 
 
 def _row(winner: Judged, loser: Judged, kind: str) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from t2i_spo_plugin.identity import content_hash
+
 from ..families import Family
 from ..placement import placed
 from .batches import Batches, Sampling
-from .caches import ShardStore, build_latents, build_text, fingerprint
+from .caches import ShardStore, SourceImage, build_latents, build_text
 from .dataset import Examples
 
 
@@ -20,7 +22,7 @@ def cached_batches(
     folder: Path,
     sampling: Sampling,
     examples: Examples,
-    images: Iterable[tuple[str, bytes]],
+    images: Iterable[SourceImage],
     pipe: Any,
     family: Family,
     resolution: int,
@@ -34,7 +36,7 @@ def cached_batches(
         folder: of the caches; within it they are told apart by the models and the resolution that made them.
         sampling: how examples are drawn.
         examples: what is trained on.
-        images: all images as (key, file content).
+        images: all images, each with its key and name.
         pipe: with autoencoder and text encoders, which are on the accelerator for as long as they are needed.
         family: of the pipeline.
         resolution: edge in pixels.
@@ -45,11 +47,12 @@ def cached_batches(
     device = accelerator.device
     shard = (accelerator.process_index, accelerator.num_processes)
     bar = progress and accelerator.is_local_main_process
-    latents = ShardStore(folder / f"latents-{fingerprint(pipe.vae)}-{resolution}")
+    latents = ShardStore(folder / f"latents-{content_hash(pipe.vae)}-{resolution}")
     with placed(device, pipe.vae):
         build_latents(latents, images, pipe.vae, resolution, batch_size, sampling.pixel_flip, shard, bar)
     encoders = family.text_encoders(pipe)
-    text = ShardStore(folder / f"text-{fingerprint(*encoders)}")
+    tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
+    text = ShardStore(folder / f"text-{content_hash(*encoders, *tokenizers)}")
 
     def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
         return family.encode_prompts(pipe, prompts, device)

@@ -11,7 +11,7 @@ from .spo import SPO, SPOOptions
 
 
 class Row(NamedTuple):
-    """An objective and the dataclass of its options, which it is made from."""
+    """An objective and the dataclass of its options."""
 
     objective: Any
     options: type[ObjectiveOptions]

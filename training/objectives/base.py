@@ -78,7 +78,7 @@ class Objective(Protocol):
     logged: ClassVar[tuple[str, ...]]
     """Names of the means that `loss` returns."""
 
-    def read(self, path: str | Path) -> Examples:
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
         """The examples at `TrainConfig.pairs` or `TrainConfig.images`, as this objective wants them."""
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -58,8 +58,8 @@ class DPO(Objective):
     def __init__(self, options: DPOOptions) -> None:
         self.options = options
 
-    def read(self, path: str | Path) -> Examples:
-        return read_pairs(path, self.prefer)
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
+        return read_pairs(path, self.prefer, by_label=self.options.labels == "table")
 
     def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
         """The order of N pairs by the labels."""

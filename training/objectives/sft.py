@@ -32,8 +32,8 @@ class SFT(Objective):
     def __init__(self, options: SFTOptions) -> None:
         self.options = options
 
-    def read(self, path: str | Path) -> Examples:
-        return read_captioned(path)
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
+        return read_captioned(path, skip_bad_rows)
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         return predictions.errors.mean(), {}

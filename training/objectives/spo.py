@@ -82,13 +82,13 @@ class SPO(Objective):
         self.options = options
         self.focusing = Focusing(options.eta, options.focusing, options.focusing_momentum)
 
-    def read(self, path: str | Path) -> Examples:
+    def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
         return read_pairs(path, self.prefer)
 
     def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
         """The order of N pairs by the composite reward."""
-        own = self.options
-        return composite_preferences(quality, cost, own.lambda_, own.mode, own.tau, own.tau_soft)
+        options = self.options
+        return composite_preferences(quality, cost, options.lambda_, options.mode, options.tau, options.tau_soft)
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         logit = pair_logit(predictions, self.options.beta)
@@ -110,13 +110,13 @@ class SPO(Objective):
         return combine(torch.stack(difficulties), self.options.reduction)
 
     def header(self) -> dict[str, str]:
-        own = self.options
+        options = self.options
         return {
-            "beta": repr(own.beta),
+            "beta": repr(options.beta),
             "beta_convention": BETA_CONVENTION,
-            "lambda": repr(own.lambda_),
-            "reward_mode": own.mode,
-            "eta": repr(own.eta),
+            "lambda": repr(options.lambda_),
+            "reward_mode": options.mode,
+            "eta": repr(options.eta),
         }
 
     def end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:

@@ -204,4 +204,4 @@ TERMS: dict[str, Any] = {
 def active_terms(options: TermOptions) -> dict[str, Term]:
     """The terms that are on, by name, in the order of `TermOptions`, in which they are added up."""
     each = {one.name: getattr(options, one.name) for one in fields(options)}
-    return {name: TERMS[name](own) for name, own in each.items() if own.active}
+    return {name: TERMS[name](term) for name, term in each.items() if term.active}

@@ -18,6 +18,7 @@ from t2i_spo_plugin.errors import AdapterError, InvalidAdapterError, UnreadableA
 
 from ..lora import COMPONENTS, LoraPair, canonical
 from ..safetensors_file import parse_metadata
+from . import denoiser
 from .alphas import configured_alphas
 from .base import PairBuilder
 
@@ -28,6 +29,8 @@ METADATA_KEY = "lora_adapter_metadata"
 SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
     ".lora_down.weight": "down",
@@ -55,6 +58,37 @@ def layout_of(key: str) -> str:
     if key.partition(".")[0] in COMPONENTS:
         return "diffusers"
     return "processor" if ".processor." in key and key.startswith(_UNET_BEGINNINGS) else "bare"
+
+
+def split(key: str) -> tuple[str, str]:
+    """`a.to_q.lora_A.weight` as (`a.to_q`, `down`); empty for no LoRA weight."""
+    suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
+    return (key.removesuffix(suffix), SUFFIXES[suffix]) if suffix else ("", "")
+
+
+def is_known(key: str) -> bool:
+    """Whether a key of no prefix is a weight of a UNet or of a transformer of `bases`, by diffusers' names."""
+    return key.startswith(_UNET_BEGINNINGS) or denoiser.owns(split(key)[0])
+
+
+def decode_bare(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, LoraPair]:
+    """The neutral form of a denoiser's own weights, as `save_lora_adapter` writes them, alphas in the header.
+
+    Raises:
+        AdapterError: as `decode`.
+    """
+    component = "unet" if all(key.startswith(_UNET_BEGINNINGS) for key in tensors) else "transformer"
+    prefixed = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return decode(prefixed, {})
+    config = parse_metadata(text, f"{METADATA_KEY} in the header")
+    if not isinstance(config, dict):
+        raise UnreadableAdapterError(f"{METADATA_KEY} in the header is not a mapping")
+    builder = _collect(prefixed)
+    ranks = {name.partition(".")[2]: rank for name, rank in builder.ranks().items()}
+    alphas = configured_alphas(ranks, {key.removeprefix(f"{component}."): value for key, value in config.items()})
+    return builder.build({f"{component}.{path}": alpha for path, alpha in alphas.items()})
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, LoraPair]:

@@ -1,8 +1,8 @@
 """The kohya layout: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 It is the one layout of UNet models that both diffusers and ComfyUI read. Dots are lost in it; reading puts them back
-by a list of the names that carry underscores themselves. Block names may be LDM's, and Flux's may be those of its
-original code.
+by a list of the names that carry underscores themselves. Block names may be LDM's; those of the transformers of
+`bases` stay flat for `denoiser.in_diffusers_names`, be they diffusers' or of the own code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from t2i_spo_plugin.errors import AdapterError, UnsupportedAdapterError
 from t2i_spo_plugin.files import quoted
 
 from ..lora import LoraPair
-from . import flux
+from . import denoiser
 from .base import PairBuilder
 
 
@@ -54,6 +54,9 @@ LDM_OUTSIDE = {
     "label_emb_0_0": "add_embedding_linear_1",
     "label_emb_0_2": "add_embedding_linear_2",
 }
+UNET_NAMES = (*UNET_BEGINNINGS, "input_blocks_", "middle_block_", "output_blocks_", *LDM_OUTSIDE)
+"""How flat names of a UNet's modules begin, diffusers' or LDM's."""
+
 _LDM_RESNET = {
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
@@ -74,22 +77,42 @@ def split(key: str) -> tuple[str, str]:
     return flat, _SUFFIXES[suffix]
 
 
-def decode(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]] = split) -> dict[str, LoraPair]:
+def decode(
+    tensors: Mapping[str, Tensor],
+    split: Callable[[str], tuple[str, str]] = split,
+    alphas_of: Callable[[Mapping[str, int]], Mapping[str, float]] | None = None,
+) -> dict[str, LoraPair]:
     """The neutral form of a kohya file; a module without `.alpha` has alpha equal to its rank.
 
     Args:
         tensors: as the file has them.
         split: flat name and role by key, for files that spell the same names otherwise.
+        alphas_of: alphas by flat name, from the ranks, for files that keep them elsewhere.
 
     Raises:
-        UnsupportedAdapterError: a name of no module of a diffusers UNet, of Flux or of a CLIP text encoder.
+        UnsupportedAdapterError: a name of no module of a diffusers UNet or of a CLIP text encoder.
         InvalidAdapterError: the matrices do not fit, or a module stands there twice.
     """
     builder = PairBuilder()
+    named = {key: split(key) for key in tensors}
+    is_unet = all(_is_of_unet(flat) for flat, _ in named.values())
+    names = {flat: unflatten(flat, is_unet) for flat, _ in named.values()}
     for key, tensor in tensors.items():
-        flat, role = split(key)
-        builder.add(unflatten(flat), role, tensor, key)
-    return flux.in_diffusers_names(builder.build())
+        flat, role = named[key]
+        builder.add(names[flat], role, tensor, key)
+    if alphas_of is None:
+        return builder.build()
+    ranks = builder.ranks()
+    alphas = alphas_of({flat: ranks[name] for flat, name in names.items() if name in ranks})
+    return builder.build({names[flat]: alpha for flat, alpha in alphas.items()})
+
+
+def _is_of_unet(flat: str) -> bool:
+    """Whether it may be a module of a UNet, or is none of a denoiser at all."""
+    prefix = next((prefix for prefix in PREFIXES if flat.startswith(prefix)), "")
+    if PREFIXES.get(prefix) not in ("unet", ""):
+        return PREFIXES.get(prefix) != "transformer"
+    return flat.removeprefix(prefix).startswith(UNET_NAMES)
 
 
 def encode(modules: Mapping[str, LoraPair], two_text_encoders: bool) -> dict[str, Tensor]:
@@ -119,19 +142,25 @@ def flatten(name: str, two_text_encoders: bool) -> str:
     return prefixes[component] + path.replace(".", "_")
 
 
-def unflatten(flat: str) -> str:
-    """`lora_unet_down_blocks_0_..._to_q` as `unet.down_blocks.0....to_q`; modules of the original Flux stay flat."""
+def unflatten(flat: str, is_unet: bool = True) -> str:
+    """`lora_unet_down_blocks_0_..._to_q` as `unet.down_blocks.0....to_q`.
+
+    Args:
+        flat: with its prefix.
+        is_unet: False keeps the modules of transformers flat, as `denoiser.in_diffusers_names` takes them.
+    """
     prefix = next((prefix for prefix in PREFIXES if flat.startswith(prefix)), None)
     if prefix is None:
         raise UnsupportedAdapterError(f"{quoted(flat)} does not start with any of {', '.join(PREFIXES)}")
     path = flat.removeprefix(prefix)
-    if PREFIXES[prefix] in ("unet", "") and flux.owns(path):
-        return f"transformer.{path}"
-    if path.startswith("joint_blocks_"):
-        raise UnsupportedAdapterError(
-            f"{quoted(flat)} is named by the original code of Stable Diffusion 3, which is not mapped to diffusers' "
-            "names; convert the file to diffusers' names first"
-        )
+    if not is_unet and not PREFIXES[prefix].startswith("text_encoder"):
+        if denoiser.owns(path):
+            return f"transformer.{path}"
+        if PREFIXES[prefix] == "unet":
+            raise UnsupportedAdapterError(
+                f"{quoted(flat)} names no module of a model whose own names are known here; convert the file to "
+                "diffusers' names first"
+            )
     path = LDM_OUTSIDE.get(path, path)
     component = PREFIXES[prefix] or ("unet" if path.startswith(UNET_BEGINNINGS) else "transformer")
     block = _LDM_BLOCK.match(path)

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from t2i_spo_plugin.images import open_image
+
 
 ATLAS_DIR = Path(__file__).parent
 CELL = 96
@@ -29,7 +31,7 @@ def atlas_index() -> dict:
 
 @cache
 def _sheet(style: str) -> Image.Image:
-    return Image.open(ATLAS_DIR / f"{style}.webp").convert("RGBa")
+    return open_image(ATLAS_DIR / f"{style}.webp", "RGBA").convert("RGBa")
 
 
 @lru_cache(maxsize=2048)

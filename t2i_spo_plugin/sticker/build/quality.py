@@ -282,7 +282,7 @@ def train_reference(args: argparse.Namespace) -> None:
         asked += [r.prompt for r in batch]
     alignment, realism = load_small_clip(args.out / "alignment"), RealismModel.from_pretrained(args.out / "realism")
     reference = make_reference(alignment, realism, images, asked, "sticker pipeline")
-    reference.save(args.out / "reference.json")
+    reference.save(args.out / "reference.json", "sticker")
     print(reference, reference.hash)
 
 
