@@ -8,6 +8,7 @@ then generates that latent, and the error that the family would train on must be
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.pipelines import SIZE, draw, tiny_pipeline
 from t2i_spo_plugin.errors import PipelineError
 from t2i_spo_plugin.training.data.batches import Batch
 from t2i_spo_plugin.training.families import FAMILIES, family_of
+from t2i_spo_plugin.training.families.base import LatentScale, present
 from t2i_spo_plugin.training.lora import fresh_adapter, frozen
 from t2i_spo_plugin.training.objectives.losses import diffusion_dpo_loss, per_sample_error
 from t2i_spo_plugin.training.predictor import Predictor
@@ -149,3 +151,32 @@ def test_every_family_is_recognised_and_others_are_refused():
     assert families == set(FAMILIES.values())
     with pytest.raises(PipelineError, match="not FluxPipeline"):
         family_of(tiny_pipeline("flux"))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (0.0, 1.0)),
+        ({"scaling_factor": 0.5}, (0.0, 0.5)),
+        ({"shift_factor": 0.1, "scaling_factor": 2.0}, (0.1, 2.0)),
+    ],
+)
+def test_an_autoencoder_that_states_no_scale_has_none(config, expected):
+    scale = LatentScale.of(SimpleNamespace(config=SimpleNamespace(**config)))
+    assert (scale.shift, scale.scale) == expected
+    latents = torch.tensor([1.0])
+    assert torch.equal(LatentScale()(latents), latents)
+
+
+def test_components_that_a_pipeline_lacks_are_passed_over():
+    first, last = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    pipe = SimpleNamespace(text_encoder=first, text_encoder_2=None, text_encoder_3=last)
+    assert present(pipe, "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4") == [first, last]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_text_is_encoded_without_a_gradient(name):
+    pipe = tiny_pipeline(name)
+    pipe.text_encoder.requires_grad_(True)
+    encoded = family_of(pipe).encode_prompts(pipe, ["a cat"], "cpu")
+    assert not any(values.requires_grad for values in encoded.values())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.training.objectives import losses as ob
 
 
@@ -120,3 +121,28 @@ def test_output_preservation_is_zero_on_the_reference_and_holds_it_fixed():
 def test_errors_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="equal shapes"):
         ob.per_sample_error(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_an_error_needs_a_dimension_beside_the_batch():
+    with pytest.raises(ValueError, match="equal shapes"):
+        ob.per_sample_error(torch.zeros(2), torch.zeros(2))
+
+
+def test_the_default_beta_is_diffusion_dpos():
+    errors = [torch.tensor([value]) for value in (0.11, 0.1, 0.1, 0.1)]
+    assert torch.equal(ob.diffusion_dpo_loss(*errors), ob.diffusion_dpo_loss(*errors, beta=5000.0))
+    assert not torch.equal(ob.diffusion_dpo_loss(*errors), ob.diffusion_dpo_loss(*errors, beta=5500.0))
+
+
+@pytest.mark.parametrize("mu", [-0.01, 1.01])
+def test_the_loser_guard_refuses_a_mu_out_of_range(mu):
+    sides = [torch.ones(1, 2), torch.zeros(1, 2)] * 2
+    with pytest.raises(ConfigError, match="mu must lie in"):
+        ob.loser_gradient_scale(*sides, mu)
+
+
+@pytest.mark.parametrize(("mu", "scale"), [(0.0, 0.5), (1.0, 0.0)])
+def test_the_loser_guard_takes_the_ends_of_its_range(mu, scale):
+    # g_w = (1, 1), g_l = (2, 2): |g_w|^2 / <g_w, g_l> = 1 / 2.
+    scales = ob.loser_gradient_scale(torch.ones(1, 2), torch.zeros(1, 2), 2 * torch.ones(1, 2), torch.zeros(1, 2), mu)
+    assert scales.tolist() == [scale]

@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.training import train
 from t2i_spo_plugin.training.sampling import Order, draw, generator, learning_rate_factor
+from t2i_spo_plugin.training.step import TrainingStep
 
 
 PAIRS, BATCH, STEPS, BETA = 6, 3, 4, 500.0
@@ -317,3 +318,26 @@ def test_a_run_logs_the_scheduled_rate_and_steps_by_it(observe):
     adapter = read_adapter(warm.folder / "adapter.safetensors")
     largest = max(float(pair.up.abs().max()) for pair in adapter.modules.values())
     assert largest == pytest.approx(0.25e-2, rel=1e-3)
+
+
+class _Half:
+    """A toy objective over a toy predictor: two examples whose statistic is 1 and 3."""
+
+    needs: frozenset[str] = frozenset()
+    logged = ("each",)
+
+    def at(self, step, positions):
+        return None
+
+    def train(self, batch, inputs, reference, stored):
+        return None, []
+
+    def loss(self, batch, predictions, context):
+        weight = torch.tensor(0.5, requires_grad=True)
+        return weight * 4.0, {"each": torch.tensor([1.0, 3.0]) * weight * 2.0}
+
+
+def test_what_a_step_logs_are_means_over_the_batch_without_a_gradient():
+    toy = _Half()
+    loss, means = TrainingStep(toy, {}, toy, toy)(0, range(2))
+    assert means.tolist() == [2.0, 2.0] and not means.requires_grad and loss.requires_grad
