@@ -242,7 +242,7 @@ def _sheet(
         overlay, category = (None, "not scored") if line[0] is None else _overlay(line[0], stage.judges)
         images.append([*line, overlay])
         captions.append([*costs, category])
-    titles = ("base model", "strength 0.5", "strength 1", "cost over the base's")
+    titles = ("base model", "strength 0.5", "strength 1", "cost map")
     return image_sheet(images, titles, captions, row_titles=[f"{row['kind']}: {row['prompt']}" for row in chosen])
 
 
