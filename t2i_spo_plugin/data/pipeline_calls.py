@@ -55,12 +55,11 @@ def count_cut_prompts(pipe: Any, prompts: Sequence[str]) -> int:
     A pipeline with several text encoders reads as much as the one with the highest limit.
     """
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")]
-    limits = {id(one): int(getattr(one, "model_max_length", 0) or 0) for one in tokenizers if callable(one)}
-    longest = max((one for one in tokenizers if callable(one)), key=lambda one: limits[id(one)], default=None)
-    if longest is None or not 0 < limits[id(longest)] < _NO_LIMIT:
+    longest = max((one for one in tokenizers if callable(one)), key=_limit, default=None)
+    if longest is None or not 0 < _limit(longest) < _NO_LIMIT:
         return 0
-    lengths = [len(ids) for ids in longest(list(dict.fromkeys(prompts)), truncation=False, verbose=False)["input_ids"]]
-    return sum(length > limits[id(longest)] for length in lengths)
+    tokens = longest(list(dict.fromkeys(prompts)), truncation=False, verbose=False)["input_ids"]
+    return sum(len(ids) > _limit(longest) for ids in tokens)
 
 
 @contextmanager
@@ -76,3 +75,7 @@ def quiet(pipe: Any) -> Iterator[None]:
             pipe._progress_bar_config = before
         elif hasattr(pipe, "_progress_bar_config"):
             del pipe._progress_bar_config
+
+
+def _limit(tokenizer: Any) -> int:
+    return int(getattr(tokenizer, "model_max_length", 0) or 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.cost_models import ColourCost, colour_policy
+from support.cost_models import ColourCost, NaNCost, colour_policy
 
 from t2i_spo_plugin.cost.base import CostBatch
 from t2i_spo_plugin.errors import ConfigError, DomainError, NotScoredError, PolicyError
@@ -23,15 +23,6 @@ class FailingCost(ColourCost):
         if bool((to_tensor(images).flatten(1).amax(1) < 0.05).any()):
             raise RuntimeError("cannot see in the dark")
         return super().__call__(images)
-
-
-class NaNCost(ColourCost):
-    """Gives NaN for a black image."""
-
-    def __call__(self, images):
-        batch = super().__call__(images)
-        black = to_tensor(images).flatten(1).amax(1) == 0
-        return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), batch.logit_map)
 
 
 @pytest.fixture

@@ -5,25 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from support.cost_models import ColourCost, colour_policy
+from support.cost_models import ColourCost, NaNCost, colour_policy
 
-from t2i_spo_plugin.cost.base import CostBatch
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.report import join_reports
-from t2i_spo_plugin.images import to_tensor
 
 
 RED, BLUE, GREY = (255, 0, 0), (0, 0, 255), (90, 90, 90)
-
-
-class NaNCost(ColourCost):
-    """Gives NaN for a black image."""
-
-    def __call__(self, images):
-        batch = super().__call__(images)
-        black = to_tensor(images).flatten(1).amax(1) == 0
-        return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), batch.logit_map)
 
 
 @pytest.fixture

@@ -87,3 +87,12 @@ class BoundaryCost:
 def colour_policy(domain: str = "photo") -> Policy:
     """Red and blue count, at thresholds of their own; green does not."""
     return Policy("colours", domain, (Category("red", 0.4), Category("blue", 0.7), Category("green", enabled=False)))
+
+
+class NaNCost(ColourCost):
+    """Gives NaN for a black image."""
+
+    def __call__(self, images):
+        batch = super().__call__(images)
+        black = to_tensor(images).flatten(1).amax(1) == 0
+        return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), batch.logit_map)
