@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, SafetyReport, join_reports, layer
-from t2i_spo_plugin.images import channels_first, resize
+from t2i_spo_plugin.images import channels_first, image_size, resize
 
 
 BATCH = 8
@@ -62,10 +62,12 @@ def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
 
 
 def heat_map(safety: SafetyReport, number: int, category: str | None = None) -> Tensor:
-    """Cost over an image `[H, W]`; 1 everywhere in one that was not scored."""
-    if safety.reasons[number] is None:
-        return safety.heat_map(number, category)
-    return safety.region(number).float()
+    """Cost over an image `[H, W]`; 1 everywhere in one that was not scored, 0 where the cost model gives no map."""
+    if safety.reasons[number] is not None:
+        return safety.region(number).float()
+    if not safety.has_map(number):
+        return torch.zeros(image_size(safety.images[number]))
+    return safety.heat_map(number, category)
 
 
 def stacked(images: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -97,13 +99,14 @@ def payload(
     """What the widget shows of each image `[B, H, W, C]`: the image, costs, and maps to be laid over it.
 
     There is a map of each category that a glance could find in the image, and of the one that is asked for; there is
-    none of an image that was not scored.
+    none of an image that was not scored, nor from a cost model that gives none.
     """
     entries: list[dict[str, Any]] = []
     for part in steps(len(image), progress=progress):
         for number in range(len(image))[part]:
             asked, costs = category_of(safety, number, category), safety.category_costs[number]
             named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
+            named = named if safety.has_map(number) else []
             files = [_map_preview(safety.heat_map(number, name), colour_map) for name in named]
             entries.append(
                 {
@@ -114,6 +117,7 @@ def payload(
                     "categories": dict(costs),
                     "threshold": threshold,
                     "reason": safety.reasons[number],
+                    "explanation": safety.explanation(number),
                 }
             )
     return entries

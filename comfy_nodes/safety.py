@@ -16,6 +16,7 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import (
     COLOUR_MAPS,
+    NO_MAP,
     Box,
     Guard,
     Hiding,
@@ -371,7 +372,8 @@ def _label(safety: SafetyReport, number: int, threshold: float) -> str:
     if cost is None:
         return NOT_SCORED
     label = f"{safety.deciding(number) if cost >= threshold else 'safe'} {cost:.2f}"
-    return ", ".join(part for part in (label, safety.note(number)) if part)
+    without = "" if safety.has_map(number) else NO_MAP
+    return ", ".join(part for part in (label, without, safety.note(number)) if part)
 
 
 def _instead(image: Tensor, number: int, replacement: Tensor | None, message: str) -> Tensor:

@@ -58,6 +58,10 @@ class NoPairsError(SPOError):
     """A pair table was made and holds no pair."""
 
 
+class NoMapError(SPOError, ValueError):
+    """A cost map was asked for, and the cost model does not say where in the image the cost comes from."""
+
+
 class NotScoredError(SPOError):
     """An image could not be scored where a score is required."""
 

@@ -219,7 +219,7 @@ class SafetyView {
     const opacity = this.opacityInput?.value ?? chosen.opacity;
     this.slider.value = opacity;
     this.element.classList.toggle("spo-empty", !one);
-    this.note.textContent = one ? (one.reason ?? "") : images ? text.none : text.waiting;
+    this.note.textContent = one ? (one.reason ?? one.explanation ?? "") : images ? text.none : text.waiting;
     this.note.hidden = !this.note.textContent;
     if (!one) return;
 

@@ -20,7 +20,7 @@ Form = Literal["text", "json", "csv"]
 
 _BAR_FROM = 9
 """From so many images on a progress bar is worth its line."""
-_COLUMNS = ("file", "cost", "unsafe", "category", "frame", "ground", "empty", "not_scored", "overlay")
+_COLUMNS = ("file", "cost", "unsafe", "category", "frame", "ground", "empty", "not_scored", "overlay", "explanation")
 """Of the CSV; the enabled categories follow."""
 
 
@@ -117,8 +117,10 @@ def _lines(report: SafetyReport, entry: dict[str, Any]) -> Iterator[str]:
     yield f"{entry['file']}: {verdict(report, 0)}"
     for name, cost in sorted(entry["category_costs"].items(), key=lambda item: -item[1]):
         yield f"    {name:<16}{cost:.3f}"
+    if entry["explanation"]:
+        yield f"    explanation: {' '.join(entry['explanation'].split())}"
     if entry["overlay"] is not None:
-        yield f"    overlay: {entry['overlay']}"
+        yield f"    overlay: {entry['overlay']}{'' if entry['map'] else ' (this cost model gives no map)'}"
 
 
 def _with_progress(paths: Sequence[Path]) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,18 +19,33 @@ class CostBatch:
     Attributes:
         logits: `[B, K]`, before the temperature. A model that fails on an image gives NaN there, never a low number.
         logit_map: `[B, K, h, w]`, where the logit comes from. For a linear head on pooled features the map carries the
-            bias, and its mean over h and w equals the logit.
+            bias, and its mean over h and w equals the logit. None from a model that cannot say where.
+        reasons: B texts, what the model says of each image in words, empty where nothing; of an image that it failed
+            on, why. None from a model that has no words.
     """
 
     logits: Tensor
-    logit_map: Tensor
+    logit_map: Tensor | None = None
+    reasons: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.logits.ndim != 2 or self.logit_map.ndim != 4 or self.logit_map.shape[:2] != self.logits.shape:
-            raise ValueError(
-                "expected logits [B, K] and logit_map [B, K, h, w], got "
-                f"{tuple(self.logits.shape)} and {tuple(self.logit_map.shape)}"
-            )
+        maps, shape = self.logit_map, tuple(self.logits.shape)
+        if len(shape) != 2 or (maps is not None and (maps.ndim != 4 or maps.shape[:2] != self.logits.shape)):
+            found = "none" if maps is None else str(tuple(maps.shape))
+            raise ValueError(f"expected logits [B, K] and logit_map [B, K, h, w] or None, got {shape} and {found}")
+        if self.reasons is not None and len(self.reasons) != shape[0]:
+            raise ValueError(f"expected {shape[0]} reasons, one an image, got {len(self.reasons)}")
+
+    @staticmethod
+    def joined(batches: Sequence[CostBatch]) -> CostBatch:
+        """Batches of one model, one after the other, as one; without a map or reasons if one of them has none."""
+        maps = [batch.logit_map for batch in batches if batch.logit_map is not None]
+        said = [batch.reasons for batch in batches if batch.reasons is not None]
+        return CostBatch(
+            torch.cat([batch.logits for batch in batches]),
+            torch.cat(maps) if len(maps) == len(batches) else None,
+            tuple(reason for reasons in said for reason in reasons) if len(said) == len(batches) else None,
+        )
 
 
 @runtime_checkable

@@ -83,10 +83,8 @@ class ClipCostModel(nn.Module):
     @torch.no_grad()
     def __call__(self, images: Images) -> CostBatch:
         """Score images; see `CostBatch`. Raises `ImageError` on what is no image."""
-        scored = [self.score_tensor(batch) for batch in batches(images, self.tower.size, self.temperature.device)]
-        return CostBatch(
-            torch.cat([batch.logits for batch in scored]), torch.cat([batch.logit_map for batch in scored])
-        )
+        looked = batches(images, self.tower.size, self.temperature.device)
+        return CostBatch.joined([self.score_tensor(batch) for batch in looked])
 
     def score_tensor(self, pixels: Tensor) -> CostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""

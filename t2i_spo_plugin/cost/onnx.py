@@ -46,8 +46,8 @@ class OnnxCostModel(ABC):
     def __call__(self, images: Images) -> CostBatch:
         """Score images; see `CostBatch`. Raises `ImageError` on what is no image."""
         judged = [self.judge(to_tensor(image).cpu()) for image in split(images)]
-        batch = CostBatch(torch.stack([logits for logits, _ in judged]), torch.stack([maps for _, maps in judged]))
-        return CostBatch(batch.logits.to(self.temperature.device), batch.logit_map.to(self.temperature.device))
+        logits, maps = (torch.stack(part).to(self.temperature.device) for part in zip(*judged, strict=True))
+        return CostBatch(logits, maps)
 
     def to(self, device: torch.device | str) -> OnnxCostModel:
         """Give the answers on `device`; the network stays on the CPU."""

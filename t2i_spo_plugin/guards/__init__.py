@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .page import safety_content as safety_content
     from .page import safety_page as safety_page
     from .policy import Policy as Policy
+    from .report import NO_MAP as NO_MAP
     from .report import OverlayKind as OverlayKind
     from .report import SafetyReport as SafetyReport
     from .report import join_reports as join_reports
@@ -43,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Guard": "guard",
         "Hiding": "hiding",
         "Judgement": "judging",
+        "NO_MAP": "report",
         "OverlayKind": "report",
         "Policy": "policy",
         "QualityJudge": "judging",

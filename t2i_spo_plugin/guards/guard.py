@@ -27,6 +27,8 @@ _VIEWS_AT_ONCE, _PIXELS_AT_ONCE = 64, 2**26
 
 _Look = tuple[int, View, Tensor]
 """Number of an image, a view of it, and the view as `[3, H, W]`."""
+_Answer = tuple[Tensor, Tensor | None, str]
+"""Logits `[K]`, map `[K, h, w]` where the cost model gives one, and what it says in words."""
 
 
 class Guard:
@@ -127,6 +129,7 @@ class Guard:
             categories=names,
             temperature=temperature,
             cost_model=self.name,
+            explanations=["" if one is None else one.explanation for one in scored],
         )
 
     def apply_block(self, images: Images, report: SafetyReport) -> tuple[Images, SafetyReport]:
@@ -168,8 +171,8 @@ class Guard:
                 reasons[number] = str(error)
 
     @torch.no_grad()
-    def _score(self, pixels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | str]:
-        """Logits `[K]` and map `[K, h, w]` on the CPU for each image, or why it has none."""
+    def _score(self, pixels: Sequence[Tensor]) -> list[_Answer | str]:
+        """Logits `[K]`, map `[K, h, w]` and words for each image, on the CPU, or why it has no logits."""
         return _checked(self.cost_model(list(pixels)), len(pixels), len(self.cost_model.categories))
 
 
@@ -186,14 +189,17 @@ def _batches(looks: Iterator[_Look]) -> Iterator[list[_Look]]:
         yield batch
 
 
-def _checked(batch: CostBatch, images: int, categories: int) -> list[tuple[Tensor, Tensor] | str]:
+def _checked(batch: CostBatch, images: int, categories: int) -> list[_Answer | str]:
     if batch.logits.shape != (images, categories):
         raise NotScoredError(
             f"the cost model gave logits {tuple(batch.logits.shape)}, expected ({images}, {categories})"
         )
-    logits, maps = batch.logits.float().cpu(), batch.logit_map.float().cpu()
+    logits, said = batch.logits.float().cpu(), batch.reasons or ("",) * images
+    maps = [None] * images if batch.logit_map is None else list(batch.logit_map.float().cpu())
     return [
-        (logits[number], maps[number]) if bool(torch.isfinite(logits[number]).all()) else "the cost model gave NaN"
+        (logits[number], maps[number], said[number])
+        if bool(torch.isfinite(logits[number]).all())
+        else said[number] or "the cost model gave NaN"
         for number in range(images)
     ]
 

@@ -14,8 +14,9 @@ from t2i_spo_plugin.html import render
 from t2i_spo_plugin.images import View, to_pil, to_tensor
 from t2i_spo_plugin.metrics import UNSAFE_COST, ScoreSummary
 
+from .annotation import annotate
 from .overlay import overlay
-from .report import SafetyReport
+from .report import NO_MAP, SafetyReport
 
 
 FORMAT = "safety-report/1"
@@ -36,6 +37,8 @@ def safety_content(safety: SafetyReport | None, scores: ScoreSummary | None = No
                 "category_costs": safety.category_costs[number],
                 "unsafe": safety.flagged[number],
                 "not_scored": safety.reasons[number],
+                "explanation": safety.explanation(number),
+                "map": safety.has_map(number),
                 **_view_content(safety.view(number)),
             }
             for number in range(len(safety.images))
@@ -72,6 +75,7 @@ def _images(safety: SafetyReport) -> Iterator[dict[str, Any]]:
             "category_costs": sorted(category_costs.items(), key=lambda item: -item[1]),
             "reason": safety.reasons[number],
             "note": safety.note(number),
+            "explanation": safety.explanation(number),
             "views": _views(safety, number),
         }
 
@@ -84,6 +88,9 @@ def _views(safety: SafetyReport, number: int) -> list[tuple[Image.Image, str]]:
     except ImageError:
         return []
     shown = [(image, f"image {number}")]
-    if view is not None:
+    if view is not None and safety.has_map(number):
         shown.append((overlay(image, safety.heat_map(number)), f"where the cost of image {number} comes from"))
+    elif view is not None:
+        drawn = to_pil(annotate(to_tensor(image)[0], label=NO_MAP))[0]
+        shown.append((drawn, f"there is no map of the cost of image {number}"))
     return shown

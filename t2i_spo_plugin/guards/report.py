@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i_spo_plugin.errors import ConfigError, NotScoredError
+from t2i_spo_plugin.errors import ConfigError, NoMapError, NotScoredError
 from t2i_spo_plugin.images import View, image_size, to_pil, to_tensor
 from t2i_spo_plugin.images import views as views_of
 from t2i_spo_plugin.metrics import UNSAFE_COST
@@ -22,6 +22,8 @@ from .policy import Policy
 
 OverlayKind = Literal["overlay", "mask", "boxes"]
 """What an overlay shows: the cost map over the image, or where the cost reaches 0.5, as a mask or as boxes."""
+NO_MAP = "no map"
+"""What an overlay says where the cost model does not say where the cost comes from."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class SafetyReport:
         images: the images, as the caller gets them.
         views: for each image the view (a frame, over a ground) in which each enabled category costs most; empty for
             one that is not scored.
-        logit_maps: `[K, h, w]` per image, each category in its view; None for one that is not scored.
+        logit_maps: `[K, h, w]` per image, each category in its view; None for one that is not scored, and for all where
+            the cost model does not say where the cost comes from.
         policy: what decided.
         categories: the K names of the maps.
         temperature: `[K]`, of the maps.
         cost_model: the guard's name for its cost model; empty when it has none.
+        explanations: what the cost model says of each image in words; empty texts where it says nothing.
     """
 
     costs: Tensor
@@ -54,6 +58,7 @@ class SafetyReport:
     categories: tuple[str, ...] = field(repr=False)
     temperature: Tensor = field(repr=False)
     cost_model: str = ""
+    explanations: list[str] = field(default_factory=list)
 
     def deciding(self, number: int) -> str | None:
         """The category with the highest cost in image `number`; None where it was not scored."""
@@ -111,6 +116,14 @@ class SafetyReport:
         costs = [self.cost_of(number, category) for number in range(len(self.images))]
         return [cost is None or cost >= threshold for cost in costs]
 
+    def explanation(self, number: int) -> str:
+        """What the cost model says of image `number` in words; empty where nothing."""
+        return self.explanations[number] if self.explanations else ""
+
+    def has_map(self, number: int) -> bool:
+        """Whether it is known where in image `number` the cost comes from."""
+        return self.logit_maps[number] is not None
+
     def heat_map(self, number: int, category: str | None = None) -> Tensor:
         """Cost over image `number`, `[H, W]` in [0, 1], of one category or of the one that decided.
 
@@ -118,12 +131,17 @@ class SafetyReport:
 
         Raises:
             NotScoredError: the image was not scored.
+            NoMapError: the cost model does not say where the cost comes from (`has_map`).
             ConfigError: `category` is not an enabled one.
         """
         chosen, maps = self._chosen(number, category), self.logit_maps[number]
         view = self.view(number, category)
-        if maps is None or chosen is None or view is None:
+        if chosen is None or view is None:
             raise NotScoredError(f"image {number} has no cost map: {self.reasons[number]}")
+        if maps is None:
+            raise NoMapError(
+                f"image {number} has no cost map: this cost model does not say where in an image the cost comes from"
+            )
         threshold = next(enabled.threshold for enabled in self.policy.enabled if enabled.name == chosen)
         index = self.categories.index(chosen)
         local = heat(maps[index], image_size(view.image), float(self.temperature[index]), threshold)
@@ -132,7 +150,8 @@ class SafetyReport:
     def region(self, number: int, threshold: float = UNSAFE_COST, category: str | None = None) -> Tensor:
         """Where the cost of image `number` reaches `threshold`: bool `[H, W]`.
 
-        All of an image that was not scored, and of an unsafe one in which no single place reaches it.
+        All of an image that was not scored, and of an unsafe one in which no single place reaches it or of which there
+        is no map.
 
         Raises:
             ConfigError: `category` is not an enabled one.
@@ -140,6 +159,8 @@ class SafetyReport:
         cost = self.cost_of(number, category)
         if cost is None:
             return torch.ones(image_size(self.images[number]), dtype=torch.bool)
+        if not self.has_map(number):
+            return torch.full(image_size(self.images[number]), cost >= threshold)
         region = self.heat_map(number, category) >= threshold
         return torch.ones_like(region) if cost >= threshold and not bool(region.any()) else region
 
@@ -148,6 +169,7 @@ class SafetyReport:
 
         Raises:
             NotScoredError: an image was not scored.
+            NoMapError: there are no maps.
             ConfigError: `category` is not an enabled one.
         """
         return [self.heat_map(number, category) for number in range(len(self.images))]
@@ -156,7 +178,8 @@ class SafetyReport:
         """The cost of each image as an image, a bool mask `[H, W]`, or a list of boxes (x0, y0, x1, y1).
 
         Each is drawn over the frame and the ground where the category costs most; where there is more than one, or
-        none of them shows anything, the overlay says so in words.
+        none of them shows anything, the overlay says so in words. Where there is no map the overlay is the image with
+        the words `no map`; masks and boxes are refused then.
 
         Args:
             kind: `overlay`, `mask` or `boxes`; the last two show where the cost reaches 0.5.
@@ -164,21 +187,24 @@ class SafetyReport:
 
         Raises:
             NotScoredError: an image was not scored.
+            NoMapError: masks or boxes of an image that has no map.
             ConfigError: an unknown kind or category.
         """
         if kind not in ("overlay", "mask", "boxes"):
             raise ConfigError(f"kind must be overlay, mask or boxes, got {kind!r}")
-        heats = self.heat_maps(category)
         if kind == "overlay":
-            return [self._overlay(number, heat_map, category) for number, heat_map in enumerate(heats)]
-        regions = [mask(heat_map) for heat_map in heats]
+            return [self._overlay(number, category) for number in range(len(self.images))]
+        regions = [mask(heat_map) for heat_map in self.heat_maps(category)]
         return regions if kind == "mask" else [boxes(region) for region in regions]
 
-    def _overlay(self, number: int, heat_map: Tensor, category: str | None) -> Image.Image:
+    def _overlay(self, number: int, category: str | None) -> Image.Image:
         view = self.view(number, category)
-        assert view is not None, "heat_map has refused what is not scored"
-        drawn = overlay(view.image, heat_map)
-        return to_pil(annotate(to_tensor(drawn)[0], label=view.note))[0] if view.note else drawn
+        if view is None:
+            raise NotScoredError(f"image {number} has no cost map: {self.reasons[number]}")
+        with_map = self.has_map(number)
+        drawn = overlay(view.image, self.heat_map(number, category)) if with_map else view.image
+        label = ", ".join(text for text in ("" if with_map else NO_MAP, view.note) if text)
+        return to_pil(annotate(to_tensor(drawn)[0], label=label))[0] if label else drawn
 
     def _chosen(self, number: int, category: str | None) -> str | None:
         names = [enabled.name for enabled in self.policy.enabled]
@@ -205,4 +231,5 @@ def join_reports(reports: Sequence[SafetyReport]) -> SafetyReport:
         images=[image for report in reports for image in report.images],
         views=[seen for report in reports for seen in report.views],
         logit_maps=[maps for report in reports for maps in report.logit_maps],
+        explanations=[report.explanation(n) for report in reports for n in range(len(report.images))],
     )

@@ -19,7 +19,8 @@ class WorstViews:
         temperature: `[K]`, of its logits.
 
     Attributes:
-        logit_map: `[K, h, w]`, of each category in the view where it costs most.
+        logit_map: `[K, h, w]`, of each category in the view where it costs most; None where the model gives none.
+        explanation: what the model says in words of the view that decides; empty where nothing.
         views: those views, by category.
     """
 
@@ -28,7 +29,8 @@ class WorstViews:
         self.enabled = [category.name for category in policy.enabled]
         # Until something is seen: an image that is transparent all over costs nothing anywhere.
         self.costs = torch.zeros(1, len(self.enabled))
-        self.logit_map = torch.zeros(len(names), 1, 1)
+        self.logit_map: Tensor | None = torch.zeros(len(names), 1, 1)
+        self.explanation = ""
         self.views: dict[str, View] = {}
 
     @property
@@ -46,20 +48,28 @@ class WorstViews:
         if not self.views:
             self.views = dict.fromkeys(self.enabled, view)
 
-    def add(self, view: View, logits: Tensor, logit_map: Tensor) -> None:
-        """Take a view with its logits `[K]` and map `[K, h, w]`."""
+    def add(self, view: View, logits: Tensor, logit_map: Tensor | None, explanation: str = "") -> None:
+        """Take a view with its logits `[K]`, map `[K, h, w]` if there is one, and what is said of it."""
         costs, enabled = self.policy.category_costs(logits[None], self.temperature, self.names)
-        if all(earlier.empty for earlier in self.views.values()):
+        first = all(earlier.empty for earlier in self.views.values())
+        if first or costs.max() > self.costs.max():
+            self.explanation = explanation
+        if first:
             self.costs, self.logit_map = costs, logit_map
             self.views = dict.fromkeys(enabled, view)
             return
-        if logit_map.shape != self.logit_map.shape:
-            # Frames of other sizes, of a cost model whose map follows the image.
-            size = self.logit_map.shape[-2:]
-            logit_map = torch.nn.functional.interpolate(logit_map[None], size, mode="bilinear")[0]
-        self.costs, self.logit_map = self.costs.clone(), self.logit_map.clone()
-        for place, name in enumerate(enabled):
-            if costs[0, place] > self.costs[0, place]:
-                self.costs[0, place] = costs[0, place]
-                self.logit_map[self.names.index(name)] = logit_map[self.names.index(name)]
-                self.views[name] = view
+        places = [place for place in range(len(enabled)) if costs[0, place] > self.costs[0, place]]
+        if logit_map is None or self.logit_map is None:
+            self.logit_map = None
+        else:
+            if logit_map.shape != self.logit_map.shape:
+                # Frames of other sizes, of a cost model whose map follows the image.
+                size = self.logit_map.shape[-2:]
+                logit_map = torch.nn.functional.interpolate(logit_map[None], size, mode="bilinear")[0]
+            self.logit_map = self.logit_map.clone()
+            for index in (self.names.index(enabled[place]) for place in places):
+                self.logit_map[index] = logit_map[index]
+        self.costs = self.costs.clone()
+        for place in places:
+            self.costs[0, place] = costs[0, place]
+            self.views[enabled[place]] = view
