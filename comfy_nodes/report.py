@@ -17,7 +17,7 @@ from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, SafetyReport, parse_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
 from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
-from t2i_spo_plugin.quality import QualityModel
+from t2i_spo_plugin.quality import CompositeQuality, QualityModel
 from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
 from . import COST_MODELS, sockets
@@ -89,7 +89,13 @@ class UAScore(io.ComfyNode):
             if scored:
                 texts, completions = zip(*[(asked[n].text, asked[n].safe_prompts) for n in scored], strict=True)
                 quality[scored] = model.quality(pixels[scored].cpu(), texts, completions).q.float()
-        metadata = ScoreMetadata(cost_model.name, name, model.reference_hash, cost_model.policy.name)
+        metadata = ScoreMetadata(
+            cost_model.name,
+            name,
+            model.reference_hash,
+            cost_model.policy.name,
+            realism_known=getattr(model, "knows_realism", True),
+        )
         summary = summarise_images("these images", safety, quality, asked, metadata)
         return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
 
@@ -154,7 +160,7 @@ def _quality_files(reference: Path | None) -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel, str]:
+def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel | CompositeQuality, str]:
     """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
     source: str | Path = STICKER if reference is None or _is_bundled(reference) else reference.parent
     return load_quality_model(source, reference), name_with_revision(QUALITY_MODELS, source)

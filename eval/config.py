@@ -10,6 +10,7 @@ from typing import Literal
 from t2i_spo_plugin.data import KINDS, count_cut_prompts
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.identity import pipeline_identity
+from t2i_spo_plugin.quality import CompositeQuality
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
@@ -163,7 +164,7 @@ def load_judges(config: EvalConfig) -> Judges:
     guard = load_guard(config.cost_model, config.policy, config.override_domain)
     quality = load_quality_model(config.quality_model)
     guard.cost_model.to(config.device)
-    quality.alignment.to(config.device)
+    quality.to(config.device)
     referee, referee_name, referee_metadata = None, "", {}
     if config.judge == "referee":
         referee, referee_name = REFEREES.load(STICKER), name_with_revision(REFEREES, STICKER)
@@ -174,7 +175,10 @@ def load_judges(config: EvalConfig) -> Judges:
         guard=guard,
         quality_model=quality,
         cost_name=name_with_revision(COST_MODELS, config.cost_model, guard.cost_model),
-        quality_name=name_with_revision(QUALITY_MODELS, config.quality_model),
+        # The folder of a composite holds the images of its reference too, so it is known by its content.
+        quality_name=name_with_revision(
+            QUALITY_MODELS, config.quality_model, quality if isinstance(quality, CompositeQuality) else None
+        ),
         referee=referee,
         referee_name=referee_name,
         referee_metadata=referee_metadata,

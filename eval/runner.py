@@ -159,6 +159,7 @@ def summarise_run(
             policy=judges.guard.policy.name,
             judge=label,
             completions_known=known,
+            realism_known=getattr(judges.quality_model, "knows_realism", True),
         )
         for judge, label in (("cost model", "cost model"), ("referee", f"referee {judges.referee_name}".strip()))
     }

@@ -143,6 +143,7 @@ def _columns(judgement: Judgement) -> dict[str, Any]:
     costs = {name: round(cost, 6) for name, cost in judgement.category_costs.items()}
     columns = {"not_scored": "", "cost": judgement.cost, "category": judgement.category}
     columns |= {"category_costs": json.dumps(costs), "quality": judgement.quality, "realism": judgement.realism}
+    columns |= {"explanation": judgement.explanation} if judgement.explanation else {}
     return columns | ({} if judgement.alignment is None else {"alignment": judgement.alignment})
 
 

@@ -133,6 +133,17 @@ def from_mapping(cls: type[Config], content: Mapping[str, Any], where: str = "")
     return cls(**arguments)
 
 
+def own_options(cls: type[Config], options: Mapping[str, Any], where: str = "") -> tuple[Config, dict[str, Any]]:
+    """A `cls` from the options that are its own, and the others, which are somebody else's.
+
+    Raises:
+        ConfigError: as `from_mapping`.
+    """
+    own = {_name(field) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    mine = from_mapping(cls, {name: value for name, value in options.items() if name in own}, where)
+    return mine, {name: value for name, value in options.items() if name not in own}
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """The options of a dataclass as plain values, which `from_mapping` reads back to an equal one."""
     content: dict[str, Any] = {}

@@ -58,6 +58,7 @@ def test_every_row_names_files_and_functions_that_exist():
             assert not row.files or row.path.exists()
             assert not row.factory or callable(row.imported())
             assert not row.files or row.factory or kind.read or kind is registry.ADAPTERS
+        assert all(callable(row.imported()) for row in kind.schemes.values())
 
 
 def test_bundled_names_load_what_the_sticker_package_loads():
@@ -143,7 +144,7 @@ def test_an_entry_point_gives_a_cost_model_by_name(package, cost_model):
     package("first_package", "t2i_spo_plugin.cost_models", {"mine": "first_package:load"}, code)
     assert load_cost_model("mine").categories == ("sexual",)
     assert registry.COST_MODELS.names()[-1] == "mine" and registry.COST_MODELS.installed()[-1] == "mine"
-    with pytest.raises(ConfigError, match="nudenet, mine, or a folder"):
+    with pytest.raises(ConfigError, match="nudenet, mine, hf-classifier:.*, or a folder"):
         load_cost_model("none_such")
 
 

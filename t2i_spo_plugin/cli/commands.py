@@ -14,6 +14,7 @@ from t2i_spo_plugin.errors import ConfigError, SPOError
 
 from .adapter_commands import convert, extract, inspect, merge, publish
 from .image_commands import demo, generate, score
+from .judge_commands import calibrate, convert_head, reference, serve
 from .parsing import Command, summary
 from .setup_commands import comfyui, doctor
 from .training_commands import evaluate, pairs, train, train_gate
@@ -21,6 +22,7 @@ from .training_commands import evaluate, pairs, train, train_gate
 
 GROUPS: dict[str, dict[str, Command]] = {
     "images": {"demo": demo, "generate": generate, "score": score},
+    "judges": {"calibrate": calibrate, "convert-head": convert_head, "reference": reference, "serve": serve},
     "adapter files": {"inspect": inspect, "convert": convert, "merge": merge, "extract": extract, "publish": publish},
     "training and evaluation": {"pairs": pairs, "train": train, "train-gate": train_gate, "eval": evaluate},
     "set-up": {"comfyui": comfyui, "doctor": doctor},

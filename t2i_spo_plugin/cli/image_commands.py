@@ -115,10 +115,11 @@ def score(
         overlays: folder that receives each image with its cost drawn over it.
         category: draw the cost of this category instead of the deciding one.
         cost_model: what judges: sticker (the bundled one), open_nsfw, owen or nudenet (for photographs; each says
-            what to install), the name of one that another package offers, a folder that save_pretrained of a cost
-            model wrote, or the Hub id of one.
-        policy: what counts as unsafe: sticker, photo, photo-sexual, or a YAML file; by default the bundled one with
-            the cost model's categories.
+            what to install), hf-classifier:ID, shieldgemma2:ID, vlm:ID, endpoint:URL, a YAML file that describes one
+            of these or an ensemble, the name of one that another package offers, a folder that save_pretrained of a
+            cost model wrote, or the Hub id of one.
+        policy: what counts as unsafe: sticker, photo, photo-sexual, photo-harms, photo-shieldgemma2, or a YAML file;
+            by default the bundled one with the cost model's categories.
         override_domain: score images of another domain all the same; their costs may mean little.
     """
     from t2i_spo_plugin.registry import load_guard

@@ -48,6 +48,13 @@ class CostBatch:
         )
 
 
+@dataclass(frozen=True)
+class MappedCostBatch(CostBatch):
+    """A `CostBatch` of a model that always says where."""
+
+    logit_map: Tensor
+
+
 @runtime_checkable
 class CostModel(Protocol):
     """Takes PIL, numpy or tensor images; the answer for an image depends on that image alone.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t2i_spo_plugin.networks.model_folder import read_metadata
 
-from . import clip, vision
+from . import clip, clip_heads, vision
 from .base import CostModel
 
 
@@ -20,6 +20,9 @@ def load_cost_model(folder: str | Path, local_files_only: bool = False) -> CostM
     Raises:
         SPOError: it is no such folder, or a part of it is missing or broken.
     """
-    if read_metadata(folder).get("kind") == clip.KIND:
+    kind = read_metadata(folder).get("kind")
+    if kind == clip.KIND:
         return clip.load_clip_head(folder, local_files_only)
+    if kind == clip_heads.KIND:
+        return clip_heads.load_clip_heads(folder, local_files_only)
     return vision.load_cost_model(folder)

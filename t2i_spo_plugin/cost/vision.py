@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2i_spo_plugin.images import Images, batches
 from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
 
-from .base import CostBatch
+from .base import MappedCostBatch
 
 
 class VisionCostModel(nn.Module):
@@ -50,14 +50,14 @@ class VisionCostModel(nn.Module):
         return self.temperature.device
 
     @torch.no_grad()
-    def __call__(self, images: Images) -> CostBatch:
+    def __call__(self, images: Images) -> MappedCostBatch:
         """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
         scored = [self.network(batch) for batch in batches(images, self.size, self.device)]
-        return CostBatch(torch.cat([logits for logits, _ in scored]), torch.cat([maps for _, maps in scored]))
+        return MappedCostBatch(torch.cat([logits for logits, _ in scored]), torch.cat([maps for _, maps in scored]))
 
-    def score_tensor(self, pixels: Tensor) -> CostBatch:
+    def score_tensor(self, pixels: Tensor) -> MappedCostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
-        return CostBatch(*self.network(pixels))
+        return MappedCostBatch(*self.network(pixels))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model into `folder` (fp16 safetensors, transformers config, `metadata.json`)."""

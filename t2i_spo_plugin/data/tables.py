@@ -82,6 +82,7 @@ SCORE_COLUMNS = pa.schema(
         pa.field("quality", pa.float64()),  # q in [0, 1]
         pa.field("alignment", pa.float64()),  # raw a(x, c)
         pa.field("realism", pa.float64()),  # raw r(x)
+        pa.field("explanation", pa.string()),  # what the cost model says of the image in words, where it says anything
         _required("completions_known", pa.bool_()),  # false on a harmful prompt without a safe completion
         _required("not_scored", pa.string()),  # why there is no score; empty when there is one
         pa.field("requested", pa.list_(pa.string())),

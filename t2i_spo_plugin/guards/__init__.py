@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from .annotation import annotate as annotate
     from .annotation import message_image as message_image
     from .annotation import wrap_text as wrap_text
+    from .calibration import Calibration as Calibration
+    from .calibration import LabelledImage as LabelledImage
+    from .calibration import calibrate as calibrate
+    from .calibration import labelled_folders as labelled_folders
     from .guard import Guard as Guard
     from .hiding import Block as Block
     from .hiding import Hiding as Hiding
@@ -41,9 +45,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Block": "hiding",
         "Box": "overlay",
         "COLOUR_MAPS": "overlay",
+        "Calibration": "calibration",
         "Guard": "guard",
         "Hiding": "hiding",
         "Judgement": "judging",
+        "LabelledImage": "calibration",
         "NO_MAP": "report",
         "OverlayKind": "report",
         "Policy": "policy",
@@ -51,11 +57,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SafetyReport": "report",
         "annotate": "annotation",
         "boxes": "overlay",
+        "calibrate": "calibration",
         "check_domains": "judging",
         "counterparts": "judging",
         "hide": "hiding",
         "join_reports": "report",
         "judge_images": "judging",
+        "labelled_folders": "calibration",
         "layer": "overlay",
         "message_image": "annotation",
         "parse_prompts": "uascore",

@@ -146,7 +146,8 @@ class Guard:
         return _like(images, singles), report.with_images(singles)
 
     def _temperature(self) -> Tensor:
-        return torch.as_tensor(self.cost_model.temperature).detach().float().cpu()
+        own = torch.as_tensor(self.cost_model.temperature).detach().float().cpu()
+        return self.policy.temperatures(own, tuple(self.cost_model.categories))
 
     def _device(self, images: list[Any]) -> torch.device:
         """Where to score: where the images are if they are tensors, the cost model following them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,16 +36,18 @@ class Judgement:
         category: the category that decides it.
         category_costs: of every category.
         quality: in [0, 1].
-        realism: as measured.
+        realism: as measured; None where no reward judges the image alone.
         alignment: as measured; None where it was not asked for.
+        explanation: what the cost model says in words; empty where nothing.
     """
 
     cost: float
     category: str
     category_costs: Mapping[str, float]
     quality: float
-    realism: float
+    realism: float | None
     alignment: float | None
+    explanation: str = ""
 
 
 def check_domains(guard: Guard, quality_model: QualityJudge, domain: str) -> None:
@@ -109,23 +112,33 @@ def judge_images(
                 judgements.append(reason if reason is not None else str(quality))
                 continue
             costs = report.category_costs[number]
-            judgements.append(Judgement(float(report.costs[number]), report.deciding(number) or "", costs, *quality))
+            cost, category = float(report.costs[number]), report.deciding(number) or ""
+            judgements.append(Judgement(cost, category, costs, *quality, report.explanation(number)))
     return judgements
 
 
 def _qualities(
     model: QualityJudge, items: Sequence[tuple[Image.Image, str, Sequence[str] | None]]
-) -> list[tuple[float, float, float | None] | str]:
+) -> list[tuple[float, float | None, float | None] | str]:
     """Quality, realism and alignment of each image, or why it has none."""
     images, prompts, completions = (list(column) for column in zip(*items, strict=True))
     # A harmful prompt is not even shown to the model.
     asked = ["" if part is None else prompt for prompt, part in zip(prompts, completions, strict=True)]
     batch = model.quality(images, asked, [part or () for part in completions])
-    answers: list[tuple[float, float, float | None] | str] = []
+    answers: list[tuple[float, float | None, float | None] | str] = []
     for number, part in enumerate(completions):
         q = float(batch.n_realism[number] if part is None else batch.q[number])
+        realism, alignment = float(batch.realism[number]), float(batch.alignment[number])
         if 0.0 <= q <= 1.0:
-            answers.append((q, float(batch.realism[number]), None if part is None else float(batch.alignment[number])))
+            answers.append((q, _known(realism), None if part is None else _known(alignment)))
+        elif part is None and not getattr(model, "knows_realism", True):
+            answers.append(
+                "quality without a reward of the image alone: the prompt is harmful, and no safe one is known"
+            )
         else:
             answers.append(f"the quality model gave {q}")
     return answers
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

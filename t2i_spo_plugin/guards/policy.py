@@ -25,7 +25,8 @@ class Category:
         threshold: the calibrated probability, strictly between 0 and 1, that becomes cost 0.5.
         weight: how much the category counts in displays and sampling, at least 0; it does not enter the cost.
         enabled: whether the category counts as unsafe at all.
-        description: a sentence for people.
+        description: a sentence for people, and for cost models that read a policy in words.
+        temperature: of the cost model's logits in this category, in the place of its own; `spo calibrate` writes it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Category:
     weight: float = 1.0
     enabled: bool = True
     description: str = ""
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -45,6 +47,8 @@ class Category:
             raise PolicyError(f"{self.name}: enabled must be true or false, got {self.enabled!r}")
         if not isinstance(self.description, str):
             raise PolicyError(f"{self.name}: description must be text, got {self.description!r}")
+        if self.temperature is not None and (not _is_number(self.temperature) or self.temperature <= 0.0):
+            raise PolicyError(f"{self.name}: temperature must be a positive number, got {self.temperature!r}")
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,17 @@ class Policy:
             )
         if not bool((temperature > 0).all()):
             raise PolicyError(f"temperatures must be positive, got {temperature.tolist()}")
+        temperature = self.temperatures(temperature, categories)
         probability = torch.sigmoid(logits.float() / temperature)[:, position]
         threshold = torch.tensor([category.threshold for category in self.enabled], device=logits.device)
         return stretch(probability, threshold), tuple(category.name for category in self.enabled)
+
+    def temperatures(self, temperature: Tensor, categories: Sequence[str]) -> Tensor:
+        """The cost model's `temperature` `[K]`, with the policy's own where it states one."""
+        stated = {category.name: category.temperature for category in self.categories}
+        own = [stated.get(name) for name in categories]
+        values = [float(old) if new is None else new for old, new in zip(temperature, own, strict=True)]
+        return torch.tensor(values, dtype=torch.float32, device=temperature.device)
 
     def cost(self, category_costs: Tensor) -> Tensor:
         """Safety cost `C [B]`: the maximum over `c [B, K']` as `category_costs` gives it; NaN stays NaN."""
@@ -153,7 +165,10 @@ class Policy:
         content = {
             "name": self.name,
             "domain": self.domain,
-            "categories": [asdict(category) for category in self.categories],
+            "categories": [
+                {name: value for name, value in asdict(category).items() if value is not None}
+                for category in self.categories
+            ],
         }
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 

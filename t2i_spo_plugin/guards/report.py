@@ -38,8 +38,8 @@ class SafetyReport:
         images: the images, as the caller gets them.
         views: for each image the view (a frame, over a ground) in which each enabled category costs most; empty for
             one that is not scored.
-        logit_maps: `[K, h, w]` per image, each category in its view; None for one that is not scored, and for all where
-            the cost model does not say where the cost comes from.
+        logit_maps: `[K, h, w]` per image, each category in its view; None for one that is not scored, and for all
+            where the cost model does not say where the cost comes from.
         policy: what decided.
         categories: the K names of the maps.
         temperature: `[K]`, of the maps.

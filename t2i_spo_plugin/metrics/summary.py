@@ -26,6 +26,8 @@ from .scores import (
 Definition = Literal["uascore/1", "uascore/2"]
 UNKNOWN_COMPLETIONS = "u"
 """Printed after the definition when a harmful prompt has no known safe completion: `q` was realism alone there."""
+NO_REALISM = "-no-realism"
+"""Printed after the definition when no reward judges the image alone."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ScoreMetadata:
         policy: name of the policy.
         judge: who gave the cost, `cost model` or `referee`.
         completions_known: whether every harmful prompt has a safe completion.
+        realism_known: whether a reward judges the image alone.
         definition: `uascore/2` where the judges look at views of each image and say what is unreadable.
     """
 
@@ -47,12 +50,14 @@ class ScoreMetadata:
     policy: str = ""
     judge: str = "cost model"
     completions_known: bool = True
+    realism_known: bool = True
     definition: Definition = "uascore/1"
 
     @property
     def version(self) -> str:
-        """The definition, with a `u` after it where safe completions are unknown."""
-        return self.definition + ("" if self.completions_known else UNKNOWN_COMPLETIONS)
+        """The definition, with `u` after it where safe completions are unknown, and `-no-realism` without realism."""
+        unknown = "" if self.completions_known else UNKNOWN_COMPLETIONS
+        return self.definition + unknown + ("" if self.realism_known else NO_REALISM)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from t2i_spo_plugin.errors import SPOError
 
 Features = Literal["embedding", "patches"]
 
-_STATISTICS = {
+STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+"""Mean and deviation of the pixels, by the kind of model."""
 
 
 class ClipTower(nn.Module):
@@ -32,6 +33,17 @@ class ClipTower(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    @property
+    def width(self) -> int:
+        """Of the embedding."""
+        projected: int | None = getattr(self.projection, "out_features", None)
+        hidden: int = self.vision.config.hidden_size
+        return hidden if projected is None else projected
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, S, S]` in [0, 1] -> embeddings `[B, D]` as the projection gives them, of any length."""
+        return self.projection(self.vision((pixels - self.mean) / self.std).pooler_output)
 
     def forward(self, pixels: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """`[B, 3, S, S]` in [0, 1] -> features of the image `[B, D]` and of its patches `[B, D, h, w]`.
@@ -66,8 +78,8 @@ def load_clip_model(source: str | Path, local_files_only: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
-        if config.model_type not in _STATISTICS:
-            raise SPOError(f"{source} is a {config.model_type}; expected one of {', '.join(_STATISTICS)}")
+        if config.model_type not in STATISTICS:
+            raise SPOError(f"{source} is a {config.model_type}; expected one of {', '.join(STATISTICS)}")
         model = AutoModel.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
         return model.float().eval()
     except (OSError, ValueError) as error:
@@ -81,7 +93,7 @@ def tower_of(model: Any, source: str | Path, local_files_only: bool = False) -> 
     """
     from transformers.image_processing_utils import BaseImageProcessor
 
-    mean, std = _STATISTICS[model.config.model_type]
+    mean, std = STATISTICS[model.config.model_type]
     try:
         metadata, _ = BaseImageProcessor.get_image_processor_dict(source, local_files_only=local_files_only)
     except OSError:

@@ -100,6 +100,13 @@ class QualityModel:
     def __init__(self, alignment: SmallCLIP, realism: QualityReward, reference: Reference, domain: str = "") -> None:
         self.alignment, self.realism, self.reference, self.domain = alignment, realism, reference, domain
 
+    def to(self, device: torch.device | str) -> QualityModel:
+        """Move both models."""
+        self.alignment.to(device)
+        if hasattr(self.realism, "to"):
+            self.realism.to(device)
+        return self
+
     @property
     def reference_hash(self) -> str:
         """Hash of the reference, as reports print it."""

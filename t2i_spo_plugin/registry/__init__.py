@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .loading import load_policy as load_policy
     from .loading import load_prompts as load_prompts
     from .loading import load_quality_model as load_quality_model
+    from .loading import load_quality_reward as load_quality_reward
     from .loading import matching_policy as matching_policy
     from .loading import name_with_revision as name_with_revision
     from .loading import revision as revision
@@ -69,6 +70,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "load_policy": "loading",
         "load_prompts": "loading",
         "load_quality_model": "loading",
+        "load_quality_reward": "loading",
         "matching_policy": "loading",
         "name_with_revision": "loading",
         "revision": "loading",

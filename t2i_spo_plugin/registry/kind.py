@@ -65,7 +65,10 @@ class Kind(Generic[Thing]):
         accepts: as messages describe what may be given instead of a name.
         group: of entry points; empty when other packages cannot offer any.
         read: reads a file or folder of the user's own, or a Hub id where `hub` says so.
+        schemes: names that say more after a colon, such as `hf-classifier:ID`; the row's factory gets what stands
+            there and the options of `load`.
         folder: whether the user's own is a folder, and no file.
+        suffixes: of files that `read` takes beside a folder.
         hub: whether a Hub id is taken: by `read` itself, as a folder of `read` after its download, or not at all.
         error: what an unknown name raises.
     """
@@ -75,7 +78,9 @@ class Kind(Generic[Thing]):
     accepts: str = ""
     group: str = ""
     read: Callable[..., Thing] | None = None
+    schemes: Mapping[str, Row] = field(default_factory=dict)
     folder: bool = True
+    suffixes: tuple[str, ...] = ()
     hub: Literal["read", "download", ""] = ""
     error: type[SPOError] = ConfigError
 
@@ -98,7 +103,7 @@ class Kind(Generic[Thing]):
         row = self.rows.get(str(name))
         if row is not None:
             return row.path if row.files else None
-        if str(name) in self.names():
+        if str(name) in self.names() or self._scheme(name) is not None:
             return None
         if Path(name).exists():
             return Path(name)
@@ -122,9 +127,15 @@ class Kind(Generic[Thing]):
         point = self._entry_point(str(name))
         if point is not None:
             return self._offered(point)()
+        scheme = self._scheme(name)
+        if scheme is not None:
+            factory, what = scheme
+            thing: Thing = factory.imported()(what, **options)
+            return thing
         if self.read is not None:
             path = Path(name)
-            if path.is_dir() if self.folder else path.is_file():
+            listed = path.suffix in self.suffixes and path.is_file()
+            if listed or (path.is_dir() if self.folder else path.is_file()):
                 return self.read(path, **options)
             if self.hub and isinstance(name, str) and adapters.is_repo_id(name):
                 offline = bool(options.get("local_files_only"))
@@ -135,11 +146,16 @@ class Kind(Generic[Thing]):
     def unknown(self, name: str | Path) -> SPOError:
         """The error for a name that stands for nothing: what there is, what a folder holds, what Hub ids look like."""
         names = self.names()
-        offers = [", ".join(names)] if names else []
+        offers = [", ".join([*names, *(f"{scheme}:..." for scheme in self.schemes)])] if names or self.schemes else []
         offers += [self.accepts] if self.accepts else []
         offers += [f"a Hub id of such a {'folder' if self.folder else 'file'} (user/repo)"] if self.hub else []
         there_are = f"pass {', or '.join(offers)}" if offers else "no installed package offers any"
         return self.error(f"there is no {self.noun} {str(name)!r}: {there_are}")
+
+    def _scheme(self, name: str | Path) -> tuple[Row, str] | None:
+        """The row of `SCHEME:WHAT`, and what; None for any other name."""
+        scheme, _, what = name.partition(":") if isinstance(name, str) else ("", "", "")
+        return (self.schemes[scheme], what) if what and scheme in self.schemes else None
 
     def _entry_points(self) -> Sequence[EntryPoint]:
         return tuple(entry_points(group=self.group)) if self.group else ()

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from t2i_spo_plugin.errors import ConfigError, PolicyError
 
 from .kind import Kind
-from .tables import ADAPTER_GATES, ADAPTERS, COST_MODELS, PIPELINES, POLICIES, PROMPT_SETS, QUALITY_MODELS
+from .tables import (
+    ADAPTER_GATES,
+    ADAPTERS,
+    COST_MODELS,
+    PIPELINES,
+    POLICIES,
+    PROMPT_SETS,
+    QUALITY_MODELS,
+    QUALITY_REWARDS,
+)
 
 
 if TYPE_CHECKING:
@@ -17,7 +26,7 @@ if TYPE_CHECKING:
     from t2i_spo_plugin.data import PromptRow
     from t2i_spo_plugin.gating import AdapterGate
     from t2i_spo_plugin.guards import Guard, Policy
-    from t2i_spo_plugin.quality import QualityModel
+    from t2i_spo_plugin.quality import CompositeQuality, QualityModel, QualityReward
 
 
 def load_pipeline(name: str | Path) -> Any:
@@ -29,27 +38,32 @@ def load_pipeline(name: str | Path) -> Any:
     return PIPELINES.load(name)
 
 
-def load_cost_model(name: str | Path, local_files_only: bool = False) -> CostModel:
+def load_cost_model(name: str | Path, local_files_only: bool = False, policy: Policy | None = None) -> CostModel:
     """A safety cost model: `sticker`, one for photographs by name, or the user's own.
 
     Args:
         name: `sticker`; `open_nsfw` (sexual), `owen` (graphic, sexual) or `nudenet` (sexual; AGPL-3.0), each of which
-            needs the extra that its error names; one of another package; a folder that `save_pretrained` of a cost
-            model wrote; or the Hub id of such a folder.
+            needs the extra that its error names; `hf-classifier:ID`, `shieldgemma2:ID`, `vlm:ID` or `endpoint:URL`; a
+            YAML file that describes one of these or an ensemble; one of another package; a folder that
+            `save_pretrained` of a cost model wrote; or the Hub id of such a folder.
         local_files_only: download nothing, also where a folder names a model on the Hub that it stands on.
+        policy: what models that read a policy in words are asked about: its enabled categories, by their descriptions.
 
     Raises:
         MissingExtraError: the extra that brings the weights is not installed.
         SPOError: there is no such cost model, or it cannot be read.
     """
-    return COST_MODELS.load(name, local_files_only=local_files_only)
+    policies = None
+    if policy is not None:
+        policies = {category.name: category.description or category.name for category in policy.enabled}
+    return COST_MODELS.load(name, local_files_only=local_files_only, policies=policies)
 
 
-def load_quality_model(name: str | Path, reference: str | Path | None = None) -> QualityModel:
+def load_quality_model(name: str | Path, reference: str | Path | None = None) -> QualityModel | CompositeQuality:
     """A quality model: `sticker`, a folder with `alignment/`, `realism/` and `reference.json`, or a Hub id of one.
 
     Args:
-        name: which one.
+        name: which one; also the file `rewards.json` that `spo reference` wrote, or its folder.
         reference: another reference file than its own, such as that of another base model.
 
     Raises:
@@ -59,6 +73,20 @@ def load_quality_model(name: str | Path, reference: str | Path | None = None) ->
     row = QUALITY_MODELS.rows.get(str(name))
     model.domain = model.domain or (row.domain if row is not None else "")
     return model
+
+
+def load_quality_reward(name: str | Path, local_files_only: bool = False) -> QualityReward:
+    """A quality reward, on its own scale.
+
+    Args:
+        name: `pickscore`, `clipscore:ID`, `hpsv2:FOLDER`, `aesthetic:FOLDER`, `vqa:vlm:ID`, `vqa:endpoint:URL`,
+            `unified-reward:URL`, `realism:FOLDER`, a YAML file that describes one of these, or one of another package.
+        local_files_only: download nothing.
+
+    Raises:
+        SPOError: there is none, or it cannot be loaded.
+    """
+    return QUALITY_REWARDS.load(name, local_files_only=local_files_only)
 
 
 def load_policy(name: str | Path) -> Policy:
@@ -94,9 +122,9 @@ def load_guard(cost_model: str | Path, policy: str | Path | None = None, overrid
     """
     from t2i_spo_plugin.guards import Guard
 
-    model = load_cost_model(cost_model)
-    rules = load_policy(policy) if policy is not None else matching_policy(model.categories, model.domain)
-    return Guard(model, rules, override_domain)
+    rules = load_policy(policy) if policy is not None else None
+    model = load_cost_model(cost_model, policy=rules)
+    return Guard(model, rules or matching_policy(model.categories, model.domain), override_domain)
 
 
 def load_prompts(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_spo_plugin.errors import AdapterError, PipelineError, PolicyError
+from t2i_spo_plugin.errors import AdapterError, ConfigError, PipelineError, PolicyError
 
 from .kind import Kind, Row
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from t2i_spo_plugin.cost import CostModel
     from t2i_spo_plugin.gating import AdapterGate
     from t2i_spo_plugin.guards import Policy
-    from t2i_spo_plugin.quality import QualityModel, QualityReward
+    from t2i_spo_plugin.quality import CompositeQuality, QualityModel, QualityReward
 
 STICKER = "sticker"
 """The embedded world: the name of its pipeline, models, policy, prompts and gate, and every command's default."""
@@ -29,16 +30,41 @@ def _read_pipeline(source: str | Path) -> Any:
         raise PipelineError(f"cannot load the pipeline {source}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _read_cost_model(folder: Path, local_files_only: bool = False) -> CostModel:
+def _read_cost_model(
+    source: Path, local_files_only: bool = False, policies: Mapping[str, str] | None = None
+) -> CostModel:
     from t2i_spo_plugin.cost import load_cost_model as read
 
-    return read(folder, local_files_only)
+    if source.suffix in COST_MODELS.suffixes:
+        return _described(COST_MODELS, source, local_files_only=local_files_only, policies=policies)
+    return read(source, local_files_only)
 
 
-def _read_quality_model(folder: Path, reference: str | Path | None = None) -> QualityModel:
+def _described(kind: Kind[Any], file: Path, **options: Any) -> Any:
+    """What a YAML file describes: `kind`, one of the schemes, `source`, and that kind's own options."""
+    from t2i_spo_plugin.options import read_mapping
+
+    content = read_mapping(file)
+    scheme, source = content.pop("kind", None), content.pop("source", "")
+    if scheme not in kind.schemes:
+        raise ConfigError(f"{file}: kind must be one of {', '.join(kind.schemes)}, got {scheme!r}")
+    return kind.schemes[scheme].imported()(str(source), **{**options, **content})
+
+
+def _read_quality_model(source: Path, reference: str | Path | None = None) -> QualityModel | CompositeQuality:
     from t2i_spo_plugin.quality import load_quality_model as read
 
-    return read(folder, reference)
+    if source.suffix in QUALITY_MODELS.suffixes or (source / "rewards.json").is_file():
+        composite: CompositeQuality = Row(factory="t2i_spo_plugin.registry.members:load_composite").imported()(
+            source if source.is_file() else source / "rewards.json"
+        )
+        return composite
+    return read(source, reference)
+
+
+def _read_quality_reward(source: Path, local_files_only: bool = False) -> QualityReward:
+    reward: QualityReward = _described(QUALITY_REWARDS, source, local_files_only=local_files_only)
+    return reward
 
 
 def _read_policy(path: Path) -> Policy:
@@ -76,16 +102,26 @@ COST_MODELS: Kind[CostModel] = Kind(
             factory="t2i_spo_plugin.cost.nudenet:NudeNet", needs=("nudenet", "onnxruntime"), domain="photo"
         ),
     },
-    accepts="a folder with metadata.json and model.safetensors (`save_pretrained` of a cost model writes it)",
+    accepts="a folder with metadata.json and model.safetensors (`save_pretrained` of a cost model writes it), "
+    "a YAML file that describes one",
     group="t2i_spo_plugin.cost_models",
+    schemes={
+        "hf-classifier": Row(factory="t2i_spo_plugin.cost.hf_classifier:load_classifier"),
+        "shieldgemma2": Row(factory="t2i_spo_plugin.cost.shieldgemma2:load_shieldgemma2"),
+        "vlm": Row(factory="t2i_spo_plugin.cost.chat:load_vlm_judge"),
+        "endpoint": Row(factory="t2i_spo_plugin.cost.chat:load_endpoint_judge"),
+        "ensemble": Row(factory="t2i_spo_plugin.registry.members:load_ensemble"),
+    },
+    suffixes=(".yaml", ".yml"),
     read=_read_cost_model,
     hub="download",
 )
 """Safety cost models, bundled, of other packages, or of a folder."""
-QUALITY_MODELS: Kind[QualityModel] = Kind(
+QUALITY_MODELS: Kind[QualityModel | CompositeQuality] = Kind(
     "quality model",
     {STICKER: Row("sticker/quality_model", domain=STICKER)},
-    accepts="a folder with alignment/, realism/ and reference.json",
+    accepts="a folder with alignment/, realism/ and reference.json, or the rewards.json that `spo reference` wrote",
+    suffixes=(".json",),
     read=_read_quality_model,
     hub="download",
 )
@@ -100,6 +136,8 @@ POLICIES: Kind[Policy] = Kind(
         STICKER: Row("sticker/sticker.yaml", domain=STICKER),
         "photo": Row("cost/photo.yaml", domain="photo"),
         "photo-sexual": Row("cost/photo-sexual.yaml", domain="photo"),
+        "photo-harms": Row("cost/photo-harms.yaml", domain="photo"),
+        "photo-shieldgemma2": Row("cost/photo-shieldgemma2.yaml", domain="photo"),
     },
     accepts="a YAML file with name, domain and categories",
     read=_read_policy,
@@ -136,8 +174,26 @@ ADAPTER_GATES: Kind[AdapterGate] = Kind(
     error=AdapterError,
 )
 """Adapter gates, by bundled name or file."""
-QUALITY_REWARDS: Kind[QualityReward] = Kind("quality reward", group="t2i_spo_plugin.quality_rewards")
-"""Quality rewards, which other packages can offer."""
+QUALITY_REWARDS: Kind[QualityReward] = Kind(
+    "quality reward",
+    {"pickscore": Row(factory="t2i_spo_plugin.quality.pickscore:load_pickscore", domain="photo")},
+    accepts="a YAML file that describes one",
+    group="t2i_spo_plugin.quality_rewards",
+    schemes={
+        "pickscore": Row(factory="t2i_spo_plugin.quality.pickscore:load_pickscore"),
+        "clipscore": Row(factory="t2i_spo_plugin.quality.clipscore:load_clipscore"),
+        "hpsv2": Row(factory="t2i_spo_plugin.quality.hpsv2:load_hpsv2"),
+        "aesthetic": Row(factory="t2i_spo_plugin.quality.aesthetic:load_aesthetic"),
+        "imagereward": Row(factory="t2i_spo_plugin.quality.image_reward:load_image_reward"),
+        "vqa": Row(factory="t2i_spo_plugin.quality.vqa:load_vqa"),
+        "unified-reward": Row(factory="t2i_spo_plugin.quality.unified_reward:load_unified_reward"),
+        "realism": Row(factory="t2i_spo_plugin.quality.neighbours:load_neighbours"),
+    },
+    folder=False,
+    suffixes=(".yaml", ".yml"),
+    read=_read_quality_reward,
+)
+"""Quality rewards, by name, what stands after it, or YAML file; other packages can offer some."""
 PROMPT_GUARDS: Kind[Any] = Kind("prompt guard", group="t2i_spo_plugin.prompt_guards")
 """Prompt guards, which other packages can offer; none is bundled."""
 ATTACKS: Kind[Any] = Kind("attack", group="t2i_spo_plugin.attacks")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.clip import CATEGORIES, PATCH, SIZE, patch_head, saved_model
 from support.photographs import HARMLESS
 from support.pipelines import _clip_tokenizer, t5_tokenizer
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from t2i_spo_plugin import ClipCostModel, CostModel, cli, clip_cost_model, clip_tower, load_cost_model
 from t2i_spo_plugin.errors import ConfigError, SPOError
@@ -18,29 +18,7 @@ from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.images import to_tensor
 
 
-CATEGORIES = {"weapons": ["a knife", "a photo of a gun"], "alcohol": ["a glass of wine"]}
 IMAGES = list(HARMLESS.values())
-SIZE, PATCH, WIDTH = 32, 8, 24
-
-
-def saved_model(kind, folder):
-    """A tiny random model and its tokenizer in `folder`."""
-    tokenizer = _clip_tokenizer() if kind == "clip" else t5_tokenizer()
-    text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = text | {"image_size": SIZE, "patch_size": PATCH}
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16, **special}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "clip":
-            model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
-        else:
-            model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
-        for parameter in model.vision_model.parameters():  # off the small numbers they start with
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])
@@ -52,12 +30,6 @@ def checkpoint(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return clip_cost_model(checkpoint[0], CATEGORIES)
-
-
-def patch_head(folder, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(2, WIDTH, generator=rng), torch.tensor([0.5, -0.5])
-    return ClipCostModel(clip_tower(folder), folder, weight, bias, list(CATEGORIES), features="patches")
 
 
 def test_the_logit_compares_a_category_with_neutral_prompts(checkpoint, model):

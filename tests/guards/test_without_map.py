@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from support.cost_models import ColourCost, colour_policy
+from support.eval_world import ColourQuality
 
 from t2i_spo_plugin.cost.base import CostBatch
 from t2i_spo_plugin.errors import NoMapError
 from t2i_spo_plugin.guards.guard import Guard
+from t2i_spo_plugin.guards.judging import judge_images
 from t2i_spo_plugin.guards.page import safety_content, safety_page
 from t2i_spo_plugin.guards.report import join_reports
 from t2i_spo_plugin.images import to_tensor
@@ -24,7 +26,10 @@ class Talker(ColourCost):
     def __call__(self, images):
         batch = super().__call__(images)
         black = to_tensor(images).flatten(1).amax(1) == 0
-        said = tuple("too dark to tell" if dark else f"logit {row[0]:.2f}" for dark, row in zip(black, batch.logits))
+        said = tuple(
+            "too dark to tell" if dark else f"logit {row[0]:.2f}"
+            for dark, row in zip(black, batch.logits, strict=True)
+        )
         return CostBatch(batch.logits.masked_fill(black[:, None], float("nan")), None, said)
 
 
@@ -93,7 +98,7 @@ def test_spo_score_prints_the_words(tmp_path, capsys, monkeypatch):
     assert "explanation: logit 4.00" in shown and "gives no map" in shown
     scoring.score_files([tmp_path / "red.png"], guard, form="csv")
     header, row = capsys.readouterr().out.splitlines()
-    assert dict(zip(header.split(","), row.split(",")))["explanation"] == "logit 4.00"
+    assert dict(zip(header.split(","), row.split(","), strict=True))["explanation"] == "logit 4.00"
     scoring.score_files([tmp_path / "red.png"], guard, form="json")
     assert json.loads(capsys.readouterr().out)["images"][0]["map"] is False
 
@@ -104,3 +109,13 @@ def test_a_batch_refuses_maps_and_reasons_that_do_not_fit():
             CostBatch(torch.zeros(2, 3), maps, reasons)
     joined = CostBatch.joined([CostBatch(torch.zeros(1, 1), None, ("a",)), CostBatch(torch.ones(1, 1), None, ("b",))])
     assert joined.reasons == ("a", "b") and joined.logit_map is None and joined.logits.tolist() == [[0.0], [1.0]]
+
+
+def test_a_judgement_and_its_row_of_the_scores_table_carry_the_words():
+    from t2i_spo_plugin.data import SCORE_COLUMNS
+    from t2i_spo_plugin.eval.scoring import _columns
+
+    guard = Guard(Talker(), colour_policy())
+    (one,) = judge_images([RED], ["a red square"], [()], guard, ColourQuality())
+    assert one.explanation == "logit 4.00"
+    assert _columns(one)["explanation"] == "logit 4.00" and "explanation" in SCORE_COLUMNS.names
