@@ -18,6 +18,7 @@ from PIL import Image
 
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.cli.commands import COMMANDS
+from t2i_spo_plugin.training.objectives import OBJECTIVES
 
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def options_of(command: str) -> str:
     """The help text of a command, of all its actions or objectives where it has some."""
     actions = {
         "comfyui": (["install"], ["check"], ["uninstall"]),
-        "train": (["--objective", "dpo"], ["--objective", "spo"], ["--objective", "sft"]),
+        "train": tuple(["--objective", name] for name in OBJECTIVES),
     }
     text = io.StringIO()
     for action in actions.get(command, ([],)):

@@ -11,19 +11,23 @@ from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.options import check_choice, check_range, from_yaml, to_mapping
 from t2i_spo_plugin.registry import STICKER
 
-from .objectives import OBJECTIVE_OPTIONS, OBJECTIVES, ObjectiveOptions, SPOOptions, objective_name
+from .data.regions import RegionOptions
+from .objectives import OBJECTIVE_OPTIONS, OBJECTIVES, ObjectiveOptions, SPOOptions, make_objective, objective_name
 from .objectives.terms import TERMS, TermOptions
 
 
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["no", "bf16"]
 Device = Literal["auto", "cpu"]
+Noise = Literal["fresh", "drawn"]
+Reference = Literal["base", "adapter"]
 
 _NOT_IN_THE_TRAJECTORY = {
     # Known by content: see `Run.identity`.
     "pairs",
     "images",
     "pipeline",
+    "adapter",
     "output_dir",
     "cache_dir",
     "cache_batch_size",
@@ -49,6 +53,7 @@ class TrainConfig:
         images: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each; for `sft`.
         pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         resolution: edge in pixels the images are encoded at; None takes the pipeline's own.
+        categories: of harmful prompts, those trained on beside the benign ones; empty takes all. For experts.
         benign_share: share of benign pairs among those trained on, in [0, 1]; None leaves the table's own.
         caption_dropout: probability of training an example under the empty prompt; 1 is DUO's way.
         random_flip: mirror an example (its images alike) half of the time.
@@ -59,13 +64,18 @@ class TrainConfig:
         t_max: see `t_min`; None is the last. DUO takes 0 and 750.
         draws_per_pair: K fixed (timestep, noise) draws of each pair, whose reference errors are stored; 0 draws
             afresh each time.
+        noise: `fresh`, or the noise an image was `drawn` from where its seed is known: for tables of images that this
+            pipeline generated at this resolution, in float32.
+        adapter: a safetensors file to go on from, instead of a new LoRA; rank, alpha and targets are then the file's.
+        reference: what the model is compared with: the `base`, or the `adapter` that the run begins from.
         rank: of the LoRA.
         alpha: of the LoRA; None is the rank.
         targets: names that the adapted modules end with; None takes the family's own (attention), `attn1.to_q` style
             names narrow it.
         objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing; `sft` is the ordinary loss
-            on captioned images, for a style or a subject.
+            on captioned images, for a style or a subject; the others are rivals of the literature.
         terms: added to the objective's own loss.
+        regions: errors weighed by where an image is unsafe.
         learning_rate: after the warm-up; 3e-4 suits a LoRA of rank 8 on a small denoiser.
         warmup: steps in which the learning rate rises from 0.
         schedule: of the learning rate after the warm-up.
@@ -107,6 +117,7 @@ class TrainConfig:
     images: str = ""
     pipeline: str = STICKER
     resolution: int | None = None
+    categories: tuple[str, ...] = ()
     benign_share: float | None = None
     caption_dropout: float = 0.0
     random_flip: bool = False
@@ -117,13 +128,17 @@ class TrainConfig:
     t_min: int = 0
     t_max: int | None = None
     draws_per_pair: int = 0
+    noise: Noise = "fresh"
     # Adapter
+    adapter: str | None = None
+    reference: Reference = "base"
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
     # Objective
     objective: ObjectiveOptions = field(default_factory=SPOOptions, metadata={"choices": OBJECTIVE_OPTIONS})
     terms: TermOptions = field(default_factory=TermOptions)
+    regions: RegionOptions = field(default_factory=RegionOptions)
     # Optimiser
     learning_rate: float = 1e-4
     warmup: int = 0
@@ -188,6 +203,10 @@ class TrainConfig:
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("device", self.device, get_args(Device))
+        check_choice("noise", self.noise, get_args(Noise))
+        check_choice("reference", self.reference, get_args(Reference))
+        if self.reference == "adapter" and not self.adapter:
+            raise ConfigError("reference adapter needs an adapter to begin from: name it as adapter")
         if self.targets is not None:
             targets: Any = self.targets
             if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
@@ -198,14 +217,28 @@ class TrainConfig:
         if type(self.objective) not in OBJECTIVE_OPTIONS.values():
             raise ConfigError(f"objective must be the options of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         name = objective_name(self.objective)
-        needs = OBJECTIVES[name].objective.needs
-        needed, other = ("pairs", "images") if "pairs" in needs else ("images", "pairs")
+        kind = OBJECTIVES[name].objective
+        needs = kind.needs
+        needed, other = ("images", "pairs") if "images" in needs else ("pairs", "images")
         if not getattr(self, needed):
             raise ConfigError(f"{needed} must be given: {name} is trained on them")
         if getattr(self, other):
             raise ConfigError(f"{name} is trained on {needed}, not on {other}: leave {other} out")
-        if "pairs" not in needs and self.benign_share is not None:
-            raise ConfigError(f"{name} knows no benign and harmful pairs: leave out benign_share")
+        if "images" in needs:
+            asked = {
+                "benign_share": self.benign_share is not None,
+                "categories": bool(self.categories),
+                "noise": self.noise == "drawn",
+                "regions": self.regions.active,
+            }
+            for option in (option for option, is_set in asked.items() if is_set):
+                raise ConfigError(f"{name} knows no benign and harmful pairs: leave out {option}")
+        if self.regions.active and not kind.weighs_errors:
+            raise ConfigError(f"{name} has no errors that could be weighed: leave out regions")
+        if self.terms.safedpo.active and getattr(self.objective, "mode", "") == "soft":
+            raise ConfigError(
+                "mode soft has targets instead of margins: leave out terms.safedpo, or take another mode"
+            )
         active = [term for term in TERMS if getattr(self.terms, term).active]
         for term in active:
             if "pairs" in TERMS[term].needs and "pairs" not in needs:
@@ -213,7 +246,12 @@ class TrainConfig:
         if self.draws_per_pair:
             if "reference" not in needs:
                 raise ConfigError(f"{name} has no reference whose errors could be stored: leave out draws_per_pair")
-            predicted = [term for term in active if "reference" in TERMS[term].needs]
+            if "reference_output" in needs:
+                raise ConfigError(
+                    f"draws_per_pair stores the reference's errors, not its predictions, which {name} needs"
+                )
+            predicted = [term for term in active if "reference_output" in TERMS[term].needs]
+            predicted += [term for term in make_objective(self.objective).terms() if term not in active]
             if predicted:
                 raise ConfigError(
                     f"draws_per_pair stores the reference's errors, not its predictions, which terms.{predicted[0]} "

@@ -73,6 +73,15 @@ class NoiseSchedule:
             return noise - latents
         return _at(self.signal, index, latents) * noise - _at(self.sigma, index, latents) * latents
 
+    def clean(self, noisy: Tensor, prediction: Tensor, index: Tensor) -> Tensor:
+        """The clean latents `[B, ...]` that a prediction for `noisy [B, ...]` at `index [B]` means."""
+        signal, sigma = _at(self.signal, index, noisy), _at(self.sigma, index, noisy)
+        if self.prediction == "epsilon":
+            return (noisy - sigma * prediction) / signal
+        if self.prediction == "flow":
+            return noisy - sigma * prediction
+        return signal * noisy - sigma * prediction
+
 
 def _at(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
     picked = values.to(like.device)[index.to(like.device)]

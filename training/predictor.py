@@ -59,6 +59,8 @@ class Predictor:
             goes through the bare denoiser.
         resolution: edge of the images in pixels.
         autocast: makes the context that predictions are made in.
+        adapter: the LoRA that is trained.
+        reference: another LoRA of the denoiser, which is the reference; None is the denoiser with no adapter.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class Predictor:
         model: nn.Module,
         resolution: int,
         autocast: Callable[[], AbstractContextManager[None]],
+        adapter: str = "",
+        reference: str | None = None,
     ) -> None:
         self.family, self.model, self.resolution, self.autocast = family, model, resolution, autocast
+        self.adapter, self.reference = adapter, reference
         self.layers = [layer for layer in family.module.modules() if isinstance(layer, BaseTunerLayer)]
         self.passes = Passes()
 
@@ -90,14 +95,15 @@ class Predictor:
         if reference and reference_errors is None:
             with torch.no_grad(), self._adapter_off():
                 base = self._predict(self.family.module, noisy, index, text)
-            reference_errors = _errors(self._of_batch(base, batch), target)
+            reference_errors = _errors(self._of_batch(base, batch), target, batch.weights)
             if stored is not None:
                 stored.put(batch, reference_errors)
         prediction = self._predict(self.model, noisy, index, text)
         self.passes.backward += len(noisy)
         of_model = self._of_batch(prediction, batch)
         of_reference = None if base is None else self._of_batch(base, batch)
-        predictions = Predictions(of_model, of_reference, target, _errors(of_model, target), reference_errors)
+        errors = _errors(of_model, target, batch.weights)
+        predictions = Predictions(of_model, of_reference, target, errors, reference_errors)
         return predictions, self._of_extra(prediction, base, batch, extra)
 
     @torch.no_grad()
@@ -108,7 +114,8 @@ class Predictor:
         model = self._of_batch(self._predict(self.family.module, noisy, index, text), batch)
         with self._adapter_off():
             base = self._of_batch(self._predict(self.family.module, noisy, index, text), batch)
-        return Predictions(model, base, target, _errors(model, target), _errors(base, target))
+        weights = batch.weights
+        return Predictions(model, base, target, _errors(model, target, weights), _errors(base, target, weights))
 
     def _joined(self, batch: Batch, extra: Sequence[Inputs]) -> tuple[Tensor, Tensor, Conditioning]:
         """All images of all examples, and more samples, as one batch."""
@@ -147,14 +154,20 @@ class Predictor:
     @contextmanager
     def _adapter_off(self) -> Iterator[None]:
         for layer in self.layers:
-            layer.enable_adapters(False)
+            if self.reference is None:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(self.reference)
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.enable_adapters(True)
+                if self.reference is None:
+                    layer.enable_adapters(True)
+                else:
+                    layer.set_adapter(self.adapter)
 
 
-def _errors(predictions: Tensor, target: Tensor) -> Tensor:
+def _errors(predictions: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     """`[S, B]` of `[S, B, ...]`."""
-    return torch.stack([per_sample_error(*side) for side in zip(predictions, target, strict=True)])
+    return torch.stack([per_sample_error(*side, weights) for side in zip(predictions, target, strict=True)])

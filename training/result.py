@@ -15,7 +15,7 @@ from t2i_spo_plugin.files import write_json
 from t2i_spo_plugin.options import to_mapping
 from t2i_spo_plugin.pipelines import adapter_metadata
 
-from .run import Run
+from .run import ADAPTER_NAME, Run
 
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -32,12 +32,14 @@ def write_result(run: Run, folder: Path) -> Path:
 
 def trained_adapter(run: Run, weights: dict[str, Tensor]) -> Adapter:
     """The adapter with these weights, and what its header says of the run."""
+    module: Any = run.family.module
+    alpha = float(module.peft_config[ADAPTER_NAME].lora_alpha)
     modules = {}
     for key, down in weights.items():
         name, mark, _ = key.partition(".lora_A.weight")
         if mark:
             up = weights[f"{name}.lora_B.weight"]
-            modules[f"{run.family.component}.{name}"] = LoraPair(down, up, run.config.lora_alpha)
+            modules[f"{run.family.component}.{name}"] = LoraPair(down, up, alpha)
     extra = {
         "objective": run.config.objective_name,
         "data": run.training_step.batches.examples.digest(),

@@ -21,6 +21,8 @@ from .step import TrainingStep
 
 ADAPTER_NAME = "spo_training"
 """The adapter's name in the denoiser while it is trained."""
+REFERENCE_NAME = "spo_reference"
+"""The name of what it is compared with, where that is an adapter."""
 
 
 @dataclass

@@ -30,12 +30,17 @@ def uniform_index(low: int, high: int, place: torch.Generator) -> int:
     return int(torch.randint(low, high, (1,), generator=place))
 
 
+def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """The noise `[C, h, w]` that a pipeline in float32 begins with for `torch.Generator("cpu").manual_seed(seed)`."""
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
+
+
 @dataclass(frozen=True)
 class Draw:
     """The random part of one example in one step; its images share it, but for the autoencoder's noise.
 
     Attributes:
-        index: timestep index.
+        index: timestep index of the first image, and of all where they share it.
         noise: `[C, h, w]`.
         posterior: `[S, C, h, w]`, the autoencoder's noise for each image.
         drop_caption: whether the prompt is empty.
@@ -47,6 +52,8 @@ class Draw:
     posterior: Tensor
     drop_caption: bool
     mirror: bool
+    others: tuple[int, ...] = ()
+    """Timestep indices of the further images, where each has one of its own."""
 
 
 def draw(
@@ -57,6 +64,7 @@ def draw(
     random_flip: bool = False,
     images: int = 2,
     sample_index: SampleIndex = uniform_index,
+    independent: bool = False,
 ) -> Draw:
     """Draw for one example of `images` images; the order of the draws does not depend on the options.
 
@@ -68,13 +76,16 @@ def draw(
         random_flip: mirror half of the time.
         images: of the example.
         sample_index: the distribution of the index.
+        independent: each image has a timestep of its own (DUO's way).
     """
     index = sample_index(*t_range, place)
     chances = torch.rand(2, generator=place)
     noise = torch.randn(tuple(shape), generator=place)
     # Two at least, so that a single image has the noise of a pair's winner.
     posterior = torch.randn((max(2, images), *shape), generator=place)
-    return Draw(index, noise, posterior, bool(chances[0] < caption_dropout), bool(random_flip and chances[1] < 0.5))
+    others = tuple(sample_index(*t_range, place) for _ in range(images - 1)) if independent else ()
+    mirror = bool(random_flip and chances[1] < 0.5)
+    return Draw(index, noise, posterior, bool(chances[0] < caption_dropout), mirror, others)
 
 
 class Order:

@@ -34,7 +34,7 @@ class TrainingStep:
         self.objective, self.terms, self.batches = objective, terms, batches
         self.predictor, self.stored = predictor, stored
         needs = objective.needs.union(*(term.needs for term in terms.values()))
-        self.reference = "reference" in needs
+        self.reference = not needs.isdisjoint({"reference", "reference_output"})
         self.logged = ("loss", *objective.logged)
 
     def __call__(self, step: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,15 @@ so a run that is killed and resumed gives bit for bit the adapter of a run that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from t2i_spo_plugin.errors import ConfigError, PipelineError, require_extra
+from t2i_spo_plugin.adapters import Adapter, read_adapter
+from t2i_spo_plugin.errors import ConfigError, PipelineError, TableError, require_extra
 from t2i_spo_plugin.identity import content_hash, pipeline_identity
 from t2i_spo_plugin.registry import load_pipeline
 
@@ -23,16 +25,17 @@ from .config import TrainConfig
 from .curve import Curve
 from .data.batches import Sampling
 from .data.captions import captioned_images
-from .data.dataset import images
-from .data.prepare import cached_batches
+from .data.dataset import Examples, images, of_categories
+from .data.prepare import cached_batches, cached_regions
 from .families import Family, family_of
 from .finite import FiniteCheck
-from .lora import fresh_adapter, frozen
-from .objectives import make_objective
+from .lora import continued_adapter, fresh_adapter, frozen
+from .objectives import Objective, make_objective
+from .objectives.base import Term
 from .objectives.terms import active_terms
 from .predictor import Predictor, StoredErrors
 from .result import ADAPTER_FILE, REPORT_FILE, write_result
-from .run import ADAPTER_NAME, Callback, Run
+from .run import ADAPTER_NAME, REFERENCE_NAME, Callback, Run
 from .step import TrainingStep
 
 
@@ -76,9 +79,11 @@ def train(
     models = pipeline_identity(pipe, (family.component, "vae", "text_encoder", "tokenizer"))
     schedule = family.schedule
     models["schedule"] = content_hash(schedule.prediction, schedule.signal, schedule.sigma, schedule.timesteps)
-    targets = config.targets or family.targets
-    adapter = fresh_adapter(family.module, ADAPTER_NAME, targets, config.rank, config.lora_alpha, config.seed)
-    with frozen(family.module), adapter:
+    begun = read_adapter(config.adapter) if config.adapter else None
+    if begun is not None:
+        pairs = sorted(begun.modules.items())
+        models["adapter"] = content_hash(*(part for name, pair in pairs for part in (name, *vars(pair).values())))
+    with frozen(family.module), _adapter(config, family, begun):
         step = _training_step(config, accelerator, pipe, family)
         checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
         best = [BestByValidation(validate)] if validate and config.validate_every else []
@@ -96,6 +101,7 @@ def train(
 def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, family: Family) -> TrainingStep:
     """The objective over cached examples, with the denoiser on the accelerator."""
     objective = make_objective(config.objective)
+    terms = {**objective.terms(), **active_terms(config.terms)}
     resolution = config.resolution or _native_resolution(pipe, family)
     t_max = min(config.t_max or len(family.schedule), len(family.schedule))
     sampling = Sampling(
@@ -106,11 +112,14 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
         config.random_flip,
         config.pixel_flip,
         config.draws_per_pair,
+        config.noise == "drawn",
+        objective.independent_timesteps,
     )
+    cache = Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache"
     batches = cached_batches(
-        Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache",
+        cache,
         sampling,
-        objective.read(config.source, config.skip_bad_rows),
+        _examples(config, objective, terms),
         images(config.pairs) if config.pairs else captioned_images(config.images, config.skip_bad_rows),
         pipe,
         family,
@@ -119,18 +128,48 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
         config.cache_batch_size,
         config.progress,
     )
+    sizes = (config.cache_batch_size, config.progress)
+    batches.regions = cached_regions(
+        cache, config.regions, images(config.pairs) if config.pairs else (), pipe, resolution, accelerator, *sizes
+    )
     family.module.to(accelerator.device)
     module: Any = family.module
     if config.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     # Modes are left alone: a denoiser in eval mode draws no dropout, for the reference as for the model.
     model = accelerator.prepare_model(module) if accelerator.num_processes > 1 else module
-    predictor = Predictor(family, model, resolution, accelerator.autocast)
+    reference = REFERENCE_NAME if config.reference == "adapter" else None
+    predictor = Predictor(family, model, resolution, accelerator.autocast, ADAPTER_NAME, reference)
+    objective.prepare(pipe, family, accelerator.device)
     stored = None
     if config.draws_per_pair:
         examples = batches.examples
         stored = StoredErrors(len(examples), config.draws_per_pair, len(examples.images))
-    return TrainingStep(objective, active_terms(config.terms), batches, predictor, stored)
+    return TrainingStep(objective, terms, batches, predictor, stored)
+
+
+def _adapter(config: TrainConfig, family: Family, begun: Adapter | None) -> AbstractContextManager[None]:
+    """The LoRA to be trained, a new one or that of a file, and the one it is compared with, if any."""
+    if begun is not None:
+        reference = REFERENCE_NAME if config.reference == "adapter" else None
+        return continued_adapter(family.module, ADAPTER_NAME, begun, family.component, reference)
+    targets = config.targets or family.targets
+    return fresh_adapter(family.module, ADAPTER_NAME, targets, config.rank, config.lora_alpha, config.seed)
+
+
+def _examples(config: TrainConfig, objective: Objective, terms: Mapping[str, Term]) -> Examples:
+    """What the objective reads, of the categories asked for, as the terms want it."""
+    examples = objective.read(config.source, config.skip_bad_rows)
+    if config.categories:
+        examples = of_categories(examples, config.categories)
+    for term in terms.values():
+        examples = term.examples(examples)
+    if config.noise == "drawn":
+        known = int((examples.columns["seed"] >= 0).sum())
+        if not known:
+            raise TableError(f"{config.source} states the seed of no image (seed_0, seed_1): set noise to fresh")
+        examples.counts["images_with_seed"] = known
+    return examples
 
 
 def _validation(config: TrainConfig) -> Validate | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..families import Conditioning, Family
-from ..sampling import Draw, Order, draw, generator
+from ..sampling import Draw, Order, draw, generator, initial_noise
 from .caches import MIRRORED, ShardStore, posterior_sample
 from .dataset import Examples
+from .regions import Regions, region_weights
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class Batch:
         noise: `[S, B, C, h, w]`.
         index: `[S, B]`, into the noise schedule.
         text: of each example, `[B, ...]`.
-        columns: `[B]` by name, as in `Examples`.
+        columns: `[B]` or `[B, S]` by name, as in `Examples`.
         step: the optimiser step.
         positions: B places in the endless stream of examples.
         examples: B numbers of examples.
         slots: B numbers of the stored draws that noise and index are from; 0 without them.
+        weights: `[B, 1, h, w]`, how much each place counts in the errors, 1 on average; None where all count alike.
     """
 
     latents: Tensor
@@ -39,6 +41,7 @@ class Batch:
     positions: tuple[int, ...]
     examples: tuple[int, ...]
     slots: tuple[int, ...]
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -55,10 +58,22 @@ class Sampling:
     random_flip: bool = False
     pixel_flip: bool = False
     draws_per_pair: int = 0
+    drawn_noise: bool = False
+    independent_timesteps: bool = False
 
 
 class Batches:
-    """Makes micro-batches from positions of the endless stream of examples. Its only state are the caches."""
+    """Makes micro-batches from positions of the endless stream of examples. Its only state are the caches.
+
+    Args:
+        sampling: how examples are drawn.
+        examples: what is trained on.
+        latents: of every image.
+        text: of every caption, and of the empty one.
+        family: of the denoiser.
+        device: where batches are.
+        regions: cost maps by which places of an image are weighed; None weighs all alike.
+    """
 
     def __init__(
         self,
@@ -68,9 +83,10 @@ class Batches:
         text: ShardStore,
         family: Family,
         device: torch.device,
+        regions: Regions | None = None,
     ) -> None:
         self.sampling, self.examples, self.family, self.device = sampling, examples, family, device
-        self.latents, self.text = latents, text
+        self.latents, self.text, self.regions = latents, text, regions
         self.order = Order(examples.columns["benign"], sampling.seed, sampling.benign_share)
         self.shape = tuple(latents.get([examples.images[0][0]])["mean"].shape[1:])
 
@@ -85,19 +101,19 @@ class Batches:
             slots.append(slot)
             draws.append(self._draw("fixed", number, slot) if stored else self._draw("sample", step, position))
         sides = len(self.examples.images)
-        noise = torch.stack([one.noise for one in draws]).to(self.device)
-        index = torch.tensor([one.index for one in draws]).to(self.device)
+        index = torch.tensor([[one.index, *(one.others or (one.index,) * (sides - 1))] for one in draws])
         captions = ["" if d.drop_caption else self.examples.captions[n] for n, d in zip(numbers, draws, strict=True)]
         return Batch(
             latents=torch.stack([self._latents(side, numbers, draws) for side in range(sides)]),
-            noise=noise.expand(sides, *noise.shape),
-            index=index.expand(sides, *index.shape),
+            noise=self._noise(sides, numbers, draws),
+            index=index.T.to(self.device),
             text=self.embed(captions),
             columns={name: values[numbers].to(self.device) for name, values in self.examples.columns.items()},
             step=step,
             positions=tuple(positions),
             examples=tuple(numbers),
             slots=tuple(slots),
+            weights=self._weights(sides, numbers, draws),
         )
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
@@ -122,7 +138,37 @@ class Batches:
             self.sampling.random_flip,
             len(self.examples.images),
             self.family.sample_index,
+            self.sampling.independent_timesteps,
         )
+
+    def _noise(self, sides: int, numbers: Sequence[int], draws: Sequence[Draw]) -> Tensor:
+        """`[S, B, C, h, w]`: the noise that an image was generated from where that is asked for and known, else fresh
+        noise, which the images of an example share."""
+        fresh = torch.stack([one.noise for one in draws]).to(self.device)
+        if not self.sampling.drawn_noise:
+            return fresh.expand(sides, *fresh.shape)
+        seeds = self.examples.columns["seed"][list(numbers)].T.tolist()
+        rows = [
+            torch.stack([self._noise_of(seed, one) for seed, one in zip(side, draws, strict=True)]) for side in seeds
+        ]
+        return torch.stack(rows).to(self.device)
+
+    def _noise_of(self, seed: int, one: Draw) -> Tensor:
+        if seed < 0:
+            return one.noise
+        noise = initial_noise(seed, self.shape)
+        return noise.flip(-1) if one.mirror else noise
+
+    def _weights(self, sides: int, numbers: Sequence[int], draws: Sequence[Draw]) -> Tensor | None:
+        """The same for all images of an example: what is unsafe in one of them is weighed in each."""
+        if self.regions is None:
+            return None
+        maps = [self.regions.maps([self.examples.images[side][number] for number in numbers]) for side in range(sides)]
+        costs = torch.stack(maps).amax(0)
+        mirror = torch.tensor([one.mirror for one in draws])[:, None, None, None]
+        size = (self.shape[-2], self.shape[-1])
+        weights = region_weights(costs, size, self.regions.inside, self.regions.outside)
+        return torch.where(mirror, weights.flip(-1), weights).to(self.device)
 
     def _latents(self, side: int, numbers: Sequence[int], draws: Sequence[Draw]) -> Tensor:
         keys = [self.examples.images[side][number] for number in numbers]

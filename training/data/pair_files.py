@@ -18,6 +18,9 @@ from t2i_spo_plugin.errors import TableError
 
 
 IMAGES = ("jpg_0", "jpg_1")
+SEEDS = ("seed_0", "seed_1")
+NO_SEED = -1
+"""Seed of an image that nobody knows the seed of."""
 JUDGED = ("safety_cost_0", "safety_cost_1", "quality_0", "quality_1")
 _LABELLED = ("caption", "label_0")
 UNKNOWN_KIND = "unlabelled"
@@ -25,7 +28,7 @@ UNKNOWN_KIND = "unlabelled"
 
 
 def read_annotation(path: str | Path) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
-    """Captions, labels, kinds, costs and qualities by column, and which of `JUDGED` the table lacks.
+    """Captions, labels, kinds, categories, seeds, costs and qualities by column, and which of `JUDGED` it lacks.
 
     Raises:
         TableError: the table cannot be read, or lacks a caption, a label or an image.
@@ -38,7 +41,7 @@ def read_annotation(path: str | Path) -> tuple[dict[str, list[Any]], tuple[str, 
             f"Pick-a-Pic names them, and has {', '.join(names)}"
         )
     lacks = tuple(name for name in JUDGED if name not in names)
-    wanted = [*_LABELLED, *(name for name in (*JUDGED, "pair_kind") if name in names)]
+    wanted = [*_LABELLED, *(name for name in (*JUDGED, "pair_kind", "category", *SEEDS) if name in names)]
     if _is_parquet(path):
         table = read_table(path, PAIR_COLUMNS, only=wanted)
         columns = {name: table.column(name).to_pylist() for name in wanted}
@@ -47,7 +50,14 @@ def read_annotation(path: str | Path) -> tuple[dict[str, list[Any]], tuple[str, 
         columns = {name: [row[name] for row in rows] for name in wanted}
         for name in ("label_0", *(name for name in JUDGED if name in names)):
             columns[name] = [_share(path, number, name, value) for number, value in enumerate(columns[name])]
-    columns.setdefault("pair_kind", [UNKNOWN_KIND] * len(columns["caption"]))
+    count = len(columns["caption"])
+    columns.setdefault("pair_kind", [UNKNOWN_KIND] * count)
+    columns["category"] = [value or "" for value in columns.get("category", [""] * count)]
+    for name in SEEDS:
+        columns[name] = [
+            NO_SEED if value in (None, "") else _seed(path, number, name, value)
+            for number, value in enumerate(columns.get(name, [None] * count))
+        ]
     return columns, lacks
 
 
@@ -96,6 +106,13 @@ def _share(path: str | Path, row: int, name: str, value: Any) -> float:
     if not 0.0 <= number <= 1.0:
         raise TableError(f"row {row}, {name} of {path}: expected a number in [0, 1], found {value!r}")
     return number
+
+
+def _seed(path: str | Path, row: int, name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise TableError(f"row {row}, {name} of {path}: expected a whole number, found {value!r}") from None
 
 
 def _is_parquet(path: str | Path) -> bool:

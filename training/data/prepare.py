@@ -10,12 +10,15 @@ import torch
 from accelerate import Accelerator
 
 from t2i_spo_plugin.identity import content_hash
+from t2i_spo_plugin.pipelines import pipeline_domain
+from t2i_spo_plugin.registry import load_guard
 
 from ..families import Family
 from ..placement import placed
 from .batches import Batches, Sampling
 from .caches import ShardStore, SourceImage, build_latents, build_text
 from .dataset import Examples
+from .regions import RegionOptions, Regions, build_maps
 
 
 def cached_batches(
@@ -63,3 +66,28 @@ def cached_batches(
     for store in (latents, text):
         store.refresh()
     return Batches(sampling, examples, latents, text, family, device)
+
+
+def cached_regions(
+    folder: Path,
+    options: RegionOptions,
+    images: Iterable[SourceImage],
+    pipe: Any,
+    resolution: int,
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Regions | None:
+    """The cost maps that errors are weighed by, made by the main process where they are missing; None if they are off.
+
+    Arguments as in `cached_batches`.
+    """
+    if not options.active:
+        return None
+    guard = load_guard(options.cost_model, options.policy, options.override_domain)
+    store = ShardStore(folder / f"maps-{content_hash(*map(repr, sorted(guard.identity.items())))}-{resolution}")
+    if accelerator.is_main_process:
+        build_maps(store, images, guard, resolution, pipeline_domain(pipe), batch_size, progress)
+    accelerator.wait_for_everyone()
+    store.refresh()
+    return Regions(store, options.inside, options.outside)

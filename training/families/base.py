@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise_schedule import NoiseSchedule
+from ..sampling import uniform_index
 
 
 Conditioning = dict[str, Tensor]
@@ -34,6 +35,30 @@ class LatentScale:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return (latents - self.shift) * self.scale
+
+    def inverse(self, latents: Tensor) -> Tensor:
+        """Back to the autoencoder's own latents."""
+        return latents / self.scale + self.shift
+
+
+class Common:
+    """What most families share; a family overrides what differs."""
+
+    scaled: LatentScale
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """See `Family`."""
+        return decoded(vae, self.scaled.inverse(latents))
+
+    def sample_index(self, low: int, high: int, generator: torch.Generator) -> int:
+        """See `Family`; each index equally often."""
+        return uniform_index(low, high, generator)
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` in [0, 1] of an autoencoder's own latents, with gradients; what is outside is cut."""
+    pixels = vae.decode(latents.to(next(vae.parameters()).dtype), return_dict=False)[0]
+    return (pixels.float() / 2.0 + 0.5).clamp(0.0, 1.0)
 
 
 class Family(Protocol):
@@ -65,6 +90,9 @@ class Family(Protocol):
 
     def scaled(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents as the denoiser sees them (shift, scale, packing)."""
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] of latents as the denoiser sees them, with gradients."""
 
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """What `encode_prompts` runs; not needed once the text is cached."""

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..noise_schedule import NoiseSchedule
-from ..sampling import uniform_index
-from .base import ATTENTION, Conditioning, LatentScale, present
+from .base import ATTENTION, Common, Conditioning, LatentScale, present
 
 
 @dataclass(frozen=True)
-class StableDiffusion:
+class StableDiffusion(Common):
     """See the file's first lines; members as in `Family`."""
 
     module: nn.Module
@@ -46,9 +45,6 @@ class StableDiffusion:
     def encode_prompts(self, pipe: Any, prompts: list[str], device: torch.device | str) -> Conditioning:
         text, _ = pipe.encode_prompt(prompts, device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         return {"text": text}
-
-    def sample_index(self, low: int, high: int, generator: torch.Generator) -> int:
-        return uniform_index(low, high, generator)
 
     def predict(self, module: nn.Module, noisy: Tensor, index: Tensor, text: Conditioning, resolution: int) -> Tensor:
         timesteps = self.schedule.timesteps[index.cpu()].to(noisy.device)

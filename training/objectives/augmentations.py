@@ -7,6 +7,7 @@ pixels, and can hide the harmful part; they are left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -25,15 +26,23 @@ def augmented(name: Augmentation, batch: Batch, batches: Batches) -> Batch:
     """The batch in an augmentation; what is random depends on seed, step and position alone."""
     places = [("view", name, batch.step, position) for position in batch.positions]
     if name == "flip":
-        return replace(batch, latents=flip(batch.latents))
+        return replace(batch, latents=flip(batch.latents), weights=_moved(batch.weights, flip))
     if name == "shift":
         moves = [draw_shift(generator(batches.sampling.seed, *place)) for place in places]
         rows = [shift(batch.latents[:, number], *move) for number, move in enumerate(moves)]
-        return replace(batch, latents=torch.stack(rows, 1))
+        weights = _moved(
+            batch.weights, lambda all_: torch.cat([shift(one[None], *to) for one, to in zip(all_, moves, strict=True)])
+        )
+        return replace(batch, latents=torch.stack(rows, 1), weights=weights)
     draws = [batches.draws(*place) for place in places]
     noise = torch.stack([one.noise for one in draws]).to(batch.noise.device)
     index = torch.tensor([one.index for one in draws]).to(batch.index.device)
     return replace(batch, noise=noise.expand_as(batch.noise), index=index.expand_as(batch.index))
+
+
+def _moved(weights: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Region weights follow what they weigh."""
+    return None if weights is None else move(weights)
 
 
 def flip(latents: Tensor) -> Tensor:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ..data.batches import Batch, Batches
 from ..data.dataset import Examples
-from ..families import Conditioning
+from ..families import Conditioning, Family
 
 
-Need = Literal["pairs", "images", "reference"]
-"""`pairs`: winner and loser of each example, from `TrainConfig.pairs`; `images`: single captioned images, from
-`TrainConfig.images`; `reference`: what the model predicts with its adapter switched off."""
+Need = Literal["pairs", "singles", "images", "reference", "reference_output"]
+"""`pairs`: winner and losers of each example, from `TrainConfig.pairs`; `singles`: single annotated images, from the
+same table; `images`: single captioned images, from `TrainConfig.images`; `reference`: the error of the model with its
+adapter switched off; `reference_output`: what it predicts, which no error that is stored can replace."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ class Objective(Protocol):
     needs: ClassVar[frozenset[Need]]
     logged: ClassVar[tuple[str, ...]]
     """Names of the means that `loss` returns."""
+    independent_timesteps: ClassVar[bool] = False
+    """Whether each image of an example has a timestep of its own."""
+    weighs_errors: ClassVar[bool] = True
+    """Whether the loss is made of errors, so that places can be weighed in it."""
+
+    def terms(self) -> Mapping[str, Term]:
+        """Terms that belong to the objective itself, beside those that the configuration adds."""
+        return {}
+
+    def prepare(self, pipe: Any, family: Family, device: torch.device) -> None:
+        """Called once before training, with the denoiser on the device: load what the loss needs beside it."""
 
     def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
         """The examples at `TrainConfig.pairs` or `TrainConfig.images`, as this objective wants them."""
@@ -103,6 +116,10 @@ class Term(Protocol):
     """What is added to an objective, or changes its gradient. One class with its options, one row in `TERMS`."""
 
     needs: ClassVar[frozenset[Need]]
+
+    def examples(self, examples: Examples) -> Examples:
+        """The examples as they should be trained on: pairs turned, left out, or with another margin."""
+        return examples
 
     def inputs(self, batch: Batch, batches: Batches) -> Inputs | None:
         """Samples to predict beside the batch, or None."""

@@ -10,23 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.options import check_choice, check_range
+from t2i_spo_plugin.options import check_choice
 
 from ..data.batches import Batch
 from ..data.dataset import Examples, Preferences, both_unsafe, read_pairs
-from .base import Context, Need, Objective, ObjectiveOptions, Predictions
+from ..data.pair_files import JUDGED
+from .base import Context, ObjectiveOptions, Predictions
 from .losses import preference_loss
-from .preference import PAIR_STATISTICS, pair_logit, pair_statistics
+from .preference import PairObjective, check_beta, pair_statistics
 from .reward import SafePairs, safety_preferences
 
 
 Labels = Literal["safety", "table"]
-BETA_CONVENTION = "one half, mean over dims"
 
 
 @dataclass(frozen=True)
@@ -37,41 +37,43 @@ class DPOOptions(ObjectiveOptions):
         beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small networks want less).
         labels: `safety` puts safe over unsafe, `table` takes the table's own labels.
         safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
+        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
     """
 
     beta: float = 5000.0
     labels: Labels = "safety"
     safe_pairs: SafePairs = "drop"
+    auto_beta: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("beta", self.beta, 0.0, open_low=True)
+        check_beta(self.beta, self.auto_beta)
         check_choice("labels", self.labels, get_args(Labels))
         check_choice("safe_pairs", self.safe_pairs, get_args(SafePairs))
 
 
-class DPO(Objective):
+class DPO(PairObjective):
     """See the file's first lines."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"pairs", "reference"})
-    logged: ClassVar[tuple[str, ...]] = PAIR_STATISTICS
-
     def __init__(self, options: DPOOptions) -> None:
+        super().__init__(options.beta, options.auto_beta)
         self.options = options
 
     def read(self, path: str | Path, skip_bad_rows: bool = False) -> Examples:
-        return read_pairs(path, self.prefer, by_label=self.options.labels == "table")
-
-    def prefer(self, quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
-        """The order of N pairs by the labels."""
-        if self.options.labels == "safety":
-            return safety_preferences(quality, cost, self.options.safe_pairs)
-        keep = (label_0 != 0.5) & ~both_unsafe(cost)
-        ones = torch.ones_like(label_0)
-        return Preferences((label_0 < 0.5).long(), keep, torch.zeros_like(ones), ones)
+        return read_labelled(path, self.options.labels, self.options.safe_pairs)
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logit = pair_logit(predictions, self.options.beta)
-        return preference_loss(logit).mean(), pair_statistics(logit, predictions)
+        logit = self.logit(predictions)
+        return preference_loss(logit, batch.columns["margin"]).mean(), pair_statistics(logit, predictions)
 
-    def header(self) -> dict[str, str]:
-        return {"beta": repr(self.options.beta), "beta_convention": BETA_CONVENTION}
+
+def read_labelled(path: str | Path, labels: Labels, safe_pairs: SafePairs) -> Examples:
+    """The pairs of a table in the order of its own labels, or with safe over unsafe; see `DPOOptions`."""
+    if labels == "table":
+        return read_pairs(path, _by_table, ())
+    return read_pairs(path, lambda quality, cost, _: safety_preferences(quality, cost, safe_pairs), JUDGED)
+
+
+def _by_table(quality: Tensor, cost: Tensor, label_0: Tensor) -> Preferences:
+    keep = (label_0 != 0.5) & ~both_unsafe(cost)
+    ones = torch.ones_like(label_0)
+    return Preferences((label_0 < 0.5).long(), keep, torch.zeros_like(ones), ones)

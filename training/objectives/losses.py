@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from t2i_spo_plugin.errors import ConfigError
 
 
-def per_sample_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error `[B]` over all dims but the first, in float32."""
+def per_sample_error(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error `[B]` over all dims but the first, in float32; each square times its place in `weights`."""
     if prediction.shape != target.shape or prediction.ndim < 2:
         raise ValueError(f"expected two equal shapes [B, ...], got {tuple(prediction.shape)}, {tuple(target.shape)}")
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    squares = (prediction.float() - target.float()).square()
+    return (squares if weights is None else weights * squares).flatten(1).mean(1)
 
 
 def preference_logit(err_w: Tensor, err_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
@@ -77,3 +78,47 @@ def scale_gradient(error: Tensor, scale: Tensor) -> Tensor:
     """`error [B]` unchanged in value, its gradient times `scale [B]`."""
     fixed = error.detach()
     return fixed + scale.detach() * (error - fixed)
+
+
+def kto_loss(
+    gain: Tensor, desirable: Tensor, beta: float, point: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
+    """`w * (1 - sigmoid(s * beta * (gain - point))) [B]` of Diffusion-KTO (arXiv 2404.04465), sigmoid utility.
+
+    Args:
+        gain: `[B]`, the reference's error less the model's.
+        desirable: `[B]` bool; s is 1 there and -1 elsewhere.
+        beta: without the one half.
+        point: the reference point, at least 0.
+        desirable_weight, undesirable_weight: w.
+    """
+    sign = desirable.to(gain.dtype) * 2.0 - 1.0
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(gain.dtype)
+    return weight * (1.0 - torch.sigmoid(sign * beta * (gain - point)))
+
+
+def mapo_logit(err_w: Tensor, err_l: Tensor, snr: float, timesteps: int) -> Tensor:
+    """`T * [a(err_w) - a(err_l)] [B]` with `a(l) = s l / (exp(s l) - 1)`, 1 at 0 (MaPO, arXiv 2406.06424)."""
+
+    def amplitude(error: Tensor) -> Tensor:
+        scaled = snr * error
+        is_zero = scaled == 0.0
+        return torch.where(is_zero, 1.0, scaled / torch.where(is_zero, 1.0, torch.expm1(scaled)))
+
+    return timesteps * (amplitude(err_w) - amplitude(err_l))
+
+
+def group_loss(scores: Tensor, present: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """`-log softmax(scores)[0] [B]` over those of `scores [S, B]` that are `present [S, B]`; the first always is.
+
+    `margin [B]` is demanded of the first on top. With one negative it is `preference_loss` of the difference.
+    """
+    against = scores[1:].masked_fill(~present[1:], -torch.inf)
+    return F.softplus(torch.logsumexp(against, 0) - scores[0] + margin)
+
+
+def nft_loss(prediction: Tensor, latents: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared error `[B]` of clean latents over its own mean absolute error, which has no gradient (DiffusionNFT)."""
+    difference = prediction - latents.float()
+    scale = difference.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return per_sample_error(prediction, latents, weights) / scale

@@ -102,12 +102,15 @@ def safety_preferences(quality: Tensor, cost: Tensor, safe_pairs: SafePairs) -> 
 
 
 def composite_loss(logit: Tensor, margin: Tensor, target: Tensor, mode: RewardMode) -> Tensor:
-    """The preference loss `[B]` of a mode, from the DPO logit `[B]` and the columns of `Preferences`."""
+    """The preference loss `[B]` of a mode, from the DPO logit `[B]` and the columns of `Preferences`.
+
+    In mode `relabel` the margin is 0, unless a term adds one.
+    """
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "soft":
         return soft_preference_loss(logit, target)
-    return preference_loss(logit) if mode == "relabel" else preference_loss(logit, margin)
+    return preference_loss(logit, margin)
 
 
 def _column(values: Tensor, index: Tensor) -> Tensor:

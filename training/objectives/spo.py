@@ -22,10 +22,9 @@ from t2i_spo_plugin.options import check_choice, check_range
 from ..data.batches import Batch
 from ..data.dataset import Examples, Preferences, read_pairs
 from .augmentations import Augmentation, augmented
-from .base import Context, Need, Objective, ObjectiveOptions, Predictions
-from .dpo import BETA_CONVENTION
+from .base import Context, ObjectiveOptions, Predictions
 from .focusing import Focusing, FocusingKind, Reduction, combine, difficulty
-from .preference import PAIR_STATISTICS, pair_logit, pair_statistics
+from .preference import PAIR_STATISTICS, PairObjective, check_beta, pair_logit, pair_statistics
 from .reward import RewardMode, composite_loss, composite_preferences
 
 
@@ -45,6 +44,7 @@ class SPOOptions(ObjectiveOptions):
             passes.
         reduction: of the difficulty over the augmentations.
         focusing_momentum: of the running mean that normalises the weights, in [0, 1).
+        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
     """
 
     beta: float = 5000.0
@@ -57,9 +57,10 @@ class SPOOptions(ObjectiveOptions):
     augmentations: tuple[Augmentation, ...] = ()
     reduction: Reduction = "mean"
     focusing_momentum: float = 0.9
+    auto_beta: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("beta", self.beta, 0.0, open_low=True)
+        check_beta(self.beta, self.auto_beta)
         check_range("lambda", self.lambda_, 0.0)
         check_choice("mode", self.mode, get_args(RewardMode))
         check_range("tau", self.tau, 0.0)
@@ -72,13 +73,13 @@ class SPOOptions(ObjectiveOptions):
         check_range("focusing_momentum", self.focusing_momentum, 0.0, 1.0, open_high=True)
 
 
-class SPO(Objective):
+class SPO(PairObjective):
     """See the file's first lines."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"pairs", "reference"})
     logged: ClassVar[tuple[str, ...]] = (*PAIR_STATISTICS, "difficulty", "weight")
 
     def __init__(self, options: SPOOptions) -> None:
+        super().__init__(options.beta, options.auto_beta)
         self.options = options
         self.focusing = Focusing(options.eta, options.focusing, options.focusing_momentum)
 
@@ -91,7 +92,7 @@ class SPO(Objective):
         return composite_preferences(quality, cost, options.lambda_, options.mode, options.tau, options.tau_soft)
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logit = pair_logit(predictions, self.options.beta)
+        logit = self.logit(predictions)
         losses = composite_loss(logit, batch.columns["margin"], batch.columns["target"], self.options.mode)
         plain = difficulty(logit)
         weight = torch.ones_like(plain)
@@ -106,25 +107,22 @@ class SPO(Objective):
         difficulties = [plain]
         for name in self.options.augmentations:
             predictions = context.evaluate(augmented(name, batch, context.batches))
-            difficulties.append(difficulty(pair_logit(predictions, self.options.beta)))
+            difficulties.append(difficulty(pair_logit(predictions, self.beta.value)))
         return combine(torch.stack(difficulties), self.options.reduction)
 
     def header(self) -> dict[str, str]:
         options = self.options
-        return {
-            "beta": repr(options.beta),
-            "beta_convention": BETA_CONVENTION,
-            "lambda": repr(options.lambda_),
-            "reward_mode": options.mode,
-            "eta": repr(options.eta),
-        }
+        own = {"lambda": repr(options.lambda_), "reward_mode": options.mode, "eta": repr(options.eta)}
+        return super().header() | own
 
     def end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        super().end_step(sum_over_ranks)
         if self.focusing.active:
             self.focusing.update(sum_over_ranks(self.focusing.pending()))
 
     def state_dict(self) -> dict[str, float]:
-        return self.focusing.state_dict()
+        return super().state_dict() | self.focusing.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
+        super().load_state_dict(state)
         self.focusing.load_state_dict(state)

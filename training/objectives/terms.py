@@ -6,6 +6,8 @@
 - `prior_preservation`: weight * squared difference from the reference on benign examples. This project's own use.
 - `loser_guard`: adds nothing, but scales the loser's gradient so that the winner's error does not grow
   (Diffusion-SDPO, arXiv 2511.03317).
+- `safedpo`: adds nothing, but turns pairs whose winner alone is unsafe, drops those unsafe on both sides, and demands
+  more where safe beats unsafe (SafeDPO, arXiv 2505.20065, language models).
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from t2i_spo_plugin.errors import ConfigError, TableError
+from t2i_spo_plugin.metrics import UNSAFE_COST
 from t2i_spo_plugin.options import check_range
 
 from ..data.batches import Batch, Batches
+from ..data.dataset import Examples
 from ..sampling import generator
 from .base import Inputs, Need, Outputs, Predictions, Term
 from .losses import loser_gradient_scale, output_preservation, scale_gradient
@@ -106,6 +111,27 @@ class LoserGuardOptions:
         return self.mu is not None
 
 
+@dataclass(frozen=True)
+class SafeDPOOptions:
+    """SafeDPO's transform of pairs and its margin.
+
+    Attributes:
+        transform: pairs whose winner alone is unsafe are turned, those that are unsafe on both sides dropped.
+        delta: margin in logits where a safe image beats an unsafe one, at least 0; the source takes 10 at beta 0.1.
+    """
+
+    transform: bool = False
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("terms.safedpo.delta", self.delta, 0.0)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to change."""
+        return self.transform or self.delta > 0.0
+
+
 class SFTTerm(Term):
     """`weight * mean of l(x)` over the first image of each example."""
 
@@ -121,7 +147,7 @@ class SFTTerm(Term):
 class OutputPreservation(Term):
     """`weight * mean of |model - reference|^2` on pure noise."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "reference_output"})
 
     def __init__(self, options: OutputPreservationOptions) -> None:
         self.options = options
@@ -142,7 +168,7 @@ class OutputPreservation(Term):
 class PriorPreservation(Term):
     """`weight * mean of |model - reference|^2` over all images of the batch, 0 for those under harmful prompts."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "reference_output"})
 
     def __init__(self, options: PriorPreservationOptions) -> None:
         self.options = options
@@ -176,6 +202,46 @@ class LoserGuard(Term):
         return replace(predictions, errors=torch.stack(errors))
 
 
+class SafeDPO(Term):
+    """Pairs as SafeDPO trains on them; see `SafeDPOOptions`. The margin is what every objective over pairs demands."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"pairs"})
+
+    def __init__(self, options: SafeDPOOptions) -> None:
+        self.options = options
+
+    def examples(self, examples: Examples) -> Examples:
+        if len(examples.images) != 2:
+            raise ConfigError("terms.safedpo is for pairs: groups have safe winners alone")
+        if self.options.transform:
+            examples = _transformed(examples)
+        unsafe = examples.columns["cost"] >= UNSAFE_COST
+        crossing = (unsafe[:, 1] & ~unsafe[:, 0]).float() - (unsafe[:, 0] & ~unsafe[:, 1]).float()
+        margin = examples.columns["margin"] + self.options.delta * crossing
+        return replace(examples, columns=examples.columns | {"margin": margin})
+
+
+def _transformed(examples: Examples) -> Examples:
+    unsafe = examples.columns["cost"] >= UNSAFE_COST
+    keep = (~unsafe.all(1)).nonzero()[:, 0].tolist()
+    if not keep:
+        raise TableError("every pair is unsafe on both sides: terms.safedpo leaves none to train on")
+    dropped, examples = len(examples) - len(keep), examples.pick(keep)
+    turned = (unsafe[keep, 0] & ~unsafe[keep, 1]).tolist()
+    sides = zip(*examples.images, turned, strict=True)
+    images = [(loser, winner) if turn else (winner, loser) for winner, loser, turn in sides]
+    turn = torch.tensor(turned)
+    columns = {
+        name: torch.where(turn[:, None], values.flip(1), values) if values.ndim == 2 else values
+        for name, values in examples.columns.items()
+    }
+    columns["margin"] = torch.where(turn, -columns["margin"], columns["margin"])
+    counts = examples.counts | {"kept": len(keep), "turned": int(turn.sum()), "dropped_by_safedpo": dropped}
+    return replace(
+        examples, images=([one for one, _ in images], [two for _, two in images]), columns=columns, counts=counts
+    )
+
+
 @dataclass(frozen=True)
 class TermOptions:
     """Terms beside the objective's own loss; all are off unless a weight is set.
@@ -185,12 +251,14 @@ class TermOptions:
         output_preservation: distance from the base model on pure noise under the empty prompt.
         prior_preservation: distance from the base model on benign examples.
         loser_guard: a limit to how far the loser's gradient may push (Diffusion-SDPO).
+        safedpo: pairs turned and dropped by their safety, and a margin (SafeDPO).
     """
 
     sft: SFTTermOptions = field(default_factory=SFTTermOptions)
     output_preservation: OutputPreservationOptions = field(default_factory=OutputPreservationOptions)
     prior_preservation: PriorPreservationOptions = field(default_factory=PriorPreservationOptions)
     loser_guard: LoserGuardOptions = field(default_factory=LoserGuardOptions)
+    safedpo: SafeDPOOptions = field(default_factory=SafeDPOOptions)
 
 
 TERMS: dict[str, Any] = {
@@ -198,6 +266,7 @@ TERMS: dict[str, Any] = {
     "output_preservation": OutputPreservation,
     "prior_preservation": PriorPreservation,
     "loser_guard": LoserGuard,
+    "safedpo": SafeDPO,
 }
 
 
