@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,7 +96,9 @@ def continued_adapter(
     with fresh_adapter(module, name, targets, rank, alpha, 0):
         set_peft_model_state_dict(module, weights, adapter_name=name)
         if reference is not None:
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), reference)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), reference)
             set_peft_model_state_dict(module, weights, adapter_name=reference)
             module.set_adapter(name)
             for one, value in module.named_parameters():

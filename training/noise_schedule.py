@@ -43,12 +43,17 @@ class NoiseSchedule:
         """The training schedule behind a diffusers scheduler: one with `alphas_cumprod`, or a flow-matching one.
 
         Raises:
-            ConfigError: the scheduler has neither, or predicts something else (`sample`).
+            ConfigError: the scheduler has neither, predicts something else (`sample`), or noise at zero terminal SNR.
         """
         config = scheduler.config
         if getattr(scheduler, "alphas_cumprod", None) is not None:
             alphas = scheduler.alphas_cumprod.float().cpu().clamp(0.0, 1.0)
             prediction: Any = getattr(config, "prediction_type", "epsilon")
+            if prediction == "epsilon" and bool(getattr(config, "rescale_betas_zero_snr", False)):
+                raise ConfigError(
+                    "the scheduler ends at pure noise (rescale_betas_zero_snr), where the noise says nothing of the "
+                    "image: a model of that kind predicts v_prediction; set the scheduler's prediction_type"
+                )
             return cls(prediction, alphas.sqrt(), (1.0 - alphas).sqrt(), torch.arange(len(alphas)))
         if "FlowMatch" in type(scheduler).__name__:
             # The schedule at construction, not the one that the last generation left behind.

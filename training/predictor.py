@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .data.batches import Batch
-from .families import Conditioning, Family
+from .families import Conditioning, Family, joined
 from .objectives.base import Inputs, Outputs, Predictions
 from .objectives.losses import per_sample_error
 
@@ -125,7 +125,7 @@ class Predictor:
         text = {name: torch.cat([values] * sides) for name, values in batch.text.items()}
         for more in extra:
             noisy, index = torch.cat((noisy, more.noisy)), torch.cat((index, more.index))
-            text = {name: torch.cat((values, more.text[name])) for name, values in text.items()}
+            text = {name: joined((values, more.text[name])) for name, values in text.items()}
         return noisy, index, text
 
     def _target(self, batch: Batch) -> Tensor:

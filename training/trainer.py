@@ -103,6 +103,9 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
     objective = make_objective(config.objective)
     terms = {**objective.terms(), **active_terms(config.terms)}
     resolution = config.resolution or _native_resolution(pipe, family)
+    cell = pipe.vae_scale_factor * family.patch
+    if resolution % cell:
+        raise ConfigError(f"resolution {resolution} is not divisible by {cell}, the edge of a token of this model")
     t_max = min(config.t_max or len(family.schedule), len(family.schedule))
     sampling = Sampling(
         config.seed,
@@ -184,7 +187,7 @@ def _validation(config: TrainConfig) -> Validate | None:
 
 def _native_resolution(pipe: Any, family: Family) -> int:
     config: Any = family.module.config
-    sample, factor = config.sample_size, pipe.vae_scale_factor
+    sample, factor = getattr(config, "sample_size", None), pipe.vae_scale_factor
     if not isinstance(sample, int):
         raise ConfigError("the pipeline does not say its resolution; set resolution")
     return sample * factor

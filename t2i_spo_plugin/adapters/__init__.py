@@ -10,6 +10,8 @@ from t2i_spo_plugin._lazy import lazy_names
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .architecture_names import normalise_architecture as normalise_architecture
+    from .comerge import Activity as Activity
+    from .comerge import up_norms as up_norms
     from .comfyui import ComfyBase as ComfyBase
     from .comfyui import Fit as Fit
     from .comfyui import bypass_pairs as bypass_pairs
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from .lora import LoraPair as LoraPair
     from .lora import block_of as block_of
     from .lora import canonical as canonical
+    from .merging import MERGE_METHODS as MERGE_METHODS
     from .merging import METHODS as METHODS
+    from .merging import MergeOptions as MergeOptions
     from .merging import merge_adapters as merge_adapters
     from .metadata import AdapterMetadata as AdapterMetadata
     from .products import approximate_products as approximate_products
@@ -45,7 +49,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ComfyBase": "comfyui",
         "Fit": "comfyui",
         "LoraPair": "lora",
+        "Activity": "comerge",
+        "MERGE_METHODS": "merging",
         "METHODS": "merging",
+        "MergeOptions": "merging",
+        "up_norms": "comerge",
         "approximate_products": "products",
         "as_lines": "inspection",
         "block_of": "lora",

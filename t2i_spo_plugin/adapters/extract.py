@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.errors import AdapterError, ConfigError, InvalidAdapterError
@@ -19,16 +18,12 @@ from .architecture_names import normalise_architecture
 from .checkpoints import ModelFiles, Weights, find_model, layer_names
 from .dtypes import check_dtype, rounded
 from .lora import LoraPair, block_of, canonical
-from .merging import balanced_pair, relative_error
+from .low_rank import decompose, relative_error
 from .metadata import AdapterMetadata
 
 
 DEFAULT_ENERGY = 0.99
 
-_USUAL_RANK = 128
-_OVERSAMPLING = 10
-_NEGLIGIBLE = 1e-3
-"""What the strongest directions may leave of a change, relative, to pass for all of it."""
 _EMBEDDINGS = (
     "token_embedding",
     "position_embedding",
@@ -155,54 +150,6 @@ def extract_adapter(
     }
     metadata = AdapterMetadata(*claims, "Extracted adapter", {key: value for key, value in extra.items() if value})
     return ExtractionResult(Adapter(dict(sorted(modules.items())), metadata).validate(), *errors, unexpressed)
-
-
-def decompose(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
-    """The pair for a weight's change, and the squared norms of what it leaves out and of the whole change."""
-    matrix = change.flatten(1)
-    total = float(matrix.norm()) ** 2
-    for left, values, right in _decompositions(matrix, rank):
-        squared = values.cpu().double().square()
-        sums = squared.cumsum(0)
-        is_whole = len(values) == min(matrix.shape)
-        keep = len(values) if rank is None else min(rank, len(values))
-        if energy is not None:
-            keep = min(keep, int((sums < energy * (sums[-1] if is_whole else total)).sum()) + 1)
-        if is_whole or (keep < len(values) and _is_negligible(matrix, left, values, right, total)):
-            break
-    left, values, right = left[:, :keep], values[:keep], right[:keep]
-    lost = float(_rest(matrix, left, values, right).norm()) ** 2
-    return balanced_pair(left, values, right, change.shape), (lost, total)
-
-
-def _decompositions(matrix: Tensor, rank: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Singular vectors and values of `matrix [m, n]`, the strongest at first, where that is quicker; then all.
-
-    The strongest come by a randomised range finder (Halko, Martinsson, Tropp 2011, with one power iteration), which
-    finds a change of low rank as a whole; its seed is fixed, so that equal models give equal adapters.
-    """
-    size = (rank or _USUAL_RANK) + _OVERSAMPLING
-    if 4 * size < min(matrix.shape):
-        generator = torch.Generator(matrix.device).manual_seed(0)
-        probe = torch.randn(matrix.shape[1], size, generator=generator, device=matrix.device)
-        basis = torch.linalg.qr(matrix @ probe)[0]
-        basis = torch.linalg.qr(matrix @ (matrix.T @ basis))[0]
-        right, values, left = torch.linalg.svd(matrix.T @ basis, full_matrices=False)
-        yield basis @ left.T, values, right.T
-    # Of a wide matrix the decomposition takes several times as long as of the tall one.
-    if matrix.shape[0] < matrix.shape[1]:
-        right, values, left = torch.linalg.svd(matrix.T, full_matrices=False)
-        yield left.T, values, right.T
-    else:
-        yield torch.linalg.svd(matrix, full_matrices=False)
-
-
-def _is_negligible(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, total: float) -> bool:
-    return float(_rest(matrix, left, values, right).norm()) ** 2 <= _NEGLIGIBLE**2 * total
-
-
-def _rest(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    return torch.addmm(matrix, left * values, right, alpha=-1.0)
 
 
 def _errors(squares: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], dict[str, float], float]:

@@ -1,21 +1,29 @@
-"""Several adapters into one: exactly, by concatenation, or at a chosen rank, with the error of that."""
+"""Several adapters into one: exactly, at a chosen rank, or by what wins where they contradict, with the error."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError
+from t2i_spo_plugin.options import check_choice, check_range
 
+from . import comerge, task_vectors
 from .adapter import Adapter
+from .comerge import Activity, Score, Unit
 from .dtypes import check_dtype, rounded
 from .lora import LoraPair
+from .low_rank import balanced_pair, decompose, relative_error
 from .metadata import AdapterMetadata
+
+
+__all__ = ["METHODS", "MERGE_METHODS", "MergeOptions", "MergeResult", "merge_adapters", "relative_error"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class MergeResult:
     Attributes:
         adapter: the merged adapter, on the CPU, alpha equal to the rank everywhere.
         module_errors: `||merged - exact|| / ||exact||` in the Frobenius norm, by module, of cutting and of rounding to
-            16 bits; 0 where nothing was cut or rounded.
+            16 bits; 0 where nothing was cut or rounded. Exact is what the method gives at full rank.
         error: the same over all modules together.
     """
 
@@ -76,24 +84,34 @@ def svd(down: Tensor, up: Tensor, rank: int | None) -> Approximation:
     return Approximation(pair, float(squared[keep:].sum()), float(squared.sum()))
 
 
-def balanced_pair(left: Tensor, values: Tensor, right: Tensor, weight: Sequence[int]) -> LoraPair:
-    """`left [out, r] diag(values [r]) right [r, in * ...]` as a float32 pair for a weight of that shape, on the CPU.
-
-    Each matrix takes the root of the singular values, so that 16 bits hold both alike well.
-    """
-    rank, roots, ones = len(values), values.sqrt(), (1,) * (len(weight) - 2)
-    up = (left * roots).to("cpu", torch.float32).reshape(weight[0], rank, *ones)
-    down = (roots[:, None] * right).to("cpu", torch.float32).reshape(rank, *weight[1:])
-    return LoraPair(down.contiguous(), up.contiguous(), float(rank))
-
-
-def relative_error(squared_error: float, squared_norm: float) -> float:
-    """`sqrt(squared_error / squared_norm)`; 0 for a norm of 0."""
-    return math.sqrt(squared_error / squared_norm) if squared_norm > 0.0 else 0.0
-
-
 METHODS: dict[str, Method] = {"concat": concat, "svd": svd}
+"""Methods that give the sum, from its two stacked matrices."""
+CONFLICT_METHODS = ("ties", "dare", "dare-ties", "magnitude", "comerge")
+"""Methods that decide where adapters contradict each other."""
+MERGE_METHODS = (*METHODS, *CONFLICT_METHODS)
 """What `merge_adapters` takes for `method`."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Options of the methods that decide where adapters contradict each other.
+
+    Attributes:
+        density: of `ties`, `dare`, `dare-ties` and `magnitude`: the share of values that is kept, in (0, 1].
+        seed: of what `dare` and `dare-ties` drop.
+        unit: of `comerge`: what competes.
+        score: of `comerge`: whether the more frequent winner or the larger mean activation wins.
+    """
+
+    density: float = 0.5
+    seed: int = 0
+    unit: Unit = "row"
+    score: Score = "frequency"
+
+    def __post_init__(self) -> None:
+        check_range("density", self.density, 0.0, 1.0, open_low=True)
+        check_choice("unit", self.unit, get_args(Unit))
+        check_choice("score", self.score, get_args(Score))
 
 
 def merge_adapters(
@@ -103,16 +121,26 @@ def merge_adapters(
     rank: int | None = None,
     names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    options: MergeOptions | None = None,
+    activities: Mapping[str, Activity] | None = None,
 ) -> MergeResult:
-    """One adapter that changes every weight by `sum_k weights[k] * delta_k`; where one has no module, it adds nothing.
+    """One adapter out of several; by the first two methods it changes every weight by `sum_k weights[k] * delta_k`.
+
+    Where an adapter has no module, it adds nothing and takes no part; a module that only one has is left as it is.
 
     Args:
         adapters: at least one, all for the same architecture and prediction type (where they say).
         weights: finite and at least 0, one an adapter and not all 0; 1 each by default.
-        method: `concat` is the exact sum, its rank the sum of the ranks; `svd` cuts it to `rank`.
-        rank: for `svd`, by default the largest rank of the parents.
+        method: `concat` is the exact sum, its rank the sum of the ranks; `svd` cuts it to `rank`; `ties`, `dare`,
+            `dare-ties` and `magnitude` are PEFT's (`task_vectors.py`), `comerge` takes each unit from one adapter
+            (`comerge.py`).
+        rank: of the result, at most: for `svd` by default the largest rank of the parents, for others what they need,
+            of methods over values the sum of the parents' ranks.
         names: of the parents, for the header; their titles by default.
         dtype: of the result: float32, float16 or bfloat16. The arithmetic is float32 or wider.
+        options: of the methods beside `concat` and `svd`.
+        activities: for `comerge`, how active the adapters are in each module, in their order; without them it goes by
+            the norms of the weights.
 
     Raises:
         AdapterError: `dtype` cannot hold a weight of the result.
@@ -126,9 +154,20 @@ def merge_adapters(
     check_dtype(dtype)
     if method == "svd" and rank is None:
         rank = max(pair.rank for adapter in adapters for pair in adapter.modules.values())
-    metadata = _metadata(adapters, weights, names, method)
-    stacked = stack(adapters, weights)
-    modules = {name: _rounded(METHODS[method](down, up, rank), dtype, name) for name, (down, up) in stacked.items()}
+    options = options or MergeOptions()
+    metadata = _metadata(adapters, weights, names, method, options)
+    if method in METHODS:
+        stacked = stack(adapters, weights)
+        merged_modules = {name: METHODS[method](down, up, rank) for name, (down, up) in stacked.items()}
+    else:
+        parts = _parts(adapters, weights)
+        merged_modules = {
+            name: _decided(method, [pair for _, pair, _ in part], [weight for *_, weight in part], rank, options)
+            if method != "comerge"
+            else _comerged(part, rank, options, (activities or {}).get(name))
+            for name, part in sorted(parts.items())
+        }
+    modules = {name: _rounded(module, dtype, name) for name, module in merged_modules.items()}
     errors = {name: relative_error(module.squared_error, module.squared_norm) for name, module in modules.items()}
     error = relative_error(
         sum(module.squared_error for module in modules.values()),
@@ -143,25 +182,88 @@ def _rounded(module: Approximation, dtype: torch.dtype, name: str) -> Approximat
     return Approximation(pair, module.squared_error + squared_error, module.squared_norm)
 
 
-def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both matrices of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
-    parts: dict[str, list[tuple[LoraPair, float]]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
+_Part = tuple[int, LoraPair, float]
+"""The number of an adapter, its pair for a module, and its weight."""
+
+
+def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[_Part]]:
+    """By module what each adapter with a weight has of it, all of one shape."""
+    parts: dict[str, list[_Part]] = {}
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         for name, pair in adapter.modules.items():
             if weight > 0.0:
-                parts.setdefault(name, []).append((pair, weight))
-    stacked = {}
-    for name, pairs in sorted(parts.items()):
-        shapes = sorted({pair.shape for pair, _ in pairs})
+                parts.setdefault(name, []).append((number, pair, weight))
+    for name, part in sorted(parts.items()):
+        shapes = sorted({pair.shape for _, pair, _ in part})
         if len(shapes) > 1:
             listed = " and ".join(str(list(shape)) for shape in shapes)
             raise IncompatibleAdapterError(
                 f"the adapters are for different models: they change {name} as weights of {listed}"
             )
-        down = torch.cat([_plain(pair.down) for pair, _ in pairs])
-        up = torch.cat([_plain(pair.up) * (weight * pair.scale) for pair, weight in pairs], dim=1)
-        stacked[name] = (down, up)
-    return stacked
+    return parts
+
+
+def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both matrices of the exact sum by module, float32: `down [ranks, in, ...]`, `up [out, ranks, ...]`."""
+    parts = _parts(adapters, weights)
+    return {name: _stacked([(pair, weight) for _, pair, weight in part]) for name, part in sorted(parts.items())}
+
+
+def _stacked(pairs: Sequence[tuple[LoraPair, float]]) -> tuple[Tensor, Tensor]:
+    down = torch.cat([_plain(pair.down) for pair, _ in pairs])
+    return down, torch.cat([_plain(pair.up) * (weight * pair.scale) for pair, weight in pairs], dim=1)
+
+
+def _at_rank(down: Tensor, up: Tensor, rank: int | None) -> Approximation:
+    return concat(down, up, None) if rank is None or down.shape[0] <= rank else svd(down, up, rank)
+
+
+def _decided(
+    method: str, pairs: Sequence[LoraPair], weights: Sequence[float], rank: int | None, options: MergeOptions
+) -> Approximation:
+    """A module by one of the methods over values of the changes."""
+    if len(pairs) == 1:
+        return _at_rank(*_stacked([(pairs[0], weights[0])]), rank)
+    deltas, factors = torch.stack([pair.delta().cpu() for pair in pairs]), torch.tensor(list(weights))
+    if method in ("ties", "magnitude"):
+        decide: Any = task_vectors.ties if method == "ties" else task_vectors.magnitude
+        merged = decide(deltas, factors, options.density)
+    else:
+        masks = [task_vectors.drop_mask(delta, options.density, options.seed) for delta in deltas]
+        decide = task_vectors.dare if method == "dare" else task_vectors.dare_ties
+        merged = decide(deltas, factors, masks, options.density)
+    return _decomposed(merged, pairs, rank)
+
+
+def _comerged(
+    part: Sequence[_Part], rank: int | None, options: MergeOptions, activity: Activity | None
+) -> Approximation:
+    """A module with each unit from the adapter that is most active there."""
+    pairs = [LoraPair(_plain(pair.down), _plain(pair.up), pair.alpha * weight) for _, pair, weight in part]
+    if len(pairs) == 1:
+        return _at_rank(*_stacked([(pairs[0], 1.0)]), rank)
+    if options.unit == "element":
+        return _decomposed(comerge.select_elements(torch.stack([pair.delta() for pair in pairs])), pairs, rank)
+    numbers, active = [number for number, *_ in part], activity or comerge.norms(pairs)
+    if activity is not None:
+        # How large an output is depends on the weight of its adapter; how often it wins was seen at weight 1.
+        factors = torch.tensor([weight for *_, weight in part])[:, None]
+        sizes = (activity.row_sizes[numbers] * factors, activity.rank_sizes[numbers] * factors)
+        active = Activity(activity.row_wins[numbers], sizes[0], activity.rank_wins[numbers], sizes[1])
+    rows = comerge.winners(active.row_wins, active.row_sizes, options.score)
+    ranks = comerge.winners(active.rank_wins, active.rank_sizes, options.score)
+    if options.unit == "row":
+        matrices = comerge.select_rows(pairs, rows)
+    elif options.unit == "rank":
+        matrices = comerge.select_ranks(pairs, ranks)
+    else:
+        matrices = comerge.select_factors(pairs, ranks, rows)
+    return _at_rank(*matrices, rank)
+
+
+def _decomposed(change: Tensor, pairs: Sequence[LoraPair], rank: int | None) -> Approximation:
+    pair, (lost, total) = decompose(change, rank or sum(pair.rank for pair in pairs), None)
+    return Approximation(pair, lost, total)
 
 
 def _plain(matrix: Tensor) -> Tensor:
@@ -169,7 +271,7 @@ def _plain(matrix: Tensor) -> Tensor:
 
 
 def _metadata(
-    adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str], method: str
+    adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str], method: str, options: MergeOptions
 ) -> AdapterMetadata:
     architecture = _agreed("architecture", [adapter.metadata.base_architecture for adapter in adapters])
     prediction = _agreed("prediction type", [adapter.metadata.prediction_type for adapter in adapters])
@@ -180,6 +282,8 @@ def _metadata(
         "base_fingerprint": fingerprint,
         "base_model": model.pop() if len(model) == 1 else "",
         "merge_method": method,
+        "merge_density": "" if method in (*METHODS, "comerge") else repr(options.density),
+        "merge_unit": options.unit if method == "comerge" else "",
         "merge_weights": json.dumps(list(weights)),
         "merged_from": json.dumps(list(names), ensure_ascii=False),
     }
@@ -211,8 +315,8 @@ def _check_arguments(
             )
     if not any(weights):
         raise ConfigError("all weights are 0: the result would change nothing")
-    if method not in METHODS:
-        raise ConfigError(f"there is no method {method}; there are {', '.join(METHODS)}")
+    if method not in MERGE_METHODS:
+        raise ConfigError(f"there is no method {method}; there are {', '.join(MERGE_METHODS)}")
     if rank is not None and method == "concat":
         raise ConfigError("concat is exact and its rank is the sum of the ranks; the method svd cuts to a rank")
     if rank is not None and rank < 1:

@@ -15,10 +15,9 @@ from t2i_spo_plugin.files import quoted
 from . import layouts
 from .adapter import Adapter
 from .dtypes import read_weights, weight_names
-from .extract import decompose
 from .io import find_adapter_file
 from .lora import LoraPair
-from .merging import relative_error
+from .low_rank import decompose, relative_error
 from .metadata import metadata_from_header
 from .safetensors_file import read_header
 

@@ -12,7 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.family_pipelines import FAMILIES as TRANSFORMERS
+from support.family_pipelines import family_pipeline
 from support.pipelines import SIZE, draw, tiny_pipeline
+from support.transformers import base_pipeline
 
 from t2i_spo_plugin.errors import PipelineError
 from t2i_spo_plugin.training.data.batches import Batch
@@ -147,10 +150,11 @@ def test_scaled_latents_are_those_that_the_pipeline_denoises(name):
 
 
 def test_every_family_is_recognised_and_others_are_refused():
-    families = {type(family_of(tiny_pipeline(name))) for name in ("sd1", "sd2", "sdxl", "sd3")}
-    assert families == set(FAMILIES.values())
-    with pytest.raises(PipelineError, match="not FluxPipeline"):
-        family_of(tiny_pipeline("flux"))
+    unets = {type(family_of(tiny_pipeline(name))) for name in ("sd1", "sd2", "sdxl", "sd3")}
+    transformers = {type(family_of(family_pipeline(name))) for name in TRANSFORMERS}
+    assert unets | transformers == set(FAMILIES.values()) and len(FAMILIES) == 3 + len(TRANSFORMERS)
+    with pytest.raises(PipelineError, match="not HiDreamImagePipeline"):
+        family_of(base_pipeline("hi-dream-image"))
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_an_adapter_is_gone_on_from_and_may_be_its_own_reference(table, cache, t
     )
     train(config, pipe := tiny_pipeline("sd1"))
     moved = [entry["moved"] for entry in report_of(config)["curve"]]
-    assert moved[0] == 0.0 and moved[2] > moved[1] > 0.0
+    assert moved[0] == 0.0 and min(moved[1:]) > 0.0
     assert not getattr(pipe.unet, "peft_config", None), "the pipeline is left as it came"
 
 

@@ -88,7 +88,10 @@ class Batches:
         self.sampling, self.examples, self.family, self.device = sampling, examples, family, device
         self.latents, self.text, self.regions = latents, text, regions
         self.order = Order(examples.columns["benign"], sampling.seed, sampling.benign_share)
-        self.shape = tuple(latents.get([examples.images[0][0]])["mean"].shape[1:])
+        own = latents.get([examples.images[0][0]])["mean"]
+        self._own_shape = tuple(own.shape[1:])
+        """Of the autoencoder's latents; `shape` is that of what the denoiser sees."""
+        self.shape = tuple(family.scaled(own).shape[1:])
 
     def at(self, step: int, positions: Sequence[int]) -> Batch:
         """The examples that stand at `positions`, as they are drawn in optimiser step `step`."""
@@ -157,7 +160,7 @@ class Batches:
         if seed < 0:
             return one.noise
         noise = initial_noise(seed, self.shape)
-        return noise.flip(-1) if one.mirror else noise
+        return self.family.mirrored(noise[None])[0] if one.mirror else noise
 
     def _weights(self, sides: int, numbers: Sequence[int], draws: Sequence[Draw]) -> Tensor | None:
         """The same for all images of an example: what is unsafe in one of them is weighed in each."""
@@ -174,9 +177,9 @@ class Batches:
         keys = [self.examples.images[side][number] for number in numbers]
         if self.sampling.pixel_flip:
             keys = [key + MIRRORED if one.mirror else key for key, one in zip(keys, draws, strict=True)]
-        noise = torch.stack([one.posterior[side] for one in draws])
-        latents = self.family.scaled(posterior_sample(self.latents.get(keys), noise))
+        noise = torch.stack([one.posterior[side] for one in draws]).view(-1, *self._own_shape)
+        latents = posterior_sample(self.latents.get(keys), noise)
         if self.sampling.random_flip and not self.sampling.pixel_flip:
             mirror = torch.tensor([one.mirror for one in draws])[:, None, None, None]
             latents = torch.where(mirror, latents.flip(-1), latents)
-        return latents.to(self.device)
+        return self.family.scaled(latents).to(self.device)

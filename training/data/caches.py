@@ -25,6 +25,8 @@ from t2i_spo_plugin.errors import ImageError, SPOError, UnreadableFileError
 from t2i_spo_plugin.files import atomic, remove_leftovers
 from t2i_spo_plugin.images import open_image, to_tensor
 
+from ..families import is_temporal, joined, padded
+
 
 Rows = dict[str, Tensor]
 MIRRORED = "/mirrored"
@@ -104,13 +106,13 @@ class ShardStore:
         self._where.update({key: (number, row) for row, key in enumerate(keys)})
 
     def get(self, keys: Sequence[str]) -> Rows:
-        """Tensors `[len(keys), ...]` by name.
+        """Tensors `[len(keys), ...]` by name; texts of several lengths are padded to the longest.
 
         Raises:
             KeyError: a key has no row.
         """
         rows = [self._row(*self._where[key]) for key in keys]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
     def _row(self, number: int, row: int) -> Rows:
         if self._whole:
@@ -152,9 +154,11 @@ def decode_square(data: bytes, resolution: int) -> Tensor:
 def encode_latents(vae: Any, pixels: Tensor) -> Rows:
     """`mean` and `std` of the posterior, or `mean` alone, unscaled, float32, for `pixels [B, 3, H, W]` in [0, 1]."""
     parameter = next(vae.parameters())
-    encoded = vae.encode((pixels * 2.0 - 1.0).to(parameter.device, parameter.dtype))
+    pixels = (pixels * 2.0 - 1.0).to(parameter.device, parameter.dtype)
+    encoded = vae.encode(pixels.unsqueeze(2) if is_temporal(vae) else pixels)
     if hasattr(encoded, "latent_dist"):
-        return {"mean": encoded.latent_dist.mean.float().cpu(), "std": encoded.latent_dist.std.float().cpu()}
+        rows = {"mean": encoded.latent_dist.mean.float().cpu(), "std": encoded.latent_dist.std.float().cpu()}
+        return {name: values.squeeze(2) for name, values in rows.items()} if is_temporal(vae) else rows
     return {"mean": encoded.latents.float().cpu()}
 
 
@@ -226,7 +230,7 @@ def build_text(
     for chunk in _chunks(todo, batch_size * 16):
         batches = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]
         parts = [encode(batch) for batch in batches]
-        store.append(chunk, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+        store.append(chunk, {name: joined([part[name].cpu() for part in parts]) for name in parts[0]})
         bar.update(len(chunk))
     bar.close()
 

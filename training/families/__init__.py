@@ -6,18 +6,30 @@ from typing import Any
 
 from t2i_spo_plugin.errors import PipelineError
 
-from .base import Conditioning, Family
+from .base import Conditioning, Family, is_temporal, joined, padded
+from .chroma import Chroma
+from .flux1 import Flux1
+from .flux2 import Flux2
+from .lumina2 import Lumina2
+from .qwen_image import QwenImage
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
+from .zimage import ZImage
 
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "family_of"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "family_of", "is_temporal", "joined", "padded"]
 
 FAMILIES: dict[str, type[Family]] = {
     "Stable Diffusion 1 and 2": StableDiffusion,
     "Stable Diffusion XL": StableDiffusionXL,
     "Stable Diffusion 3": StableDiffusion3,
+    "FLUX.1": Flux1,
+    "FLUX.2": Flux2,
+    "Z-Image": ZImage,
+    "Qwen-Image": QwenImage,
+    "Chroma": Chroma,
+    "Lumina Image 2.0": Lumina2,
 }
 
 

@@ -3,6 +3,8 @@
 - latents: the autoencoder's, times its scaling factor
 - text: hidden states of both CLIPs side by side, and the second's pooled embedding; sizes as of an uncropped image
 - target: noise, or velocity (`prediction_type` of the scheduler); timesteps 0 to 999, uniform
+- models of velocity with zero terminal SNR (NoobAI): betas are rescaled as the scheduler says, so that the last
+  timestep is noise alone and its target the latents, negated
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def augmented(name: Augmentation, batch: Batch, batches: Batches) -> Batch:
     """The batch in an augmentation; what is random depends on seed, step and position alone."""
     places = [("view", name, batch.step, position) for position in batch.positions]
     if name == "flip":
-        return replace(batch, latents=flip(batch.latents), weights=_moved(batch.weights, flip))
+        return replace(batch, latents=batches.family.mirrored(batch.latents), weights=_moved(batch.weights, flip))
     if name == "shift":
         moves = [draw_shift(generator(batches.sampling.seed, *place)) for place in places]
         rows = [shift(batch.latents[:, number], *move) for number, move in enumerate(moves)]
