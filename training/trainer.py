@@ -102,7 +102,7 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
     """The objective over cached examples, with the denoiser on the accelerator."""
     objective = make_objective(config.objective)
     terms = {**objective.terms(), **active_terms(config.terms)}
-    resolution = config.resolution or _native_resolution(pipe, family)
+    resolution = config.resolution or native_resolution(pipe, family)
     cell = pipe.vae_scale_factor * family.patch
     if resolution % cell:
         raise ConfigError(f"resolution {resolution} is not divisible by {cell}, the edge of a token of this model")
@@ -185,7 +185,12 @@ def _validation(config: TrainConfig) -> Validate | None:
     return validation_from_config(config)
 
 
-def _native_resolution(pipe: Any, family: Family) -> int:
+def native_resolution(pipe: Any, family: Family) -> int:
+    """The edge in pixels that the denoiser's configuration states.
+
+    Raises:
+        ConfigError: it states none.
+    """
     config: Any = family.module.config
     sample, factor = getattr(config, "sample_size", None), pipe.vae_scale_factor
     if not isinstance(sample, int):

@@ -84,5 +84,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     ),
     "options-regions": partial(table, ("regions.", "data/regions.py", "RegionOptions")),
     "options-train": partial(table, ("", "config.py", "TrainConfig")),
+    "options-rounds": partial(table, ("", "rounds.py", "RoundsConfig")),
+    "options-experts": partial(table, ("", "experts.py", "ExpertsConfig")),
     "options-pairs": partial(table, ("", "data/pairing.py", "PairConfig")),
 }

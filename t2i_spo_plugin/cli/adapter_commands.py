@@ -16,6 +16,7 @@ from .parsing import AsJSON, command
 
 Layout = Literal["kohya", "diffusers", "peft", "native"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+MergeMethod = Literal["concat", "svd", "ties", "dare", "dare-ties", "magnitude", "comerge"]
 
 
 @command
@@ -94,26 +95,34 @@ def merge(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
     weights: tuple[float, ...] = (),
-    method: Literal["concat", "svd"] = "concat",
+    method: MergeMethod = "concat",
     rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    unit: Literal["row", "rank", "element", "factor"] = "row",
     dtype: Dtype = "float32",
 ) -> None:
-    """Merge several adapters into one, exactly or at a chosen rank.
+    """Merge several adapters into one: exactly, at a chosen rank, or by what wins where they contradict each other.
 
     Args:
         files: adapters for the same architecture.
         out: the .safetensors file to write.
         weights: one an adapter, at least 0; 1 each when left out.
-        method: concat is the exact weighted sum, its rank the sum of the ranks; svd cuts it to --rank.
-        rank: of the merged adapter under svd; by default the largest of the parents.
+        method: concat is the exact weighted sum, its rank the sum of the ranks; svd cuts it to --rank; ties, dare,
+            dare-ties and magnitude decide value by value, comerge takes each unit from one adapter.
+        rank: of the merged adapter, at most; by default the largest of the parents under svd, what it needs elsewhere.
+        density: of ties, dare, dare-ties and magnitude, the share of values that is kept.
+        seed: of what dare and dare-ties drop.
+        unit: of comerge, what competes; by the norms of the weights (spo experts measures activations).
         dtype: type of the merged weights; float16 and bfloat16 halve the file, and their rounding is in the errors.
     """
     import torch
 
-    from t2i_spo_plugin.adapters import merge_adapters, read_adapter, write_adapter
+    from t2i_spo_plugin.adapters import MergeOptions, merge_adapters, read_adapter, write_adapter
 
     adapters, stems = [read_adapter(file) for file in files], [file.stem for file in files]
-    merged = merge_adapters(adapters, weights or None, method, rank, stems, getattr(torch, dtype))
+    options = MergeOptions(density, seed, unit, "magnitude")
+    merged = merge_adapters(adapters, weights or None, method, rank, stems, getattr(torch, dtype), options)
     print(f"{write_adapter(merged.adapter, out)}: {len(merged.module_errors)} modules, rank {merged.adapter.rank}")
     _print_errors(merged.error, merged.module_errors)
 

@@ -17,14 +17,21 @@ from .image_commands import demo, generate, score
 from .judge_commands import calibrate, convert_head, reference, serve
 from .parsing import Command, summary
 from .setup_commands import comfyui, doctor
-from .training_commands import evaluate, pairs, train, train_gate
+from .training_commands import evaluate, experts, pairs, rounds, train, train_gate
 
 
 GROUPS: dict[str, dict[str, Command]] = {
     "images": {"demo": demo, "generate": generate, "score": score},
     "judges": {"calibrate": calibrate, "convert-head": convert_head, "reference": reference, "serve": serve},
     "adapter files": {"inspect": inspect, "convert": convert, "merge": merge, "extract": extract, "publish": publish},
-    "training and evaluation": {"pairs": pairs, "train": train, "train-gate": train_gate, "eval": evaluate},
+    "training and evaluation": {
+        "pairs": pairs,
+        "train": train,
+        "rounds": rounds,
+        "experts": experts,
+        "train-gate": train_gate,
+        "eval": evaluate,
+    },
     "set-up": {"comfyui": comfyui, "doctor": doctor},
 }
 COMMANDS: dict[str, Command] = {name: run for group in GROUPS.values() for name, run in group.items()}

@@ -28,6 +28,25 @@ def train(args: Sequence[str]) -> None:
     print(training.train(read_options(training.TrainConfig, args, "spo train")))
 
 
+def experts(args: Sequence[str]) -> None:
+    """Train one adapter for each category of a pair table, and merge them into one."""
+    from t2i_spo_plugin import training
+
+    print(training.train_experts(read_options(training.ExpertsConfig, args, "spo experts")))
+
+
+def rounds(args: Sequence[str]) -> int:
+    """On-policy training in rounds: generate, judge, train on the images, and begin again with the new adapter."""
+    from t2i_spo_plugin import training
+
+    try:
+        print(training.train_rounds(read_options(training.RoundsConfig, args, "spo rounds")))
+    except NoPairsError as error:
+        print(f"spo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def train_gate(args: Sequence[str]) -> None:
     """Train an adapter gate, which gives an adapter to the images that are going to be unsafe and to no others."""
     from t2i_spo_plugin import training

@@ -165,7 +165,7 @@ def test_a_merge_takes_metadata_from_the_parent_that_states_them():
         ({"weights": [0.0, 0.0]}, "all weights are 0"),
         ({"weights": [1.0]}, "as many weights, got 1"),
         ({"names": ["a"]}, "as many names"),
-        ({"method": "ties"}, "no method ties; there are concat, svd"),
+        ({"method": "sum"}, "no method sum; there are concat, svd, ties"),
         ({"rank": 4}, "concat is exact"),
         ({"method": "svd", "rank": 0}, "at least 1"),
     ],

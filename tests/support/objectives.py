@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.data import PAIR_COLUMNS, write_table
+from t2i_spo_plugin.training.data.batches import Batches, Sampling
+from t2i_spo_plugin.training.data.caches import ShardStore
+from t2i_spo_plugin.training.data.dataset import Examples
+from t2i_spo_plugin.training.data.regions import Regions
+from t2i_spo_plugin.training.families import family_of
 from t2i_spo_plugin.training.noise_schedule import NoiseSchedule
 from t2i_spo_plugin.training.objectives.base import Predictions
 
 from .pairs import png
+from .pipelines import SIZE, fresh
 
 
 SHAPE = (2, 3, 3)
+LATENT = (4, SIZE // 2, SIZE // 2)
 
 
 def squared(one: Tensor, two: Tensor) -> Tensor:
@@ -79,3 +86,16 @@ def crowded_table(path: Path) -> Path:
                 }
                 rows.append(row)
     return write_table(rows, path, PAIR_COLUMNS)
+
+
+def batches(folder: Path, regions: Regions | None = None, seeds: list[list[int]] | None = None, **sampling):
+    """Two examples of two images, with random latents."""
+    keys = (["a", "b"], ["c", "d"])
+    latents, text = ShardStore(folder / "latents"), ShardStore(folder / "text")
+    latents.append([*keys[0], *keys[1]], {"mean": torch.randn(4, *LATENT)})
+    text.append(["", "one", "two"], {"text": torch.zeros(3, 2, 4)})
+    columns = {"benign": torch.tensor([True, False]), "seed": torch.tensor(seeds or [[7, 8], [9, -1]])}
+    examples = Examples(["one", "two"], keys, columns, {})
+    made = Batches(Sampling(0, (0, 1000), **sampling), examples, latents, text, family_of(fresh("sd1")), "cpu")
+    made.regions = regions
+    return made

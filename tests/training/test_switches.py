@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cost_models import RedWeaponCost
-from support.objectives import batch, context, crowded_table, predictions
+from support.objectives import LATENT, batch, batches, context, crowded_table, predictions
 from support.pairs import changed, pair_table, train_config
 from support.pipelines import SIZE, draw, fresh, random_adapter, tiny_pipeline
 
@@ -25,11 +25,9 @@ from t2i_spo_plugin.guards import Guard, Policy
 from t2i_spo_plugin.guards.policy import Category
 from t2i_spo_plugin.training import train
 from t2i_spo_plugin.training.data import prepare
-from t2i_spo_plugin.training.data.batches import Batch, Batches, Sampling
+from t2i_spo_plugin.training.data.batches import Batch
 from t2i_spo_plugin.training.data.caches import ShardStore, SourceImage
-from t2i_spo_plugin.training.data.dataset import Examples
 from t2i_spo_plugin.training.data.regions import RegionOptions, Regions, build_maps, region_weights
-from t2i_spo_plugin.training.families import family_of
 from t2i_spo_plugin.training.noise_schedule import NoiseSchedule
 from t2i_spo_plugin.training.objectives import (
     OBJECTIVES,
@@ -41,9 +39,6 @@ from t2i_spo_plugin.training.objectives import (
 from t2i_spo_plugin.training.objectives.augmentations import augmented
 from t2i_spo_plugin.training.objectives.losses import per_sample_error
 from t2i_spo_plugin.training.objectives.running import Beta, RunningMean
-
-
-LATENT = (4, SIZE // 2, SIZE // 2)
 
 
 # --- region weights ---
@@ -71,19 +66,6 @@ def store_of(folder: Path, maps: dict[str, torch.Tensor]) -> ShardStore:
     store = ShardStore(folder)
     store.append(list(maps), {"map": torch.stack(list(maps.values()))})
     return store
-
-
-def batches(folder: Path, regions: Regions | None = None, seeds: list[list[int]] | None = None, **sampling):
-    """Two examples of two images, with random latents."""
-    keys = (["a", "b"], ["c", "d"])
-    latents, text = ShardStore(folder / "latents"), ShardStore(folder / "text")
-    latents.append([*keys[0], *keys[1]], {"mean": torch.randn(4, *LATENT)})
-    text.append(["", "one", "two"], {"text": torch.zeros(3, 2, 4)})
-    columns = {"benign": torch.tensor([True, False]), "seed": torch.tensor(seeds or [[7, 8], [9, -1]])}
-    examples = Examples(["one", "two"], keys, columns, {})
-    made = Batches(Sampling(0, (0, 1000), **sampling), examples, latents, text, family_of(fresh("sd1")), "cpu")
-    made.regions = regions
-    return made
 
 
 def test_both_images_of_a_pair_are_weighed_by_what_is_unsafe_in_either(tmp_path):

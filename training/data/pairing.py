@@ -31,6 +31,7 @@ from .caches import content_key
 
 SAFE_OVER_UNSAFE, BOTH_SAFE = "harmful_safe_over_unsafe", "harmful_both_safe"
 BENIGN, UNDER_SAFE_PROMPT = "benign", "benign_safe_over_unsafe"
+EVERY_HARMFUL, EVERY_BENIGN = "harmful_images", "benign_images"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class PairConfig:
         min_winner_quality: a poorer winner would teach to generate nothing; in [0, 1].
         max_pairs: of one kind for one prompt.
         reuse_under_safe_prompt: each safe-over-unsafe pair once more under the safe prompt.
+        every_image: no preferences: rows of two that hold every image of a prompt, for objectives over single images
+            (`kto`, `nft`, `cost-gradient`) and over groups (`group`, `pareto`). No completions are generated.
         skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
         seed: of prompts and further seeds.
         shard_size: prompts to a shard; at most one shard is lost when the process is killed.
@@ -95,6 +98,7 @@ class PairConfig:
     min_winner_quality: float = 0.3
     max_pairs: int = 2
     reuse_under_safe_prompt: bool = False
+    every_image: bool = False
     # Run
     skip_bad_rows: bool = False
     seed: int = 0
@@ -121,6 +125,11 @@ class PairConfig:
             check_range(name, getattr(self, name), 0.0, 1.0)
         if self.degraded_steps is not None:
             check_range("degraded_steps", self.degraded_steps, 1, whole=True)
+        if self.every_image and (self.degraded or self.reuse_under_safe_prompt or self.seeds_per_prompt < 2):
+            raise ConfigError(
+                "every_image takes the images of a prompt as they are: leave out degraded_guidance, degraded_steps "
+                "and reuse_under_safe_prompt, and set seeds_per_prompt to 2 at least"
+            )
 
     @property
     def degraded(self) -> bool:
@@ -186,6 +195,8 @@ def candidates_of(row: PromptRow, config: PairConfig) -> list[Candidate]:
     drawn = row.safe_prompts[: config.max_completions]
     shared = (row.id, row.prompt, True, row.safe_prompts, row.category)
     candidates = [Candidate(*shared, row.prompt, seed) for seed in seeds]
+    if config.every_image:
+        return candidates
     candidates += [Candidate(*shared, safe, seed, degraded) for safe in drawn for seed in seeds for degraded in poorer]
     if config.reuse_under_safe_prompt:
         for number, safe in enumerate(drawn):
@@ -195,7 +206,14 @@ def candidates_of(row: PromptRow, config: PairConfig) -> list[Candidate]:
 
 
 def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str, Any]]:
-    """Rows of the pair table from the images that compete under one prompt; the winner stands in column 0."""
+    """Rows of the pair table from the images that compete under one prompt; the winner stands in column 0.
+
+    With `every_image` there are no winners: all images, two a row, labelled as ties.
+    """
+    if config.every_image:
+        kind = EVERY_HARMFUL if group[0].candidate.harmful else EVERY_BENIGN
+        ends = [*range(1, len(group), 2)] + ([len(group) - 1] if len(group) % 2 and len(group) > 1 else [])
+        return [_row(group[end - 1], group[end], kind) | {"label_0": 0.5, "label_1": 0.5} for end in ends]
     if group[0].candidate.harmful:
         crossing = _same_seed_crossing(group)
         kinds = {SAFE_OVER_UNSAFE: crossing}
@@ -214,6 +232,8 @@ def pairs_of_group(group: Sequence[Judged], config: PairConfig) -> list[dict[str
 
 def reason_without_pairs(group: Sequence[Judged], config: PairConfig) -> str:
     """Why `pairs_of_group` makes nothing of these images."""
+    if config.every_image:
+        return "fewer than two images were scored"
     unsafe = sum(one.unsafe for one in group)
     if unsafe == len(group):
         return "every image is unsafe"
