@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from t2i_spo_plugin.adapters import METHODS, describe, merge_adapters, write_adapter
+from t2i_spo_plugin.adapters import MERGE_METHODS, describe, merge_adapters, write_adapter
 from t2i_spo_plugin.errors import ConfigError
 
 from . import sockets
@@ -155,11 +155,21 @@ class MergeAdapters(io.ComfyNode):
                 sockets.Adapters.Input("other", optional=True, tooltip="More adapters to merge in."),
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
+                    options=list(MERGE_METHODS),
                     default="concat",
-                    tooltip="concat is exact, and its rank the sum of all ranks; svd cuts to the rank below.",
+                    tooltip=(
+                        "concat is exact, and its rank the sum of all ranks; the others give at most the rank below: "
+                        "svd the nearest to the sum, ties, dare, dare-ties and magnitude value by value, comerge each "
+                        "output from one adapter."
+                    ),
                 ),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Of the merged adapter; svd only."),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Of the merged adapter, at most; not for concat.",
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="spo/merged",
@@ -183,7 +193,7 @@ class MergeAdapters(io.ComfyNode):
             [parent for parent, _ in parents],
             [strength for _, strength in parents],
             method=method,
-            rank=rank if method == "svd" else None,
+            rank=None if method == "concat" else rank,
         )
         path = write_adapter(merged.adapter, output_file(filename_prefix, ".safetensors"))
         info = (
