@@ -93,7 +93,7 @@ def batches(folder: Path, regions: Regions | None = None, seeds: list[list[int]]
     keys = (["a", "b"], ["c", "d"])
     latents, text = ShardStore(folder / "latents"), ShardStore(folder / "text")
     latents.append([*keys[0], *keys[1]], {"mean": torch.randn(4, *LATENT)})
-    text.append(["", "one", "two"], {"text": torch.zeros(3, 2, 4)})
+    text.append(["", "one", "two"], {"text": torch.ones(3, 2, 32)})
     columns = {"benign": torch.tensor([True, False]), "seed": torch.tensor(seeds or [[7, 8], [9, -1]])}
     examples = Examples(["one", "two"], keys, columns, {})
     made = Batches(Sampling(0, (0, 1000), **sampling), examples, latents, text, family_of(fresh("sd1")), "cpu")
