@@ -86,7 +86,7 @@ def options_of(command: str) -> str:
     if command == "train":
         # Of the other objectives the names that the command line makes of their fields; a help text takes seconds.
         names = {field.name.rstrip("_") for row in OBJECTIVES.values() for field in dataclasses.fields(row.options)}
-        text.write("".join(f" --objective.{name.replace('_', '-')}" for name in sorted(names)))
+        text.write("".join(f" --objective.{name.replace('_', '-')}\n" for name in sorted(names)))
     return text.getvalue()
 
 
