@@ -11,6 +11,7 @@ from t2i_spo_plugin.data import KINDS, count_cut_prompts
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.quality import CompositeQuality
+from t2i_spo_plugin.options import expand_home
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
@@ -37,30 +38,30 @@ class EvalConfig:
 
     Attributes:
         out: folder for images, tables, `summary.json` and `report.html`; an interrupted run is taken up again.
-        pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
-        adapters: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source is `spo`, `dpo` (bundled), a file, a
-            folder or a Hub id. The base model is always evaluated too.
-        strength: of the adapters that do not say their own.
-        n_harmful: harmful prompts.
-        n_benign: benign prompts.
-        n_lookalike: benign prompts that look harmful.
-        split: of the sticker prompts; choose on `val`, report on `test`.
-        harmful: file with harmful prompts (csv, jsonl, parquet) instead of the sticker world's.
-        benign: file with benign prompts; needed when `harmful` is given.
+        pipeline: what generates: `sticker` (the bundled one), a diffusers folder, or a Hub id.
+        adapters: systems to evaluate beside the base model: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source
+            is `spo`, `dpo` or `style` (bundled), a file, a folder or a Hub id.
+        strength: strength of adapters without an @STRENGTH; 0 is the base model exactly, 1 the adapter as trained.
+        n_harmful: number of harmful prompts.
+        n_benign: number of benign prompts.
+        n_lookalike: number of benign prompts that look harmful.
+        split: part of the sticker prompts; choose on `val`, report on `test`.
+        harmful: file with harmful prompts instead of the sticker world's.
+        benign: file with benign prompts; needed when one with harmful prompts is given.
         lookalike: file with benign prompts that look harmful.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance.
-        batch_size: images generated at once.
+        guidance_scale: classifier-free guidance scale.
+        batch_size: images generated at a time.
         shard_size: images after which a table is written.
-        skip_bad_rows: leave rows of prompt files out that cannot be used, instead of refusing the file.
-        seed: of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
-        judge: `cost` judges by cost and quality model; `referee` lets the referee look too, at test prompts only.
-        policy: `sticker`, `photo`, `photo-sexual` or a YAML file.
-        cost_model: `sticker`, `open_nsfw`, `owen`, `nudenet` or a folder.
-        quality_model: `sticker` or a folder laid out like the bundled one.
+        skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
+        seed: seed of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
+        judge: who judges: `cost` is cost and quality model; `referee` lets the referee look too, at test prompts only.
+        policy: what counts as unsafe: `sticker`, `photo`, `photo-sexual`, or a YAML file.
+        cost_model: what says how unsafe an image is: `sticker`, `open_nsfw`, `owen`, `nudenet`, a folder, or a Hub id.
+        quality_model: what says how good an image is: `sticker`, a folder, or a Hub id.
         override_domain: use cost and quality model on images of a domain they were not made for.
-        resamples: of the bootstrap.
-        gallery: prompts shown in the report.
+        resamples: resamples of the bootstrap.
+        gallery: number of prompts shown in the report.
         keep_images: keep the images after the report is written; by default only in the sticker world, whose unsafe
             images are harmless to look at. Images that are not kept are not shown in the report either.
         device: where the pipeline and the models run.
@@ -99,6 +100,7 @@ class EvalConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        expand_home(self)
         for name in ("n_harmful", "n_benign", "steps", "batch_size", "shard_size", "resamples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -101,11 +101,6 @@ class SystemSummary:
     agreement: Rate | None
     not_scored: Mapping[str, int]
 
-    @property
-    def main_score(self) -> ScoreSummary:
-        """By the referee when there is one."""
-        return self.referee_score or self.score
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

@@ -34,6 +34,14 @@ _REPORTS = ("report.json", "sheet.webp")
 _PART_PREFIX, _PART = ".spo-", ".part"
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with a `~` at its front as the home folder, as shells write it; one of an unknown user stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file to, which replaces `path` when the block ends without an error.
@@ -42,7 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     what a killed writer left in the folder is removed by the next process that writes there.
     The folder is made when it is missing; the file gets mode 0644.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_once(path.parent.resolve())
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PART_PREFIX, suffix=_PART)
@@ -104,7 +112,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     The path begins with a dot, and is free: what a killed writer left there is removed, so there must be one writer at
     a time.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     remove(part)
@@ -149,7 +157,7 @@ def sha256_of(path: str | Path, start: int = 0) -> str:
 def folder_hash(path: str | Path) -> str:
     """Short hash of a file, or of the names and contents of all files below a folder: what `metadata` need to tell
     weights apart. Reports that lie beside the weights are passed over: measuring a model changes nothing about it."""
-    path = Path(path)
+    path = user_path(path)
     digest = hashlib.sha256()
     below = (file for file in path.rglob("*") if file.is_file() and file.name not in _REPORTS)
     files = [path] if path.is_file() else sorted(below)

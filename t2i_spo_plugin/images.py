@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ImageError
+from .files import user_path
 
 
 Images = Any
@@ -137,7 +138,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
     Files and folders that begin with a dot are left out: what systems and editors keep there is nobody's image.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     return sorted(
         path
         for path in folder.rglob("*")
@@ -275,10 +276,10 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     try:
         if isinstance(source, Image.Image):
             yield source
-        elif not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+        elif not isinstance(source, bytes) and user_path(source).exists() and not user_path(source).is_file():
             raise ImageError("it is no file")
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else user_path(source)) as image:
                 yield image
     except Exception as error:
         # Pillow's decoders raise whatever a broken file leads them to: struct.error, IndexError, zlib.error and more.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from .errors import ConfigError
+from .files import user_path
 
 
 Config = TypeVar("Config")
@@ -144,6 +145,17 @@ def own_options(cls: type[Config], options: Mapping[str, Any], where: str = "") 
     return mine, {name: value for name, value in options.items() if name not in own}
 
 
+def expand_home(config: Any) -> None:
+    """Put the home folder in the place of a `~/` at the front of every path and text of a dataclass, frozen or not.
+
+    For its `__post_init__`: YAML and Python have no shell that does it.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (str, Path)) and str(value).startswith("~/"):
+            object.__setattr__(config, field.name, type(value)(user_path(value)))
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """The options of a dataclass as plain values, which `from_mapping` reads back to an equal one."""
     content: dict[str, Any] = {}
@@ -169,7 +181,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
-    path = Path(path)
+    path = user_path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -189,8 +201,8 @@ def find_config(file: str | Path, cls: type | None = None) -> Path:
     """
     folder: Path | None = getattr(cls, "configs", None)
     bundled = {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if Path(file).is_file():
-        return Path(file)
+    if user_path(file).is_file():
+        return user_path(file)
     path = bundled.get(str(file).removesuffix(".yaml"))
     if path is None:
         raise ConfigError(f"there is no configuration {file}; bundled are: {', '.join(bundled) or 'none'}")

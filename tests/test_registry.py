@@ -112,6 +112,39 @@ def test_a_folder_of_the_users_own_is_read(cost_model, tmp_path):
     assert type(registry.load_pipeline(tmp_path / "pipe")).__name__ == "StableDiffusionPipeline"
 
 
+@pytest.mark.parametrize(
+    ("load", "error"),
+    [
+        (registry.load_pipeline, PipelineError),
+        (load_cost_model, ConfigError),
+        (registry.load_quality_model, ConfigError),
+        (load_policy, PolicyError),
+        (load_adapter_gate, AdapterError),
+        (registry.adapter_source, AdapterError),
+        (lambda name: registry.load_prompts(name, {}, "test"), ConfigError),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(load, error, cost_model, monkeypatch):
+    monkeypatch.chdir(cost_model)
+    with pytest.raises(error, match="there is no .* '': pass"):
+        load("")
+    assert registry.COST_MODELS.path("") is None
+
+
+def test_a_tilde_is_the_home_folder(cost_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_cost_model("~/cost_model").categories == ("sexual",)
+    assert registry.COST_MODELS.path("~/cost_model") == cost_model
+    named = registry.name_with_revision(registry.COST_MODELS, "~/cost_model")
+    assert named == f"cost_model {folder_hash(cost_model)}"
+    (tmp_path / "list.txt").write_text("a cat\n")
+    assert [row.prompt for row in registry.load_prompts("~/list.txt", {"unlabelled": 1}, "test")] == ["a cat"]
+    assert registry.adapter_source("~/list.txt") == tmp_path / "list.txt"
+    assert registry.adapter_source("user/repo") == "user/repo"
+    with pytest.raises(ConfigError, match="no cost model '~nobody-of-this-name/x'"):
+        load_cost_model("~nobody-of-this-name/x")
+
+
 def test_a_folder_that_holds_no_pipeline_is_refused(tmp_path):
     with pytest.raises(PipelineError, match="cannot load the pipeline"):
         registry.load_pipeline(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.options import check_choice, check_range, from_yaml, to_mapping
+from t2i_spo_plugin.options import check_choice, check_range, expand_home, from_yaml, to_mapping
 from t2i_spo_plugin.registry import STICKER
 
 from .data.regions import RegionOptions
@@ -47,66 +47,69 @@ class TrainConfig:
     """How one adapter is trained, on a pair table or on captioned images.
 
     Attributes:
-        output_dir: receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
-        pairs: the pair table, for objectives over pairs: a parquet file, a folder of them, or a csv, tsv, jsonl or
-            json file with paths of images.
-        images: a folder of images, captions in metadata.jsonl, metadata.csv or a .txt beside each; for `sft`.
-        pipeline: `sticker` (the bundled one), a diffusers folder, or a Hub id.
-        resolution: edge in pixels the images are encoded at; None takes the pipeline's own.
+        output_dir: folder that receives `adapter.safetensors`, `report.json`, `checkpoints/` and `logs/`.
+        pairs: pair table, for objectives over pairs: a parquet file, a folder of them, or a csv, tsv, jsonl or json
+            file with paths of images.
+        images: folder of images for `sft`, captions in metadata.jsonl, metadata.csv or a .txt beside each.
+        pipeline: base model: `sticker` (the bundled one), a diffusers folder, or a Hub id.
+        resolution: edge in pixels that images are encoded at; by default the pipeline's own.
         categories: of harmful prompts, those trained on beside the benign ones; empty takes all. For experts.
-        benign_share: share of benign pairs among those trained on, in [0, 1]; None leaves the table's own.
+        benign_share: share of benign pairs among those trained on, in [0, 1]; by default the table's own.
         caption_dropout: probability of training an example under the empty prompt; 1 is DUO's way.
         random_flip: mirror an example (its images alike) half of the time.
         pixel_flip: cache mirrored images through the autoencoder too; else latents are mirrored.
-        cache_dir: folder of the cached latents and text embeddings; None is `output_dir/cache`.
+        cache_dir: folder of the cached latents and text embeddings; by default `cache` in the output folder.
         cache_batch_size: images that the autoencoder encodes at once.
-        t_min: timesteps are drawn from [t_min, t_max).
-        t_max: see `t_min`; None is the last. DUO takes 0 and 750.
-        draws_per_pair: K fixed (timestep, noise) draws of each pair, whose reference errors are stored; 0 draws
-            afresh each time.
+        t_min: first timestep that is trained on; timesteps are drawn from this one up to `t_max`.
+        t_max: timestep before which drawing ends; by default all are drawn. DUO takes 0 to 750.
+        draws_per_pair: number of fixed (timestep, noise) draws of each pair, whose reference errors are stored; 0
+            draws afresh each time.
         noise: `fresh`, or the noise an image was `drawn` from where its seed is known: for tables of images that this
             pipeline generated at this resolution, in float32.
         adapter: a safetensors file to go on from, instead of a new LoRA; rank, alpha and targets are then the file's.
         reference: what the model is compared with: the `base`, or the `adapter` that the run begins from.
-        rank: of the LoRA.
-        alpha: of the LoRA; None is the rank.
-        targets: names that the adapted modules end with; None takes the family's own (attention), `attn1.to_q` style
-            names narrow it.
-        objective: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing; `sft` is the ordinary loss
-            on captioned images, for a style or a subject; the others are rivals of the literature.
-        terms: added to the objective's own loss.
+        rank: rank of the LoRA.
+        alpha: alpha of the LoRA, whose change is multiplied by alpha over rank; by default the rank.
+        targets: names that the adapted modules end with, such as `attn1.to_q`; by default the attention of the model's
+            family.
+        objective: loss: `dpo` is plain Diffusion-DPO, `spo` adds composite reward and focusing; `sft` is the ordinary
+            loss on captioned images, for a style or a subject; the others are rivals of the literature.
+        terms: what is added to the objective's own loss.
         regions: errors weighed by where an image is unsafe.
-        learning_rate: after the warm-up; 3e-4 suits a LoRA of rank 8 on a small denoiser.
+        learning_rate: learning rate after the warm-up; 3e-4 suits a LoRA of rank 8 on a small denoiser.
         warmup: steps in which the learning rate rises from 0.
-        schedule: of the learning rate after the warm-up.
-        weight_decay: of AdamW.
-        max_grad_norm: the gradient is clipped to this norm.
-        steps: optimiser steps.
-        budget: stop once this many sample passes (forward and backward) of the denoiser are spent; None is no limit.
-        batch_size: examples per forward pass and process.
-        gradient_accumulation: forward passes per step.
+        schedule: course of the learning rate after the warm-up.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm that the gradient is clipped to.
+        steps: number of optimiser steps.
+        budget: sample passes (forward and backward) of the denoiser after which training stops; by default there is no
+            limit.
+        batch_size: examples in a forward pass of each process.
+        gradient_accumulation: forward passes in a step.
         gradient_checkpointing: save memory for time.
-        precision: `no` is float32.
-        device: `auto` takes an accelerator where there is one.
-        validate_every: steps between validations by UAScore, 0 for never. The best adapter is the one that is written.
-        validation_prompts: a prompt file, or `sticker` for its validation split.
-        validation_count: prompts of each kind.
+        precision: number type of the forward pass under autocast; `no` is float32.
+        device: where training runs; `auto` takes an accelerator where there is one.
+        validate_every: steps between validations by UAScore, 0 for never; the best adapter is the one that is written.
+        validation_prompts: prompts of the validation: a prompt file, or `sticker` for its validation split.
+        validation_count: validation prompts of each kind.
         skip_bad_rows: leave rows of caption and prompt files out that cannot be used, instead of refusing them.
-        validation_seed: another one gives other sticker prompts.
+        validation_seed: seed of the validation prompts; another one gives other sticker prompts.
         validation_steps: denoising steps of the validation images.
-        validation_guidance: classifier-free guidance of the validation images.
-        validation_cost_model: `sticker`, or what `load_cost_model` takes.
-        validation_policy: `sticker`, or a policy's name or YAML file.
-        validation_quality_model: `sticker`, or a folder.
-        validation_override_domain: judge images of another domain than the validation's cost and quality models'.
-        seed: of everything random.
+        validation_guidance: classifier-free guidance scale of the validation images.
+        validation_cost_model: cost model of the validation: `sticker`, `open_nsfw`, `owen`, `nudenet`, a folder, or a
+            Hub id.
+        validation_policy: what counts as unsafe in the validation: `sticker`, `photo`, `photo-sexual`, or a YAML file.
+        validation_quality_model: quality model of the validation: `sticker`, a folder, or a Hub id.
+        validation_override_domain: judge images of another domain than that of the validation's cost and quality
+            models.
+        seed: seed of everything random.
         checkpoint_every: steps between checkpoints, 0 for the last one alone.
-        keep_checkpoints: how many of them stay.
+        keep_checkpoints: number of checkpoints that stay.
         log_every: steps between entries of the curve.
         tensorboard: write the curve for TensorBoard too.
-        resume: go on from the newest checkpoint in `output_dir`; otherwise begin again.
-        progress: show bars.
-        title: of the adapter, in its header.
+        resume: go on from the newest checkpoint in the output folder; otherwise begin again.
+        progress: show progress bars.
+        title: title of the adapter, in its header.
     """
 
     configs: ClassVar[Path] = Path(__file__).parent / "configs"
@@ -175,6 +178,7 @@ class TrainConfig:
     title: str = "SPO safety adapter"
 
     def __post_init__(self) -> None:
+        expand_home(self)
         self._check_ranges()
         self._check_choices()
         self._check_objective()

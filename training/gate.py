@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from t2i_spo_plugin.adapters import download_adapter, find_adapter_file
 from t2i_spo_plugin.data import PromptRow, call_pipeline, drop_minors, read_prompts
 from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.gating import AdapterGate, GateNetwork, change_features, norm_score, save_adapter_gate
 from t2i_spo_plugin.metrics import Interval, percent, wilson
+from t2i_spo_plugin.options import expand_home
 from t2i_spo_plugin.pipelines import enable_spo, load_spo_lora, unload_spo_lora
 from t2i_spo_plugin.registry import STICKER, adapter_source, load_pipeline, load_prompts
 
@@ -29,26 +32,27 @@ class GateConfig:
     """How an adapter gate is trained, which gives an adapter to the images that are going to be unsafe.
 
     Attributes:
-        adapter: a bundled one such as `spo`, a file, a folder or a Hub id. It may change denoisers only.
-        out: the .safetensors file to write.
-        pipeline: `sticker` (bundled), a pipeline folder or a Hub id.
-        prompts: `sticker` or a file with harmful and benign prompts (csv, jsonl, parquet).
-        harmful: harmful prompts of the sticker world.
-        benign: benign prompts of the sticker world.
-        lookalike: benign prompts of the sticker world that look harmful.
-        score: `network` trains a gate network on the predictions; `norm` takes how much they change, and trains
-            nothing.
+        adapter: adapter that the gate is for: a bundled one such as `spo`, a file, a folder or a Hub id. It may change
+            denoisers only.
+        out: .safetensors file to write.
+        pipeline: what generates: `sticker` (the bundled one), a diffusers folder, or a Hub id.
+        prompts: harmful and benign prompts to learn from: `sticker` (bundled), or a prompt file.
+        harmful: number of harmful prompts of the sticker world.
+        benign: number of benign prompts of the sticker world.
+        lookalike: number of benign prompts of the sticker world that look harmful.
+        score: what decides: `network` trains a gate network on the predictions; `norm` takes how much they change, and
+            trains nothing.
         max_benign: share of benign prompts that may be gated on; the threshold follows from it.
         until: progress at which the decision window ends; 0.04 is the first of 25 steps.
-        strength: of the adapter, as it will be used.
-        denoising_steps: of a whole image, as it will be generated.
-        guidance_scale: classifier-free guidance, as it will be used.
-        batch_size: prompts at once.
-        held_out: prompts that give the threshold and are not trained on, as a share of those that are: of the
-            sticker world those of the validation split, of a file any.
-        train_steps: of the gate network.
+        strength: strength of the adapter, as it will be used.
+        denoising_steps: denoising steps of a whole image, as it will be generated.
+        guidance_scale: classifier-free guidance scale, as it will be used.
+        batch_size: prompts at a time.
+        held_out: prompts that give the threshold and are not trained on, as a share of those that are: of the sticker
+            world those of the validation split, of a file any.
+        train_steps: training steps of the gate network.
         skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
-        seed: of the prompt choice, the split and the training.
+        seed: seed of the prompt choice, the split and the training.
         device: where the pipeline runs.
         progress: show progress bars.
 
@@ -78,6 +82,7 @@ class GateConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        expand_home(self)
         for name in ("harmful", "benign", "denoising_steps", "batch_size", "train_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -140,13 +145,15 @@ def train_gate(config: GateConfig, pipe: Any = None, rows: Sequence[PromptRow] |
         ConfigError: harmful or benign prompts are missing.
         AdapterError: the adapter does not fit, or changes a text encoder.
     """
+    source = adapter_source(config.adapter)
+    adapter = find_adapter_file(source if Path(source).exists() else download_adapter(str(source)))
     training, held_out = _split(config, rows)
     for part, name in ((held_out, "held-out"), (training, "remaining")):
         if len({row.kind == "harmful" for row in part}) < 2:
             raise ConfigError(f"the {len(part)} {name} prompts are all of one kind; give more harmful and benign ones")
     if pipe is None:
         pipe = load_pipeline(config.pipeline).to(config.device)
-    features, norms = _record(config, enable_spo(pipe), [*training, *held_out])
+    features, norms = _record(config, adapter, enable_spo(pipe), [*training, *held_out])
     unsafe = torch.tensor([row.kind == "harmful" for row in (*training, *held_out)])
     n_training = len(training)
     network = None
@@ -160,7 +167,12 @@ def train_gate(config: GateConfig, pipe: Any = None, rows: Sequence[PromptRow] |
     unsafe = unsafe[n_training:]
     threshold = float(scores[~unsafe].quantile(1.0 - config.max_benign))
     gate = AdapterGate(threshold, config.until, network)
-    metadata = {"adapter": Path(config.adapter).name, "score": config.score, "strength": f"{config.strength:g}"}
+    metadata = {
+        "adapter": Path(config.adapter).name,
+        "adapter_hash": folder_hash(adapter),
+        "score": config.score,
+        "strength": f"{config.strength:g}",
+    }
     gated_on = gate.is_on(scores)
     n_harmful = int(unsafe.sum())
     path = save_adapter_gate(gate, config.out, metadata)
@@ -212,12 +224,12 @@ def _split(config: GateConfig, rows: Sequence[PromptRow] | None) -> tuple[Sequen
     return [rows[number] for number in order[n_held:]], [rows[number] for number in order[:n_held]]
 
 
-def _record(config: GateConfig, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
+def _record(config: GateConfig, adapter: Path, pipe: Any, rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor]:
     """Features `[N, K, 2 C, H, W]` and norms of the change `[N, K]` at the K steps of the decision window."""
     recorder = _Recorder()
     gate = AdapterGate(1.0, config.until, recorder)  # type: ignore[arg-type]
     features, norms = [], []
-    load_spo_lora(pipe, adapter_source(config.adapter), config.strength, adapter_name="recorded", steering=gate)
+    load_spo_lora(pipe, adapter, config.strength, adapter_name="recorded", steering=gate)
     try:
         for first in tqdm(
             range(0, len(rows), config.batch_size), desc="recording", unit="batch", disable=not config.progress

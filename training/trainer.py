@@ -119,11 +119,12 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
         objective.independent_timesteps,
     )
     cache = Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache"
+    examples = _examples(config, objective, terms)
     batches = cached_batches(
         cache,
         sampling,
-        _examples(config, objective, terms),
-        images(config.pairs) if config.pairs else captioned_images(config.images, config.skip_bad_rows),
+        examples,
+        images(config.pairs) if config.pairs else captioned_images(examples),
         pipe,
         family,
         resolution,
@@ -146,7 +147,6 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
     objective.prepare(pipe, family, accelerator.device)
     stored = None
     if config.draws_per_pair:
-        examples = batches.examples
         stored = StoredErrors(len(examples), config.draws_per_pair, len(examples.images))
     return TrainingStep(objective, terms, batches, predictor, stored)
 

@@ -133,6 +133,8 @@ def find_adapter_file(path: str | Path) -> Path:
     Raises:
         UnreadableAdapterError: there is none, more than one and none has the usual name, or it is a pickle or a pipe.
     """
+    if not str(path):
+        raise UnreadableAdapterError("the adapter's name is empty; pass a file or a folder")
     try:
         path = Path(path).expanduser()
         if path.is_dir():

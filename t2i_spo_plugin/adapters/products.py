@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from t2i_spo_plugin.files import quoted
 
 from . import layouts
 from .adapter import Adapter
-from .dtypes import read_weights, weight_names
-from .io import find_adapter_file
+from .dtypes import weight_names
+from .io import find_adapter_file, read_tensors
+from .layouts.alphas import configured_alphas
 from .lora import LoraPair
 from .low_rank import decompose, relative_error
 from .metadata import metadata_from_header
@@ -60,7 +62,7 @@ def approximate_products(path: str | Path, rank: int, architecture: str = "") ->
     """The low-rank pairs that are nearest to the changes of a LoHa or LoKr file, which are computed exactly.
 
     Args:
-        path: the file.
+        path: the file, or a PEFT folder, whose `adapter_config.json` states alpha and rank.
         rank: of every pair, at most; the smaller side of a weight where that is less.
         architecture: of the base, where the header does not say; it decides between names that several models share.
 
@@ -71,28 +73,26 @@ def approximate_products(path: str | Path, rank: int, architecture: str = "") ->
     if rank < 1:
         raise ConfigError(f"rank must be at least 1, got {rank}")
     path = find_adapter_file(path)
-    header = read_header(path)
     try:
-        metadata = metadata_from_header(header.metadata)
+        weights, header, config = read_tensors(path)
+        metadata = metadata_from_header(header)
         architecture = metadata.base_architecture or architecture
         factors: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in read_weights(path, header.tensors, weight_names(header.tensors)).items():
+        for key, tensor in weights.items():
             name, _, part = key.removesuffix(".weight").rpartition(".")
             if part not in _PARTS:
                 raise UnsupportedAdapterError(f"{quoted(key)} is no factor of a LoHa or LoKr")
             factors.setdefault(name, {})[part] = tensor.float()
-        tensors: dict[str, Tensor] = {}
+        scales = None if config is None else _configured_scales(factors, config)
+        pairs: dict[str, LoraPair] = {}
         squares: dict[str, tuple[float, float]] = {}
         for name, parts in sorted(factors.items()):
-            change = _change(name, parts)
-            if not change.any():
-                continue
-            pair, squares[name] = decompose(change, rank, None)
-            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = pair.down, pair.up
-            tensors[f"{name}.alpha"] = torch.tensor(pair.alpha)
-        if not tensors:
+            change = _change(name, parts, None if scales is None else scales[name])
+            if change.any():
+                pairs[name], squares[name] = decompose(change, rank, None)
+        if not pairs:
             raise InvalidAdapterError("all weights are zero: the adapter changes nothing")
-        modules = layouts.decode(tensors, header.metadata, architecture=architecture)
+        modules = layouts.decode(*_as_file(pairs, config is not None), architecture=architecture)
     except AdapterError as error:
         raise type(error)(f"{path.name}: {error}") from error
     shaped = {name: _shaped(name, pair, architecture) for name, pair in modules.items()}
@@ -101,8 +101,44 @@ def approximate_products(path: str | Path, rank: int, architecture: str = "") ->
     return ProductResult(Adapter(shaped, metadata).validate(), errors, total)
 
 
-def _change(name: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """The change of one weight: `[out, in]`, for a convolution with its kernel or with that in the columns."""
+def _as_file(
+    pairs: Mapping[str, LoraPair], is_peft: bool
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
+    """Tensors, header and configuration of a LoRA with these pairs, alpha equal to the rank."""
+    down, up = ("lora_A", "lora_B") if is_peft else ("lora_down", "lora_up")
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"{name}.{down}.weight"], tensors[f"{name}.{up}.weight"] = pair.down, pair.up
+        if not is_peft:
+            tensors[f"{name}.alpha"] = torch.tensor(pair.alpha)
+    return tensors, {}, {} if is_peft else None
+
+
+def _configured_scales(names: Collection[str], config: Mapping[str, Any]) -> dict[str, float]:
+    """What PEFT multiplies each product with: the configuration's alpha over its rank, whatever the factors are."""
+    paths = {name: name.removeprefix("base_model.model.") for name in names}
+    numbers = [
+        configured_alphas(
+            dict.fromkeys(paths.values(), 0), {"lora_alpha": config.get(key), "alpha_pattern": config.get(pattern)}
+        )
+        for key, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
+    ]
+    scales = {}
+    for name, path in paths.items():
+        alpha, rank = (number[path] for number in numbers)
+        if not (alpha > 0.0 and rank > 0.0):
+            raise InvalidAdapterError(
+                f"adapter_config.json states alpha {alpha:g} and r {rank:g} for {quoted(path)}; both must be above 0"
+            )
+        scales[name] = alpha / rank
+    return scales
+
+
+def _change(name: str, parts: Mapping[str, Tensor], scale: float | None = None) -> Tensor:
+    """The change of one weight: `[out, in]`, for a convolution with its kernel or with that in the columns.
+
+    Without a `scale` it is that of the factors' own alpha.
+    """
     try:
         if "hada_w1_a" in parts:
             change, rank = _hadamard(parts), parts["hada_w1_b"].shape[0]
@@ -110,7 +146,8 @@ def _change(name: str, parts: Mapping[str, Tensor]) -> Tensor:
             change, rank = _kronecker(parts)
     except (KeyError, RuntimeError) as error:
         raise InvalidAdapterError(f"{quoted(name)}: the factors do not fit each other: {error}") from error
-    scale = float(parts["alpha"]) / rank if "alpha" in parts and rank else 1.0
+    if scale is None:
+        scale = float(parts["alpha"]) / rank if "alpha" in parts and rank else 1.0
     if not torch.isfinite(change).all():
         raise InvalidAdapterError(f"{quoted(name)}: the weights hold NaN or Inf")
     return scale * change

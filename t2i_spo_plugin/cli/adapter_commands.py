@@ -53,7 +53,7 @@ def convert(
     """Write an adapter in another file layout, without changing what it does; LoHa and LoKr as the nearest LoRA.
 
     Args:
-        file: an adapter in any layout that is read.
+        file: an adapter in any layout that is read, or a PEFT folder.
         layout: kohya (Stable Diffusion 1, 2 and XL, in most programs), diffusers (alphas in its header), peft (a
             folder with a configuration), or native (alphas folded into the weights; SD3, Flux and later).
         out: the .safetensors file to write; for peft, the folder.

@@ -34,9 +34,9 @@ class DemoConfig:
 
     Attributes:
         out: folder for images, scores, sheet and report; images that are there already are not generated again.
-        harmful: harmful test prompts.
-        benign: benign test prompts.
-        sheet_prompts: prompts on the sheet, half of them harmful.
+        harmful: number of harmful test prompts.
+        benign: number of benign test prompts.
+        sheet_prompts: number of prompts on the sheet, half of them harmful.
         batch_size: images generated at a time.
         progress: show progress bars.
     """

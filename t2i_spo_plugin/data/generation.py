@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from t2i_spo_plugin.batching import isolate_failures
-from t2i_spo_plugin.errors import ConfigError, SPOError, TableError
-from t2i_spo_plugin.files import atomic
+from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.files import atomic, user_path
 from t2i_spo_plugin.identity import claim, pipeline_identity
 from t2i_spo_plugin.images import open_image
 
 from .pipeline_calls import call_pipeline, count_cut_prompts
 from .prompts import PromptRow, drop_minors
-from .tables import IMAGE_COLUMNS, read_rows, write_table
+from .tables import IMAGE_COLUMNS, write_table
 
 
 GIVE_UP_AFTER = 8
@@ -114,7 +114,7 @@ def generate(
     _check_options(batch_size, steps, shard_size, process, call_options)
     allowed, n_dropped = drop_minors(rows)
     _check_keys(allowed)
-    out_dir = Path(out_dir)
+    out_dir = user_path(out_dir)
     settings = {"steps": steps, "guidance_scale": guidance_scale, "metadata": dict(metadata or {})}
     weights = dict(pipeline_identity(pipe) if identity is None else identity)
     settings |= {"pipeline": _pipeline_metadata(pipe) | {"weights": weights}, "call_options": dict(call_options or {})}
@@ -161,41 +161,11 @@ def generate(
     )
 
 
-def read_images(out_dir: str | Path) -> list[GeneratedImage]:
-    """What `generate` left in `out_dir`, in the order of the rows.
-
-    Raises:
-        TableError: no tables there, or an image that a table names is gone.
-    """
-    out_dir = Path(out_dir)
-    images = []
-    for content in read_rows(out_dir, IMAGE_COLUMNS):
-        path = out_dir / content["image"] if content["image"] else None
-        if path is not None and not path.is_file():
-            raise TableError(f"{path} is gone; generate it again with the same folder and settings")
-        row = PromptRow(
-            id=content["prompt_id"],
-            prompt=content["prompt"],
-            kind=content["kind"],
-            category=content["category"],
-            seed=content["seed"],
-            safe_prompts=tuple(content["safe_prompts"] or ()),
-            requested=tuple(content["requested"] or ()),
-        )
-        images.append(GeneratedImage(row, path, content["failed"]))
-    return images
-
-
 def image_name(row: PromptRow) -> str:
     """File name of a row's image: readable, and different for every id, prompt and seed."""
     digest = hashlib.sha256(f"{row.id}\0{row.prompt}\0{row.seed}".encode()).hexdigest()[:12]
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", row.id).strip("-.")[:60]
     return f"{readable}-{row.seed}-{digest}.png"
-
-
-def with_seeds(rows: Iterable[PromptRow], seeds: Sequence[int]) -> list[PromptRow]:
-    """Every row once per seed: several images of each prompt, which share the prompt's id."""
-    return [replace(row, seed=seed) for row in rows for seed in seeds]
 
 
 class _Generation:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.files import user_path
 
 from .minors import mentions_minors
 from .rows import BadRow, describe_rows, read_rows_by_hand
@@ -120,7 +121,7 @@ def read_prompts(path: str | Path, kind: str | None = None, seed: int = 0, skip_
         TableError: unreadable file, no prompt column, rows that cannot be used (listed with their reasons), or an id
             that occurs twice.
     """
-    path = Path(path)
+    path = user_path(path)
     if kind is not None and kind not in PROMPT_KINDS:
         raise TableError(f"kind must be one of {', '.join(PROMPT_KINDS)}, got {kind!r}")
     raw, bad = read_rows_by_hand(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_spo_plugin.errors import TableError
+from t2i_spo_plugin.files import user_path
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
@@ -41,7 +42,7 @@ def is_table_file(text: str) -> bool:
     """Whether `text` is an existing file or a name that ends like a table's: that is never a prompt's own text."""
     if "\n" in text or len(text) > 1000:
         return False
-    path = Path(text)
+    path = user_path(text)
     return path.suffix.lower() in TABLE_SUFFIXES or path.is_file()
 
 

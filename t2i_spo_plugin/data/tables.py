@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i_spo_plugin.errors import TableError
-from t2i_spo_plugin.files import atomic
+from t2i_spo_plugin.files import atomic, user_path
 
 
 KINDS = ("harmful", "benign", "lookalike")
@@ -114,7 +114,7 @@ def write_table(
     Raises:
         TableError: a required column is missing or null, a value has the wrong type, or a row contradicts itself.
     """
-    path = Path(path)
+    path = user_path(path)
     table = rows if isinstance(rows, pa.Table) else _from_rows(list(rows), columns)
     table = check_table(_fill_optional(table, columns), columns, str(path))
     table = table.replace_schema_metadata({str(key): str(value) for key, value in (metadata or {}).items()} or None)
@@ -132,7 +132,7 @@ def read_table(path: str | Path, columns: pa.Schema, only: Sequence[str] | None 
     Raises:
         TableError: no such file, not parquet, or not what `columns` promises.
     """
-    path = Path(path)
+    path = user_path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise TableError(f"{path} holds no parquet file")
@@ -161,7 +161,7 @@ def table_metadata(path: str | Path) -> dict[str, str]:
         TableError: no such file, or not parquet.
     """
     try:
-        metadata = pq.read_schema(Path(path)).metadata or {}
+        metadata = pq.read_schema(user_path(path)).metadata or {}
     except (OSError, pa.ArrowInvalid) as error:
         raise TableError(f"{path} is not a parquet table: {error}") from error
     return {key.decode(): value.decode() for key, value in metadata.items() if not key.startswith(b"ARROW:")}

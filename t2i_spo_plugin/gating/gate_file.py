@@ -14,7 +14,7 @@ from torch import Tensor
 from t2i_spo_plugin.adapters import refuse_pickle
 from t2i_spo_plugin.adapters.safetensors_file import read_header, write_tensors
 from t2i_spo_plugin.errors import AdapterError, ConfigError
-from t2i_spo_plugin.files import quoted
+from t2i_spo_plugin.files import quoted, user_path
 
 from .gate import AdapterGate
 from .gate_network import GateNetwork
@@ -32,7 +32,7 @@ def save_adapter_gate(gate: AdapterGate, path: str | Path, metadata: Mapping[str
         path: the file to write.
         metadata: texts for the header, such as the adapter's name and what was measured.
     """
-    path = Path(path)
+    path = user_path(path)
     settings = {"threshold": gate.threshold, "until": gate.until}
     tensors: dict[str, Tensor] = {}
     if gate.network is not None:
@@ -49,7 +49,7 @@ def load_adapter_gate(path: str | Path) -> AdapterGate:
     Raises:
         AdapterError: there is no such file, or it is not an adapter gate.
     """
-    path = Path(path)
+    path = user_path(path)
     header = _read_header(path)
     try:
         settings = json.loads(header["adapter_gate"])
@@ -71,7 +71,7 @@ def gate_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         AdapterError: as `load_adapter_gate`.
     """
-    header = _read_header(Path(path))
+    header = _read_header(user_path(path))
     return {key: str(header[key]) for key in sorted(header.keys() - {"format", "adapter_gate"})}
 
 

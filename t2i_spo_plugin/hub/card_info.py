@@ -8,6 +8,7 @@ from pathlib import Path
 
 from t2i_spo_plugin import adapters
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.options import expand_home
 
 
 __all__ = ["ModelCardInfo", "check_repo_id"]
@@ -52,6 +53,7 @@ class ModelCardInfo:
     dataset: str = ""
 
     def __post_init__(self) -> None:
+        expand_home(self)
         object.__setattr__(self, "images", tuple((prompt, file) for prompt, file in self.images))
         if not self.base_model:
             raise ConfigError(

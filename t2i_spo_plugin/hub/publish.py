@@ -17,7 +17,7 @@ from t2i_spo_plugin.adapters.convert import convert_adapter
 from t2i_spo_plugin.adapters.layouts import default_layout
 from t2i_spo_plugin.adapters.safetensors_file import read_header
 from t2i_spo_plugin.errors import ConfigError, IncompatibleAdapterError, InvalidAdapterError
-from t2i_spo_plugin.files import folder_hash, sha256_of, write_bytes
+from t2i_spo_plugin.files import folder_hash, sha256_of, user_path, write_bytes
 from t2i_spo_plugin.images import open_image
 
 from .card import CardFiles, model_card
@@ -122,7 +122,7 @@ def publish_adapter(
     secrets = _secrets(token)
     _check_texts(published, card, results, secrets, public=(repo_id, card.base_model, card.dataset))
     with ExitStack() as stack:
-        folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = user_path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = _file_names(repo_id, card)
         _check_alone(folder, names)
         text = _write_files(folder, names, published, repo_id, card, results)

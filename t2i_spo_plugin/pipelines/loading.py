@@ -285,6 +285,8 @@ def _resolve(pipe: Any, src: str | Path | Adapter, options: Mapping[str, Any], s
         return Adapter(copies, src.metadata, src.notes), src.metadata.title
     if not isinstance(src, (str, Path)):
         raise AdapterError(f"expected a file, a folder, a Hub id or an Adapter, got {type(src).__name__}")
+    if not str(src):
+        raise UnreadableAdapterError("the adapter's name is empty; pass a file, a folder or a Hub id (user/repo)")
     try:
         path = Path(src).expanduser()
         exists = path.exists()

@@ -26,6 +26,7 @@ from .loaded import LoadedAdapter, is_safety
 from .loading import check_projections, check_unfused, load_spo_lora, set_spo_strength, spo_adapters, unload_spo_lora
 from .output import NOT_IMAGES, SafetyOutput, base_of, with_report
 from .step_control import StepControl, changes_between_steps
+from .storage import check_fusable
 from .upstream_calls import keep_active, keep_others, undo_fusing_scale, undo_scale, without_fusing_scale
 
 
@@ -148,7 +149,13 @@ class SPOLoraLoaderMixin:
         super().set_adapters(*args, **kwargs)  # type: ignore[misc]
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """The base's `fuse_lora`; `lora_scale` counts for what is fused and until it is unfused."""
+        """The base's `fuse_lora`; `lora_scale` counts for what is fused and until it is unfused.
+
+        Raises:
+            AdapterError: safety adapters are attached to weights that are quantised, or stored in 8 bits.
+        """
+        if spo_adapters(self):
+            check_fusable(lora_components(self))
         with without_fusing_scale(lora_components(self).values()):
             super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
 

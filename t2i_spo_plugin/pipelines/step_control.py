@@ -6,9 +6,11 @@ adapter gate, which decides later, takes none.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from t2i_spo_plugin.errors import ConfigError, PipelineError
@@ -51,7 +53,7 @@ class StepControl:
                     "strength of an adapter cannot change between steps; switch the cache off "
                     f"(pipe.{component}.disable_cache()), or load the adapter without window, schedule and gate"
                 )
-        self.progress = first_progress(arguments)
+        self.progress = first_progress(pipe, arguments)
         self.skipped: int | None = None
         self.adapters = {name: adapter for name, adapter in adapters.items() if name not in gated}
         self.attached = {name: AttachedAdapter(components, name) for name in self.adapters}
@@ -156,10 +158,45 @@ def can_steer(pipe: Any) -> bool:
     return bool(enabled) and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
 
 
-def first_progress(arguments: Mapping[str, Any]) -> float:
-    """Progress of the first step, from the call's arguments: what `strength` or `denoising_start` make it skip."""
-    start = arguments.get("denoising_start")
-    if isinstance(start, float):
-        return start
-    strength = arguments.get("strength")
-    return 1.0 - float(strength) if isinstance(strength, (int, float)) else 0.0
+def first_progress(pipe: Any, arguments: Mapping[str, Any]) -> float:
+    """Progress of the first step, from the call's arguments: what `strength` or `denoising_start` make it skip.
+
+    Steps are whole: at strength 0.5 some pipelines take 12 of 25 and some 13. So the pipeline's own `get_timesteps` is
+    asked, over a copy of its scheduler.
+    """
+    start, strength = arguments.get("denoising_start"), arguments.get("strength")
+    if not isinstance(start, float):
+        start = None
+    if start is None and not isinstance(strength, (int, float)):
+        return 0.0
+    stated = start if start is not None else 1.0 - float(strength or 0.0)
+    own = getattr(type(pipe), "get_timesteps", None)
+    steps = _steps_in_call(arguments)
+    if own is None or not steps:
+        return stated
+    scheduler = copy.deepcopy(pipe.scheduler)
+    try:
+        # The shift moves the timesteps, and none in or out.
+        shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(steps, device="cpu", **shift)
+        values = {
+            "num_inference_steps": steps,
+            "strength": strength,
+            "device": "cpu",
+            "denoising_start": start,
+            "timesteps": scheduler.timesteps,
+            "sigmas": getattr(scheduler, "sigmas", None),
+        }
+        wanted = list(inspect.signature(own).parameters)[1:]
+        taken = own(SimpleNamespace(scheduler=scheduler), **{name: values[name] for name in wanted})[0]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # Another package's pipeline, with a `get_timesteps` of its own kind.
+        return stated
+    return 1.0 - len(taken) / len(scheduler.timesteps)
+
+
+def _steps_in_call(arguments: Mapping[str, Any]) -> int:
+    for name in ("timesteps", "sigmas"):
+        if arguments.get(name) is not None:
+            return len(arguments[name])
+    return int(arguments.get("num_inference_steps") or 0)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from t2i_spo_plugin.adapters import LoraPair
 from t2i_spo_plugin.errors import AdapterError, IncompatibleAdapterError
 
+from .lora_layers import tuner_layers
+
 
 # Names under which diffusers registers its hooks; tested with diffusers 0.42.
 _CASTING, _GROUP_OFFLOADING = "layerwise_casting", "group_offloading"
@@ -49,6 +51,29 @@ def check_on_disk(components: Mapping[str, Any], what: str, cure: str) -> None:
                 f"pipe.{component} is offloaded to the disk (enable_group_offload with offload_to_disk_path), where "
                 f"{what}; {cure}"
             )
+
+
+def check_fusable(components: Mapping[str, Any]) -> None:
+    """Refuse to fuse adapters into weights that are quantised, or stored in 8 bits.
+
+    What is fused is rounded to the grid of the weights, from which nothing brings it back. Of the libraries that
+    quantise, some refuse it halfway (GGUF, torchao) and some say nothing and keep the old weights (quanto).
+
+    Raises:
+        AdapterError: a layer with an adapter has such weights.
+    """
+    for component, model in components.items():
+        for path, layer in tuner_layers(model):
+            weight = layer.get_base_layer().weight
+            plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+            if not plain:
+                kind = str(weight.dtype).removeprefix("torch.")
+                stored = kind if type(weight) is nn.Parameter else f"{kind} by {type(weight).__name__}"
+                raise AdapterError(
+                    f"adapters cannot be fused into quantised weights: pipe.{component}.{path} is stored as {stored}, "
+                    "which would round them away; leave them beside the weights, where they work as they are, or fuse "
+                    "into the pipeline loaded without quantisation"
+                )
 
 
 def check_name(name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from t2i_spo_plugin import adapters
 from t2i_spo_plugin.errors import ConfigError, SPOError
+from t2i_spo_plugin.files import user_path
 
 
 Thing = TypeVar("Thing")
@@ -105,8 +106,9 @@ class Kind(Generic[Thing]):
             return row.path if row.files else None
         if str(name) in self.names() or self._scheme(name) is not None:
             return None
-        if Path(name).exists():
-            return Path(name)
+        path = own_path(name)
+        if path is not None and path.exists():
+            return path
         return adapters.download_folder(str(name), local_files_only=True) if self.hub == "download" else None
 
     def load(self, name: str | Path, **options: Any) -> Thing:
@@ -133,9 +135,9 @@ class Kind(Generic[Thing]):
             thing: Thing = factory.imported()(what, **options)
             return thing
         if self.read is not None:
-            path = Path(name)
-            listed = path.suffix in self.suffixes and path.is_file()
-            if listed or (path.is_dir() if self.folder else path.is_file()):
+            path = own_path(name)
+            listed = path is not None and path.suffix in self.suffixes and path.is_file()
+            if path is not None and (listed or (path.is_dir() if self.folder else path.is_file())):
                 return self.read(path, **options)
             if self.hub and isinstance(name, str) and adapters.is_repo_id(name):
                 offline = bool(options.get("local_files_only"))
@@ -177,6 +179,11 @@ class Kind(Generic[Thing]):
                 f"the {self.noun} {point.name!r} comes with the package {_distribution(point)}, which does not import "
                 f"({type(error).__name__}: {error}); repair or uninstall it"
             ) from error
+
+
+def own_path(name: str | Path) -> Path | None:
+    """The path that a name would be, `~` for the home folder; None for no name, which is not the current folder."""
+    return user_path(name) if str(name) else None
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i_spo_plugin.errors import ConfigError, PolicyError
 
-from .kind import Kind
+from .kind import Kind, own_path
 from .tables import (
     ADAPTER_GATES,
     ADAPTERS,
@@ -146,14 +146,15 @@ def load_prompts(
     from t2i_spo_plugin.data import drop_minors, read_prompts
 
     rows: list[PromptRow] = []
+    path = own_path(name)
     row = PROMPT_SETS.rows.get(str(name))
     if row is not None:
         for kind, count in counts.items():
             rows += row.imported()(kind, count, split, seed) if count else []
-    elif not Path(name).is_file():
+    elif path is None or not path.is_file():
         raise PROMPT_SETS.unknown(name)
     else:
-        every = list(read_prompts(name, skip_bad_rows=skip_bad_rows))
+        every = list(read_prompts(path, skip_bad_rows=skip_bad_rows))
         for kind, count in counts.items():
             of_kind = [row for row in every if row.kind == kind][:count]
             if count and not of_kind:
@@ -163,9 +164,18 @@ def load_prompts(
 
 
 def adapter_source(name: str | Path) -> str | Path:
-    """The file of a bundled adapter, or `name` itself: a file, a folder or a Hub id, as `load_spo_lora` takes it."""
+    """The file of a bundled adapter, or `name` itself: a file, a folder or a Hub id, as `load_spo_lora` takes it.
+
+    Raises:
+        AdapterError: the name is empty.
+    """
     row = ADAPTERS.rows.get(str(name))
-    return name if row is None else row.path
+    if row is not None:
+        return row.path
+    own = own_path(name)
+    if own is None:
+        raise ADAPTERS.unknown(name)
+    return own if own.exists() else name
 
 
 def load_adapter_gate(name: str | Path) -> AdapterGate:
@@ -196,5 +206,6 @@ def revision(kind: Kind[Any], name: str | Path, model: Any = None) -> str:
 
 def name_with_revision(kind: Kind[Any], name: str | Path, model: Any = None) -> str:
     """`name` without its folders, and its `revision`: for tables and reports."""
-    short = str(name) if str(name) in kind.names() or not Path(name).exists() else Path(name).name
+    own = own_path(name)
+    short = str(name) if str(name) in kind.names() or own is None or not own.exists() else own.name
     return f"{short} {revision(kind, name, model)}".rstrip()

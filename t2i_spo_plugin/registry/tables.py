@@ -159,6 +159,7 @@ ADAPTERS: Kind[Any] = Kind(
         "dpo": Row("sticker/adapters/dpo.safetensors", domain=STICKER),
         "style": Row("sticker/adapters/style.safetensors", domain=STICKER),
     },
+    accepts="a .safetensors file, a folder with one, or a Hub id (user/repo)",
     error=AdapterError,
 )
 """Adapters, by bundled name, file, folder or Hub id."""

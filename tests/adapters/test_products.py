@@ -1,5 +1,7 @@
 """LoHa and LoKr files, whose change is a product of factors, as low-rank adapters."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, get_peft_model
@@ -94,6 +96,46 @@ def test_the_command_that_loading_names_writes_an_adapter_and_prints_the_error(f
     assert main(["convert", str(file), "--layout", "kohya", "--out", str(out), "--rank", "5"]) == 0
     assert "relative error" in capsys.readouterr().out
     assert {pair.rank for pair in read_adapter(out).modules.values()} == {5}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=RANK, alpha=2, alpha_pattern={"attn1.to_k": 3}, rank_pattern={"attn2.to_q": 2}),
+        LoKrConfig(r=2, alpha=3, alpha_pattern={"attn1.to_k": 1}, decompose_both=True),
+        LoKrConfig(r=RANK, alpha=2),
+    ],
+    ids=["loha", "lokr, decomposed", "lokr, whole factors"],
+)
+def test_a_peft_folder_becomes_the_change_that_peft_makes_of_it(config, sd1, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.target_modules, config.init_weights = ["to_q", "to_k"], False
+    model = get_peft_model(sd1.unet, config)
+    model.save_pretrained(tmp_path / "folder")
+    with pytest.raises(UnsupportedAdapterError, match="`spo convert FILE .*--rank RANK`"):
+        read_adapter(tmp_path / "folder")
+    out = tmp_path / "lora.safetensors"
+    options = ["--layout", "kohya", "--architecture", "stable-diffusion-v1", "--rank", "64"]
+    assert main(["convert", str(tmp_path / "folder"), "--out", str(out), *options]) == 0
+    assert "relative error" in capsys.readouterr().out
+    modules = read_adapter(out).modules
+    layers = {path: layer for path, layer in sd1.unet.named_modules() if hasattr(layer, "get_delta_weight")}
+    assert layers and {name.removeprefix("unet.").replace(".", "_") for name in modules} == {
+        path.replace(".", "_") for path in layers
+    }
+    by_name = {name.removeprefix("unet.").replace(".", "_"): pair for name, pair in modules.items()}
+    for path, layer in layers.items():
+        change = layer.get_delta_weight("default").detach()
+        assert torch.allclose(by_name[path.replace(".", "_")].delta(), change, atol=1e-5)
+
+
+def test_a_peft_configuration_without_a_rank_is_refused(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.down_blocks.0.to_q.lokr_w{n}": torch.ones(2, 2) for n in (1, 2)}, path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOKR", "alpha": 4, "r": 0}')
+    with pytest.raises(InvalidAdapterError, match=r"alpha 4 and r 0 .* above 0"):
+        approximate_products(path, 4)
 
 
 def test_factors_that_do_not_fit_are_refused_and_so_is_what_is_no_product(file):

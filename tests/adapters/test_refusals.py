@@ -24,7 +24,8 @@ from t2i_spo_plugin.pipelines.loading import load_spo_lora
 
 TABLE = Path(__file__).parents[2] / "docs" / "refusals.md"
 ROW = re.compile(r"^\| (?P<what>[^|]+) \| `(?P<kind>\w+Error)` \| (?P<message>[^|]+) \|$", re.MULTILINE)
-ROWS = {row["what"]: (row["kind"], row["message"]) for row in ROW.finditer(TABLE.read_text(encoding="utf-8"))}
+FILES = TABLE.read_text(encoding="utf-8").partition("## The state of the pipeline")[0]
+ROWS = {row["what"]: (row["kind"], row["message"]) for row in ROW.finditer(FILES)}
 MEGABYTES = 2**20
 ENCODER = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 

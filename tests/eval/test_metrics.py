@@ -53,7 +53,7 @@ def test_the_referee_judges_by_its_hard_verdict():
 def test_a_summary_without_a_referee_claims_nothing_in_its_name():
     summary = system_summary(table(), table(), FACTS)
     assert summary.referee_score is None and summary.referee_ip is None and summary.safe_scene is None
-    assert summary.recognised == {} and summary.agreement is None and summary.main_score is summary.score
+    assert summary.recognised == {} and summary.agreement is None and summary.referee_score is None
 
 
 def test_recognised_objects_are_counted_one_by_one_and_relative_to_the_base():

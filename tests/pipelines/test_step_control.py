@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.guided_pipelines import build, call
 from support.pipelines import TWO_FAMILIES, base_image, denoiser, draw, images, random_adapter
 
 from t2i_spo_plugin import load_spo_lora
@@ -23,6 +24,28 @@ def test_a_schedule_multiplies_the_strength_step_by_step(sd1):
     handle.remove()
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
     assert sd1.spo_adapters()["spo"].strength == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        # Of 5 steps at strength 0.5 this pipeline takes 2, which begin at 0.6, and the next one 3, from 0.4 on.
+        ("sd1_img2img", {"strength": 0.5}, [0.6, 0.8]),
+        ("sd3_img2img", {"strength": 0.5}, [0.4, 0.6, 0.8]),
+        ("sd1_img2img", {"strength": 0.79}, [0.4, 0.6, 0.8]),
+        ("sdxl_img2img", {"denoising_start": 0.5}, [0.6, 0.8]),
+        ("sdxl_img2img", {"strength": 0.3}, [0.8]),
+    ],
+)
+def test_the_first_step_of_an_image_is_where_the_pipeline_begins(kind, options, expected):
+    pipe, given = build(kind)
+    # The factor is the progress, so that the strengths are what the adapter takes each step to be.
+    enable_spo(pipe).load_spo_lora(random_adapter(pipe), steering=Schedule([(0.0, 0.0), (1.0, 1.0)]))
+    seen = []
+    handle = denoiser(pipe).register_forward_pre_hook(lambda *_: seen.append(pipe.spo_adapters()["spo"].strength))
+    call(pipe, given | options, num_inference_steps=5)
+    handle.remove()
+    assert seen == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)

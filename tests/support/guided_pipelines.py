@@ -269,6 +269,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "sd1_pag": lambda: _of_family("sd1", "StableDiffusionPAGPipeline", pag_applied_layers=["mid"]),
     "sdxl_pag": lambda: _of_family("sdxl", "StableDiffusionXLPAGPipeline"),
     "sd3_pag": lambda: _of_family("sd3", "StableDiffusion3PAGPipeline"),
+    "sd1_img2img": lambda: _of_family("sd1", "StableDiffusionImg2ImgPipeline", image=_image(), strength=1.0),
     "sdxl_img2img": lambda: _of_family("sdxl", "StableDiffusionXLImg2ImgPipeline", image=_image(), strength=1.0),
     "sd3_img2img": lambda: _of_family("sd3", "StableDiffusion3Img2ImgPipeline", image=_image(), strength=1.0),
     "z_image_img2img": lambda: _derived(_z_image, "ZImageImg2ImgPipeline", image=_image(), strength=1.0),

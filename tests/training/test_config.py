@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from support.pairs import changed, train_config
 
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.files import atomic
 from t2i_spo_plugin.options import from_mapping, to_mapping
 from t2i_spo_plugin.training import TrainConfig
+from t2i_spo_plugin.training.gate import GateConfig
 from t2i_spo_plugin.training.objectives import SPOOptions
 
 
@@ -46,6 +50,18 @@ def config(tmp_path) -> TrainConfig:
 def test_config_is_checked_when_made(config, changes, named):
     with pytest.raises(ConfigError, match=named):
         changed(config, **changes)
+
+
+def test_a_tilde_in_yaml_and_python_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("pairs: ~/p.parquet\noutput_dir: ~/out\ntitle: ~ about\n")
+    config = TrainConfig.from_yaml("~/run.yaml", cache_dir="~/cache")
+    assert (config.pairs, config.output_dir) == (f"{tmp_path}/p.parquet", f"{tmp_path}/out")
+    assert (config.cache_dir, config.title) == (f"{tmp_path}/cache", "~ about")
+    assert GateConfig(out=Path("~/gate.safetensors")).out == tmp_path / "gate.safetensors"
+    with atomic("~/deep/file.txt") as part:
+        part.write_text("x")
+    assert (tmp_path / "deep/file.txt").read_text() == "x"
 
 
 def test_config_is_read_from_yaml_and_overridden_one_by_one(tmp_path):

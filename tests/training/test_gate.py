@@ -1,5 +1,7 @@
 """Training an adapter gate: the network learns, the threshold is as asked, the pipeline is as before."""
 
+import hashlib
+
 import pytest
 import torch
 from support.pipelines import base_image, images, random_adapter
@@ -37,7 +39,13 @@ def test_a_gate_is_trained_from_prompts(score, sd1, tmp_path):
     report = train_gate(config, sd1, rows)
     assert sum(report.counts) == 20 and report.benign[0] <= 0.2
     assert load_adapter_gate(report.path).threshold == report.gate.threshold
-    assert gate_metadata(report.path) == {"adapter": "a.safetensors", "score": score, "strength": "1"}
+    sha256 = hashlib.sha256(b".\0" + adapter.read_bytes()).hexdigest()
+    assert gate_metadata(report.path) == {
+        "adapter": "a.safetensors",
+        "adapter_hash": sha256[:16],
+        "score": score,
+        "strength": "1",
+    }
     assert "held-out prompts" in str(report)
     assert torch.equal(images(sd1), base_image("sd1"))
     with pytest.raises(ConfigError, match="all of one kind"):

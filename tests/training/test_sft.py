@@ -55,6 +55,15 @@ def test_a_folder_of_images_trains_an_adapter_that_loads(config, name):
     load_spo_lora(tiny_pipeline(name), path)
 
 
+def test_a_caption_table_is_read_once_and_what_it_lacks_is_said_once(config, folder):
+    rows = ['{"file_name": "0.png", "text": "zero"}', '{"file_name": "9.png", "text": "x"}']
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.warns(UserWarning) as caught:
+        train(replace(config, steps=1, skip_bad_rows=True), tiny_pipeline("sd1"))
+    assert [str(warning.message).count("9.png is not in its folder") for warning in caught].count(1) == 1
+    assert report_of(config)["pairs"]["kept"] == 1
+
+
 def test_the_images_are_learnt(config):
     # Near pure noise the velocity is the image itself, with its sign changed.
     options = {"steps": 12, "batch_size": 4, "learning_rate": 3e-2, "t_min": 990, "caption_dropout": 0.0}

@@ -47,9 +47,9 @@ def read_captions(folder: str | Path, skip_bad_rows: bool = False) -> list[tuple
     return sorted(images)
 
 
-def captioned_images(folder: str | Path, skip_bad_rows: bool = False) -> Iterator[SourceImage]:
-    """Every image of the folder, named by its path."""
-    for path, _ in read_captions(folder, skip_bad_rows):
+def captioned_images(examples: Examples) -> Iterator[SourceImage]:
+    """Every image of what `read_captioned` gave, named by its path."""
+    for path in examples.files:
         data = path.read_bytes()
         yield SourceImage(content_key(data), data, str(path))
 
@@ -64,6 +64,7 @@ def read_captioned(folder: str | Path, skip_bad_rows: bool = False) -> Examples:
         images=(keys,),
         columns={"benign": torch.ones(count, dtype=torch.bool)},
         counts={"read": count, "kept": count, "dropped": 0},
+        files=tuple(path for path, _ in images),
     )
 
 

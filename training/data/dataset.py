@@ -30,6 +30,7 @@ class Examples:
         counts: rows read, kept, dropped, and kept of each kind.
         rows: N numbers of their rows, for messages; by default those from 0 on.
         categories: of the prompts, N names; empty where none is stated.
+        files: of images that lie in files of their own, N paths.
     """
 
     captions: list[str]
@@ -38,6 +39,7 @@ class Examples:
     counts: dict[str, int]
     rows: tuple[int, ...] = ()
     categories: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from t2i_spo_plugin.data import MAX_SEED, PromptRow, prompt_seed
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics import UNSAFE_COST
-from t2i_spo_plugin.options import check_range
+from t2i_spo_plugin.options import check_range, expand_home
 from t2i_spo_plugin.registry import STICKER
 
 from .caches import content_key
@@ -40,35 +40,35 @@ class PairConfig:
 
     Attributes:
         output: folder that receives the table in shards of parquet, and `counts.json`.
-        prompts: `sticker`, or a prompt file.
-        harmful: harmful prompts.
-        benign: benign prompts.
-        lookalike: benign prompts that look harmful.
-        split: of the sticker prompts: `train`, `val` or `test`.
-        pipeline: `sticker`, a diffusers folder, or a Hub id.
-        cost_model: `sticker`, or what `load_cost_model` takes.
-        policy: `sticker`, or a policy's name or YAML file.
-        quality_model: `sticker`, or a folder.
+        prompts: prompts: `sticker` (bundled), or a prompt file.
+        harmful: number of harmful prompts.
+        benign: number of benign prompts.
+        lookalike: number of benign prompts that look harmful.
+        split: part of the sticker prompts: `train`, `val` or `test`.
+        pipeline: what generates: `sticker` (the bundled one), a diffusers folder, or a Hub id.
+        cost_model: what says how unsafe an image is: `sticker`, `open_nsfw`, `owen`, `nudenet`, a folder, or a Hub id.
+        policy: what counts as unsafe: `sticker`, `photo`, `photo-sexual`, or a YAML file.
+        quality_model: what says how good an image is: `sticker`, a folder, or a Hub id.
         override_domain: judge images of another domain than that of cost and quality model.
-        seeds_per_prompt: images of each prompt.
+        seeds_per_prompt: images generated for each prompt.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance.
-        batch_size: images generated at once.
-        degraded_guidance: when given, benign prompts and safe completions are generated once more with this guidance,
-            as candidates to lose.
-        degraded_steps: likewise with so few denoising steps.
-        max_completions: safe completions generated for a harmful prompt.
-        min_quality_gap: between winner and loser of a pair that is safe on both sides, in [0, 1].
-        min_winner_quality: a poorer winner would teach to generate nothing; in [0, 1].
-        max_pairs: of one kind for one prompt.
-        reuse_under_safe_prompt: each safe-over-unsafe pair once more under the safe prompt.
+        guidance_scale: classifier-free guidance scale.
+        batch_size: images generated at a time.
+        degraded_guidance: guidance scale with which benign prompts and safe completions are generated once more, as
+            candidates to lose; by default they are not.
+        degraded_steps: denoising steps of such candidates; by default as many as of the others.
+        max_completions: safe completions generated for a harmful prompt, at most.
+        min_quality_gap: least gap in quality between winner and loser of a pair that is safe on both sides, in [0, 1].
+        min_winner_quality: least quality of a winner, in [0, 1]; a poorer one would teach to generate nothing.
+        max_pairs: pairs of one kind for one prompt, at most.
+        reuse_under_safe_prompt: take each safe-over-unsafe pair once more under the safe prompt.
         every_image: no preferences: rows of two that hold every image of a prompt, for objectives over single images
             (`kto`, `nft`, `cost-gradient`) and over groups (`group`, `pareto`). No completions are generated.
         skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
-        seed: of prompts and further seeds.
-        shard_size: prompts to a shard; at most one shard is lost when the process is killed.
+        seed: seed of the choice of prompts and of further images.
+        shard_size: prompts in a shard; at most one shard is lost when the process is killed.
         keep_images: keep the candidates after a shard is written.
-        progress: show bars.
+        progress: show progress bars.
     """
 
     configs: ClassVar[Path] = Path(__file__).parents[1] / "configs"
@@ -107,6 +107,7 @@ class PairConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        expand_home(self)
         for name in ("harmful", "benign", "lookalike"):
             check_range(name, getattr(self, name), 0, whole=True)
         if self.harmful + self.benign + self.lookalike == 0:

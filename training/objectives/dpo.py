@@ -34,9 +34,11 @@ class DPOOptions(ObjectiveOptions):
     """Options of `dpo`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small networks want less).
-        labels: `safety` puts safe over unsafe, `table` takes the table's own labels.
-        safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
+        beta: how little the model may move from its reference: the larger, the less. It stands with the one half and
+            mean-reduced errors, as DiffusionDPO's 5000 for SD; small networks want less.
+        labels: who wins: `safety` puts safe over unsafe, `table` takes the table's own labels.
+        safe_pairs: what `safety` labels do with pairs that are safe on both sides: drop them, or order them by cost or
+            quality.
         auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
     """
 

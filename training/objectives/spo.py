@@ -33,17 +33,21 @@ class SPOOptions(ObjectiveOptions):
     """Options of `spo`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors (DiffusionDPO's 5000 for SD; small networks want less).
+        beta: how little the model may move from its reference: the larger, the less. It stands with the one half and
+            mean-reduced errors, as DiffusionDPO's 5000 for SD; small networks want less.
         lambda_: weight of the cost against the quality in the composite reward, both in [0, 1].
-        mode: how the reward enters the loss (`reward.py`).
-        tau: pairs whose reward differs by less are dropped.
+        mode: how the reward enters the loss: `relabel` orders pairs by it, `margin` orders by quality and asks for a
+            margin in cost, `relabel+margin` does both where safe beats unsafe, `soft` takes its difference as a soft
+            label.
+        tau: least difference in reward; pairs below it are dropped.
         tau_soft: temperature of mode `soft`, in units of the reward.
         eta: strength of dynamic focusing; 0 computes nothing.
-        focusing: its formula (`focusing.py`).
-        augmentations: in which the difficulty of a pair is measured besides the plain one; each costs two forward
-            passes.
-        reduction: of the difficulty over the augmentations.
-        focusing_momentum: of the running mean that normalises the weights, in [0, 1).
+        focusing: formula of a pair's weight from its difficulty d: `additive` is 1 + eta d, `focal` is d to the power
+            eta.
+        augmentations: augmentations in which the difficulty of a pair is measured beside the plain images; each costs
+            two forward passes.
+        reduction: how the difficulties of a pair become one.
+        focusing_momentum: momentum of the running mean that normalises the weights, in [0, 1).
         auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
     """
 

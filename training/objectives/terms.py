@@ -34,7 +34,7 @@ class SFTTermOptions:
     """The error of the image that should be learnt: a pair's winner.
 
     Attributes:
-        weight: of the term; 0 is off.
+        weight: weight of the term; 0 is off.
     """
 
     weight: float = 0.0
@@ -53,7 +53,7 @@ class OutputPreservationOptions:
     """The reference's prediction on pure noise at the last timestep under the empty prompt (DUO).
 
     Attributes:
-        weight: of the term; 0 is off.
+        weight: weight of the term; 0 is off.
         batch_size: samples of pure noise in each forward pass.
     """
 
@@ -75,7 +75,7 @@ class PriorPreservationOptions:
     """The reference's prediction on benign examples, at their own timesteps and prompts.
 
     Attributes:
-        weight: of the term; 0 is off.
+        weight: weight of the term; 0 is off.
     """
 
     weight: float = 0.0
@@ -94,8 +94,8 @@ class LoserGuardOptions:
     """Diffusion-SDPO's guard on the loser's gradient.
 
     Attributes:
-        mu: in [0, 1]; larger lets less of the loser's gradient pass. None is off.
-        per_pair: one scale a pair instead of the source's one a batch.
+        mu: strength of the guard, in [0, 1]; larger lets less of the loser's gradient pass. By default it is off.
+        per_pair: one scale for each pair, instead of the source's one for each batch.
     """
 
     mu: float | None = None
