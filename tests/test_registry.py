@@ -1,6 +1,7 @@
 """Names become models: bundled rows, entry points of other packages, folders, files and Hub ids."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -128,7 +129,6 @@ def test_an_empty_name_is_not_the_current_folder(load, error, cost_model, monkey
     monkeypatch.chdir(cost_model)
     with pytest.raises(error, match="there is no .* '': pass"):
         load("")
-    assert registry.COST_MODELS.path("") is None
 
 
 def test_a_tilde_is_the_home_folder(cost_model, tmp_path, monkeypatch):
@@ -143,6 +143,24 @@ def test_a_tilde_is_the_home_folder(cost_model, tmp_path, monkeypatch):
     assert registry.adapter_source("user/repo") == "user/repo"
     with pytest.raises(ConfigError, match="no cost model '~nobody-of-this-name/x'"):
         load_cost_model("~nobody-of-this-name/x")
+
+
+def test_the_bundled_pipeline_loads_without_a_warning_and_other_warnings_pass(tmp_path):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        registry.load_pipeline("sticker")
+        assert messages == []
+        fresh("sd1").save_pretrained(tmp_path / "pipe")
+        config = tmp_path / "pipe/vae/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"unheard_of": 1}))
+        registry.load_pipeline(tmp_path / "pipe")
+    finally:
+        logger.removeHandler(handler)
+    assert [message for message in messages if "unheard_of" in message]
 
 
 def test_a_folder_that_holds_no_pipeline_is_refused(tmp_path):

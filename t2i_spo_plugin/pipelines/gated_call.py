@@ -14,7 +14,7 @@ from t2i_spo_plugin.gating import AdapterGate, GateReport, GateState, pick_rows
 
 from .loaded import LoadedAdapter
 from .lora_layers import requires_grad, restore_requires_grad, tuner_layers
-from .prompt_rows import PromptRows
+from .prompt_rows import PromptRows, given_embeddings
 
 
 class GatedCall:
@@ -167,11 +167,11 @@ class GatedCall:
 def images_in_call(arguments: Mapping[str, Any]) -> int:
     """How many images a pipeline call generates, from its arguments; 1 when they do not say."""
     prompt = arguments.get("prompt")
-    embeds = arguments.get("prompt_embeds")
+    embeds = next(given_embeddings(arguments, "prompt_embeds"), None)
     latents = arguments.get("latents")
     if isinstance(prompt, (list, tuple)):
         prompts = len(prompt)
-    elif prompt is None and isinstance(embeds, (torch.Tensor, list, tuple)):
+    elif prompt is None and embeds is not None:
         prompts = len(embeds)
     elif prompt is None and isinstance(latents, torch.Tensor):
         return int(latents.shape[0])

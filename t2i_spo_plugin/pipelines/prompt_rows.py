@@ -1,7 +1,7 @@
 """Which part of a denoiser's batch belongs to the prompt itself: pipelines with guidance put it first, last, or apart.
 
 No table of pipelines says so: what `encode_prompt` returned for the prompt, or what the caller gave as
-`prompt_embeds`, is looked for among the arguments of the denoiser.
+`prompt_embeds` (or `prompt_embeds_qwen` and the like), is looked for among the arguments of the denoiser.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PromptRows:
 
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         self.pipe = pipe
-        self.prompt: Embeddings | None = arguments.get("prompt_embeds")
-        self.others: list[Embeddings] = list(_embeddings([arguments.get("negative_prompt_embeds")]))
+        self.prompt: Embeddings | None = next(given_embeddings(arguments, "prompt_embeds"), None)
+        self.others: list[Embeddings] = list(given_embeddings(arguments, "negative_prompt_embeds"))
         self._method = next((name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipe, name)), "")
 
     def start(self) -> None:
@@ -92,6 +92,11 @@ class PromptRows:
         self.others += all_of_it
 
 
+def given_embeddings(arguments: Mapping[str, Any], name: str) -> Iterator[Embeddings]:
+    """What was given as `name`, or under it for one of several text encoders, as `prompt_embeds_qwen` is."""
+    return _embeddings([value for key, value in arguments.items() if key == name or key.startswith(f"{name}_")])
+
+
 def _embeddings(values: Iterable[Any]) -> Iterator[Embeddings]:
     """The floating point tensors among `values`, lists of such, and those inside mappings."""
     for value in values:
@@ -101,8 +106,15 @@ def _embeddings(values: Iterable[Any]) -> Iterator[Embeddings]:
             if value.is_floating_point() and value.ndim > 1:
                 yield value
         elif isinstance(value, (list, tuple)) and value:
-            if all(isinstance(row, Tensor) and row.is_floating_point() for row in value):
-                yield value
+            # A prompt may come in pieces, with images between them.
+            rows = [torch.cat(row) if _is_list_of_tensors(row) else row for row in value]
+            if _is_list_of_tensors(rows):
+                yield rows
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(isinstance(row, Tensor) and row.is_floating_point() for row in value)
 
 
 def _is_part(value: Embeddings, part: int, parts: int, prompt: Embeddings) -> bool:

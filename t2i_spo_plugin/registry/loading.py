@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +31,34 @@ if TYPE_CHECKING:
     from t2i_spo_plugin.quality import CompositeQuality, QualityModel, QualityReward
 
 
+_PIPELINE_LOGGERS = ("configuration_utils", "pipelines.pipeline_utils")
+_FALSE_ALARMS = (
+    re.compile(r"The config attributes \{'block_out_channels': [^}]*\} were passed to AutoencoderTiny"),
+    re.compile(r"Expected types for vae: .*AutoencoderKL.*, got <class '[\w.]*\.AutoencoderTiny'>"),
+)
+
+
 def load_pipeline(name: str | Path) -> Any:
     """A diffusers pipeline: `sticker`, a folder or a Hub id; safetensors weights only.
+
+    Two warnings of diffusers about `AutoencoderTiny` are left out, both false: of the option that this class itself
+    writes into its configuration, and of its standing where a pipeline's signature says `AutoencoderKL`.
 
     Raises:
         PipelineError: there is none, or it cannot be loaded.
     """
-    return PIPELINES.load(name)
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in _PIPELINE_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_is_no_false_alarm)
+    try:
+        return PIPELINES.load(name)
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_no_false_alarm)
+
+
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    return not any(alarm.match(record.getMessage()) for alarm in _FALSE_ALARMS)
 
 
 def load_cost_model(name: str | Path, local_files_only: bool = False, policy: Policy | None = None) -> CostModel:

@@ -33,6 +33,7 @@ PYTHON = re.compile(r"\bNone\b|\.py\b|`\w+_(model|config|adapter)`|\w+\(|\bcalla
 def texts(cls):
     """The help of each option."""
     _, _, attributes = cleandoc(cls.__doc__).partition("Attributes:\n")
+    attributes = attributes.partition("\n\n")[0]
     pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in pairs}
 

@@ -7,7 +7,8 @@ import textwrap
 import diffusers
 import pytest
 import torch
-from support.guided_pipelines import CASES, build, call, embeddings
+from support.guided_pipelines import CASES, build, call
+from support.long_tail import embeddings
 from support.pipelines import denoiser, random_adapter
 
 from t2i_spo_plugin.errors import PipelineError
@@ -53,10 +54,13 @@ def other(options, prefix=""):
     """The prompt, or the negative one (`prefix`), exchanged for another."""
     if "prompt" in options:
         return {f"{prefix}prompt": ["a red house", "two dogs"]}
-    name = f"{prefix}prompt_embeds"
+    name = next(key for key in options if key.startswith(f"{prefix}prompt_embeds"))
     given = options[name]
-    exchanged = embeddings(given[0].shape[-1], seed=7)
-    return {name: exchanged if isinstance(given, torch.Tensor) else list(exchanged)}
+    in_pieces = isinstance(given[0], list)
+    exchanged = embeddings((given[0][0] if in_pieces else given[0]).shape[-1], seed=7)
+    if isinstance(given, torch.Tensor):
+        return {name: exchanged}
+    return {name: [[one] for one in exchanged] if in_pieces else list(exchanged)}
 
 
 def test_the_gate_scores_the_prompt_and_not_the_negative_prompt(tiny):

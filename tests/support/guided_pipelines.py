@@ -14,23 +14,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
+from . import long_tail
+from .long_tail import PROMPTS, guided
 from .pipelines import fresh
 
 
 SIZE = 16
-PROMPTS = 2
-
-
-def embeddings(width: int, length: int = 8, seed: int = 0, prompts: int = PROMPTS) -> torch.Tensor:
-    """Random embeddings `[prompts, length, width]`."""
-    return torch.randn(prompts, length, width, generator=torch.Generator().manual_seed(seed))
-
-
-def _guided(channels: int, masks: str = "", **options: Any) -> dict[str, Any]:
-    call = {"prompt_embeds": embeddings(channels), "negative_prompt_embeds": embeddings(channels, seed=1)} | options
-    if masks:
-        call |= {prefix + masks: torch.ones(PROMPTS, 8, dtype=torch.long) for prefix in ("", "negative_")}
-    return call
 
 
 def _vae(channels: int) -> AutoencoderKL:
@@ -58,7 +47,7 @@ def _cogview4() -> tuple[Any, dict[str, Any]]:
         rope_axes_dim=(16, 16),
     )
     pipe = diffusers.CogView4Pipeline(None, None, _vae(4), transformer, FlowMatchEulerDiscreteScheduler())
-    return pipe, _guided(32, guidance_scale=3.0)
+    return pipe, guided(32, guidance_scale=3.0)
 
 
 def _z_image() -> tuple[Any, dict[str, Any]]:
@@ -78,8 +67,30 @@ def _z_image() -> tuple[Any, dict[str, Any]]:
         transformer.x_pad_token.normal_()
         transformer.cap_pad_token.normal_()
     pipe = diffusers.ZImagePipeline(FlowMatchEulerDiscreteScheduler(), _vae(4), None, None, transformer)
-    call = _guided(16, guidance_scale=3.0)
+    call = guided(16, guidance_scale=3.0)
     return pipe, {key: list(value) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+
+
+def _z_image_controlnet(kind: str, channels: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    pipe, call = _z_image()
+    controlnet = diffusers.ZImageControlNetModel(
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=channels,
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    )
+    pipe = getattr(diffusers, kind)(**pipe.components, controlnet=controlnet)
+    return pipe, call | {"control_image": _image()} | options
+
+
+def _z_image_omni() -> tuple[Any, dict[str, Any]]:
+    pipe, call = _z_image()
+    pipe = diffusers.ZImageOmniPipeline(**pipe.components, siglip=None, siglip_processor=None)
+    # A list of texts around the images of each prompt; without images there is one.
+    return pipe, {key: [[one] for one in value] if isinstance(value, list) else value for key, value in call.items()}
 
 
 def _lumina2() -> tuple[Any, dict[str, Any]]:
@@ -97,7 +108,7 @@ def _lumina2() -> tuple[Any, dict[str, Any]]:
         cap_feat_dim=32,
     )
     pipe = diffusers.Lumina2Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), _vae(4), None, None)
-    return pipe, _guided(32, "prompt_attention_mask", guidance_scale=3.0)
+    return pipe, guided(32, "prompt_attention_mask", guidance_scale=3.0)
 
 
 def _aura_flow() -> tuple[Any, dict[str, Any]]:
@@ -112,7 +123,7 @@ def _aura_flow() -> tuple[Any, dict[str, Any]]:
         pos_embed_max_size=64,
     )
     pipe = diffusers.AuraFlowPipeline(None, None, _vae(4), transformer, FlowMatchEulerDiscreteScheduler())
-    return pipe, _guided(32, "prompt_attention_mask", guidance_scale=3.0)
+    return pipe, guided(32, "prompt_attention_mask", guidance_scale=3.0)
 
 
 def _qwen_image() -> tuple[Any, dict[str, Any]]:
@@ -135,7 +146,7 @@ def _qwen_image() -> tuple[Any, dict[str, Any]]:
         latents_std=[1.0] * 4,
     )
     pipe = diffusers.QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
-    return pipe, _guided(16, "prompt_embeds_mask", true_cfg_scale=3.0)
+    return pipe, guided(16, "prompt_embeds_mask", true_cfg_scale=3.0)
 
 
 def _chroma() -> tuple[Any, dict[str, Any]]:
@@ -153,7 +164,7 @@ def _chroma() -> tuple[Any, dict[str, Any]]:
     )
     pipe = diffusers.ChromaPipeline(FlowMatchEulerDiscreteScheduler(), _vae(4), None, None, transformer)
     masks = {key: torch.ones(PROMPTS, 8) for key in ("prompt_attention_mask", "negative_prompt_attention_mask")}
-    return pipe, _guided(32, guidance_scale=3.0, **masks)
+    return pipe, guided(32, guidance_scale=3.0, **masks)
 
 
 def _sana() -> tuple[Any, dict[str, Any]]:
@@ -184,7 +195,7 @@ def _sana() -> tuple[Any, dict[str, Any]]:
         upsample_block_type="interpolate",
     )
     pipe = diffusers.SanaPipeline(None, None, vae, transformer, FlowMatchEulerDiscreteScheduler())
-    return pipe, _guided(
+    return pipe, guided(
         16,
         "prompt_attention_mask",
         guidance_scale=3.0,
@@ -219,7 +230,7 @@ def _wan() -> tuple[Any, dict[str, Any]]:
         ),
         transformer,
     )
-    return pipe, _guided(16, guidance_scale=3.0, num_frames=1)
+    return pipe, guided(16, guidance_scale=3.0, num_frames=1)
 
 
 def _instruct_pix2pix() -> tuple[Any, dict[str, Any]]:
@@ -276,6 +287,11 @@ BUILDERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "z_image_inpaint": lambda: _derived(
         _z_image, "ZImageInpaintPipeline", image=_image(), mask_image=_image()[:, :1].round(), strength=1.0
     ),
+    "z_image_controlnet": lambda: _z_image_controlnet("ZImageControlNetPipeline", 4),
+    "z_image_controlnet_inpaint": lambda: _z_image_controlnet(
+        "ZImageControlNetInpaintPipeline", 9, image=_image(), mask_image=_image()[:, :1].round()
+    ),
+    "z_image_omni": _z_image_omni,
     "chroma_img2img": lambda: _derived(_chroma, "ChromaImg2ImgPipeline", image=_image(), strength=1.0),
     "qwen_image_img2img": lambda: _derived(_qwen_image, "QwenImageImg2ImgPipeline", image=_image(), strength=1.0),
     "cogview4": _cogview4,
@@ -287,6 +303,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "sana": _sana,
     "wan": _wan,
     "instruct_pix2pix": _instruct_pix2pix,
+    **long_tail.BUILDERS,
 }
 
 

@@ -280,7 +280,7 @@ def random_adapter(
     alpha: float = 2.0,
     seed: int = 0,
     components: tuple[str, ...] = ("unet", "transformer"),
-    layers: tuple[str, ...] = ("to_q", "to_v", "to_out.0", "q_proj", "fc1"),
+    layers: tuple[str, ...] = ("to_q", "to_v", "to_out.0", "q_proj", "fc1", "to_query"),
     dtype: torch.dtype = torch.float32,
     **metadata: str,
 ) -> Adapter:
