@@ -10,8 +10,8 @@ from typing import Literal
 from t2i_spo_plugin.data import KINDS, count_cut_prompts
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.identity import pipeline_identity
-from t2i_spo_plugin.quality import CompositeQuality
 from t2i_spo_plugin.options import expand_home
+from t2i_spo_plugin.quality import CompositeQuality
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
