@@ -53,7 +53,8 @@ class TrainConfig:
         images: folder of images for `sft`, captions in metadata.jsonl, metadata.csv or a .txt beside each.
         pipeline: base model: `sticker` (the bundled one), a diffusers folder, or a Hub id.
         resolution: edge in pixels that images are encoded at; by default the pipeline's own.
-        categories: of harmful prompts, those trained on beside the benign ones; empty takes all. For experts.
+        categories: categories of harmful prompts that are trained on beside the benign ones, for experts; empty takes
+            all.
         benign_share: share of benign pairs among those trained on, in [0, 1]; by default the table's own.
         caption_dropout: probability of training an example under the empty prompt; 1 is DUO's way.
         random_flip: mirror an example (its images alike) half of the time.

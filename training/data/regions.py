@@ -34,7 +34,7 @@ class RegionOptions:
     Attributes:
         inside: weight of what the cost map shows as unsafe, at least 0; with both at 1 no map is made.
         outside: weight of the rest, at least 0.
-        cost_model: `sticker`, or what `load_cost_model` takes.
+        cost_model: what says how unsafe an image is: `sticker`, a name such as `open_nsfw`, a folder, or a Hub id.
         policy: `sticker`, or a policy's name or YAML file.
         override_domain: use the cost model on images of another domain than its own.
     """

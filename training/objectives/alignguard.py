@@ -32,9 +32,10 @@ class AlignGuardOptions(ObjectiveOptions):
     """Options of `alignguard`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors; 5000 in the released launchers.
+        beta: how little the model may move from its reference: the larger, the less; with the one half and
+            mean-reduced errors; 5000 in the released launchers.
         under: which prompts a pair is trained under: `harmful` alone, or `both`, the safe counterpart too.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

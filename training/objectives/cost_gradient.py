@@ -38,7 +38,8 @@ class CostGradientOptions(ObjectiveOptions):
 
     Attributes:
         lambda_: weight of the cost against the alignment.
-        cost_model: `sticker`, or what `load_cost_model` takes; it must be differentiable.
+        cost_model: what says how unsafe an image is: `sticker`, a name such as `open_nsfw`, a folder, or a Hub id; it
+            must be differentiable.
         policy: `sticker`, or a policy's name or YAML file.
         quality_model: `sticker`, or a folder; empty asks for the cost alone.
         override_domain: use the models on images of another domain than theirs.

@@ -39,7 +39,7 @@ class DPOOptions(ObjectiveOptions):
         labels: who wins: `safety` puts safe over unsafe, `table` takes the table's own labels.
         safe_pairs: what `safety` labels do with pairs that are safe on both sides: drop them, or order them by cost or
             quality.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

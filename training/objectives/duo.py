@@ -34,12 +34,15 @@ class DUOOptions(ObjectiveOptions):
     """Options of `duo`.
 
     Attributes:
-        beta: without the one half, for mean-reduced errors; the source takes 500 for nudity, 1000 for violence.
-        preservation: weight of the difference from the base model on pure noise; None is the source's `1e4 * beta`.
+        beta: how little the model may move from its reference: the larger, the less; without the one half, for
+            mean-reduced errors; the source takes 500 for nudity, 1000 for violence.
+        preservation: weight of the difference from the base model on pure noise; by default the source's 1e4 times
+            beta.
         preservation_batch_size: samples of pure noise in each forward pass.
         labels: `safety` puts safe over unsafe, `table` takes the table's own labels.
-        safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        safe_pairs: what `safety` labels do with pairs that are safe on both sides: drop them, or order them by cost or
+            quality.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 500.0

@@ -38,11 +38,12 @@ class GroupOptions(ObjectiveOptions):
     """Options of `group`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors.
+        beta: how little the model may move from its reference: the larger, the less; with the one half and
+            mean-reduced errors.
         negatives: images against the positive one, at most; each costs two forward passes and one backward.
         lambda_: weight of the cost against the quality in the composite reward.
         tau: a negative is worse than the positive by more than this, in units of the reward.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

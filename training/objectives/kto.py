@@ -36,12 +36,13 @@ class KTOOptions(ObjectiveOptions):
     """Options of `kto`.
 
     Attributes:
-        beta: without the one half, for mean-reduced errors.
-        desirable_weight: of safe images.
-        undesirable_weight: of unsafe images.
+        beta: how little the model may move from its reference: the larger, the less; without the one half, for
+            mean-reduced errors.
+        desirable_weight: weight of safe images.
+        undesirable_weight: weight of unsafe images.
         min_quality: safe images below it are left out, in [0, 1].
-        momentum: of the running mean that is the reference point, in [0, 1); 0 takes the step before alone.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        momentum: momentum of the running mean that is the reference point, in [0, 1); 0 takes the step before alone.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

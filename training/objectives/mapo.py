@@ -32,7 +32,8 @@ class MaPOOptions(ObjectiveOptions):
         beta: weight of the margin against the winner's own error.
         snr: the constant s in the amplitude of an error.
         labels: `safety` puts safe over unsafe, `table` takes the table's own labels.
-        safe_pairs: for `safety` labels: pairs safe on both sides are dropped, or ordered by cost or quality.
+        safe_pairs: what `safety` labels do with pairs that are safe on both sides: drop them, or order them by cost or
+            quality.
     """
 
     beta: float = 0.1

@@ -41,11 +41,12 @@ class ParetoOptions(ObjectiveOptions):
     """Options of `pareto`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors.
+        beta: how little the model may move from its reference: the larger, the less; with the one half and
+            mean-reduced errors.
         loss: `regression` towards the difference of win rates, or `logistic`, DPO's on the same pairs.
         scale: the logit that a difference of win rates of 1 is regressed to.
-        max_pairs: of one prompt, the widest differences first.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        max_pairs: pairs of one prompt, at most, the widest differences first.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

@@ -33,12 +33,13 @@ class SCDPOOptions(ObjectiveOptions):
     """Options of `scdpo`.
 
     Attributes:
-        beta: with the one half and mean-reduced errors.
+        beta: how little the model may move from its reference: the larger, the less; with the one half and
+            mean-reduced errors.
         lambda_: weight of the cost against the preference; at 1 and below the labels always decide.
         tau: pairs whose reward differs by less are dropped.
         eta: strength of dynamic focusing (additive); 0 computes nothing.
-        augmentations: in which the difficulty of a pair is measured besides the plain one.
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        augmentations: augmentations in which the difficulty of a pair is measured beside the plain images.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0

@@ -48,7 +48,7 @@ class SPOOptions(ObjectiveOptions):
             two forward passes.
         reduction: how the difficulties of a pair become one.
         focusing_momentum: momentum of the running mean that normalises the weights, in [0, 1).
-        auto_beta: beta is lowered while the mean logit would be larger; None leaves it alone.
+        auto_beta: mean logit above which beta is lowered; by default it is left alone.
     """
 
     beta: float = 5000.0
