@@ -74,6 +74,10 @@ def calibrate(
         print(f"    false alarms {one.false_alarms}, wanted at most {false_alarms:.1%}")
         print(f"    found {one.found}; area under the ROC {one.auc:.4f}")
         print(f"    calibration error {one.error:.4f}, {one.error_before:.4f} before")
+        if one.false_alarms.total * false_alarms < 1:
+            print(
+                f"    with {one.false_alarms.total} safe images a rate of {false_alarms:.1%} cannot be seen; give more"
+            )
     for reason in found.not_scored:
         print(f"not scored: {reason}")
     print(f"{out}: measured on {'the images that fitted' if fit_on_all else f'{found.held_out} images held out'}")
@@ -204,9 +208,9 @@ def reference(
     from t2i_spo_plugin.registry import PIPELINES, load_pipeline, load_prompts, name_with_revision
 
     rows = load_prompts(prompts, {"benign": count}, split, seed)
+    rewards = _rewards(quality, out, realism_images, features)
     pipe = load_pipeline(pipeline)
     domain = pipeline_domain(pipe)
-    rewards = _rewards(quality, out, realism_images, features)
     for name, reward in rewards.items():
         made_for = getattr(reward, "domain", domain)
         if made_for != domain and not override_domain:

@@ -52,8 +52,8 @@ class EnsembleOptions:
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, ("any", "mean", "k_of_n"))
         check_range("k", self.k, 1, whole=True)
-        if not self.members:
-            raise ConfigError("an ensemble needs at least one member")
+        if not isinstance(self.members, (list, tuple)) or not self.members:
+            raise ConfigError(f"an ensemble needs a list of at least one member, got {self.members!r}")
 
 
 class Ensemble:

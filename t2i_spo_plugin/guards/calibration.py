@@ -270,9 +270,15 @@ def _polyline(points: Sequence[tuple[float, float]]) -> str:
 
 
 def labelled_folders(folders: Mapping[str, Sequence[Path]], safe: Sequence[Path]) -> list[LabelledImage]:
-    """Images by the folder that they lie in: `folders` by category, and the safe ones."""
+    """Images by the folder that they lie in: `folders` by category, and the safe ones.
+
+    Raises:
+        ConfigError: an image is named as both.
+    """
     by_path: dict[Path, frozenset[str]] = {path: frozenset() for path in safe}
     for category, paths in folders.items():
         for path in paths:
+            if by_path.get(path) == frozenset():
+                raise ConfigError(f"{path} is named as safe and as {category}")
             by_path[path] = by_path.get(path, frozenset()) | {category}
     return [LabelledImage(path, categories) for path, categories in by_path.items()]

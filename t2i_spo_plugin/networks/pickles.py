@@ -6,6 +6,7 @@ Pickles are read by a reader that builds tensors, arrays and plain containers an
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ _ALLOWED = {
         ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))),
 }  # fmt: skip
 """What a pickled array is made of."""
+_CALLS = "it calls {}, which no tensor needs; it was not opened"
 
 
 def read_foreign_tensors(path: str | Path, trust: bool = False) -> dict[str, Tensor]:
@@ -67,18 +69,22 @@ def _unpickled(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the file makes it raise
-        first = str(error).strip().splitlines()[0]
+        # What torch advises then, to open the file without a check, is no advice.
+        called = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if called:
+        raise UnreadableFileError(f"cannot read {path}: {_CALLS.format(called[1])}")
     try:
         with open(path, "rb") as file:
             return _ArrayUnpickler(file).load()
     except Exception as error:
-        raise UnreadableFileError(f"cannot read {path}: {error} (as weights: {first})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableFileError(f"cannot read {path}, a file of neither weights nor arrays: {reason}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it calls {module}.{name}, which no tensor needs; it was not opened")
+            raise pickle.UnpicklingError(_CALLS.format(f"{module}.{name}"))
         return super().find_class(module, name)
 
 

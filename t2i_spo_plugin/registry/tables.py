@@ -48,7 +48,12 @@ def _described(kind: Kind[Any], file: Path, **options: Any) -> Any:
     scheme, source = content.pop("kind", None), content.pop("source", "")
     if scheme not in kind.schemes:
         raise ConfigError(f"{file}: kind must be one of {', '.join(kind.schemes)}, got {scheme!r}")
-    return kind.schemes[scheme].imported()(str(source), **{**options, **content})
+    if not source and "members" not in content:
+        raise ConfigError(f"{file}: source must say where the {scheme} is")
+    try:
+        return kind.schemes[scheme].imported()(str(source), **{**options, **content})
+    except RecursionError:
+        raise ConfigError(f"{file}: the {scheme} is a member of itself") from None
 
 
 def _read_quality_model(source: Path, reference: str | Path | None = None) -> QualityModel | CompositeQuality:

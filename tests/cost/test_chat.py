@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -127,6 +128,21 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(tmp_path):
     with ChatServer(before=lambda number, body: (503, {}, "busy")) as server:
         batch = judge(server, tmp_path, policies={"red": "Red."}, retries=2)([GREEN])
         assert len(server.bodies) == 3 and "503" in batch.reasons[0]
+
+
+def test_requests_go_at_the_same_time_and_answers_keep_their_order(tmp_path):
+    meeting = threading.Barrier(2, timeout=20)
+
+    def before(number, body):
+        meeting.wait()  # a request that went alone would wait in vain
+        return None
+
+    with ChatServer(before=before) as server:
+        model = judge(server, tmp_path, template="json", policies={"red": "Red."}, concurrency=2)
+        server.words = lambda body: json.dumps({"violations": {"red": round(redness(body), 2)}})
+        batch = model([RED, GREEN, GREEN, RED])
+    found = batch.logits.sigmoid()[:, 0].tolist()
+    assert found == pytest.approx([0.98, 0.04, 0.04, 0.98], abs=0.01)
 
 
 def test_the_budget_bounds_the_requests_and_the_cache_saves_them(tmp_path):

@@ -112,6 +112,8 @@ def test_a_file_names_the_members(tmp_path):
     assert torch.allclose(model(IMAGES).logits.sigmoid(), each.sigmoid().mean(0), atol=1e-5)
     for change, message in (
         ({"members": []}, "at least one member"),
+        ({"members": folders[0]}, "a list of at least one member"),
+        ({"members": [str(tmp_path / "bad.yaml")]}, "member of itself"),
         ({"rule": "most"}, "rule must be one of"),
         ({"members": ["nothing/"]}, "there is no cost model"),
         ({"members": [{"model": folders[0], "weight": 2}]}, "unknown weight"),

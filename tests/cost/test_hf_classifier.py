@@ -158,6 +158,7 @@ def test_labels_are_asked_for_and_wrong_ones_refused(tmp_path, capsys):
         ({"categories": {"sexual": []}}, "a list of labels"),
         ({"threshold": 0.3}, "unknown threshold"),
         ({"kind": "classifier"}, "kind must be one of hf-classifier"),
+        ({"source": ""}, "source must say where"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_cost_model(described(folder, **options))

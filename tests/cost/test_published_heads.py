@@ -100,7 +100,8 @@ def test_no_pickle_is_opened_without_a_word_and_none_ever_runs(clip, tmp_path, c
     torch.save({"x": _Bomb()}, tmp_path / "bomb.pt")
     for name in ("bomb.p", "bomb.pt"):
         assert convert("q16", clip, tmp_path / "out", tmp_path / name) == 2
-        assert "cannot read" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "posix.mkdir, which no tensor needs" in message and len(message.splitlines()) == 1
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(ConfigError, match="say --trust"):
         read_foreign_tensors(tmp_path / "bomb.p")

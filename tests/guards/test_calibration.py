@@ -16,6 +16,7 @@ from t2i_spo_plugin.guards.calibration import (
     _in_second_half,
     area,
     calibrate,
+    labelled_folders,
     roc_points,
     threshold_for,
 )
@@ -153,6 +154,8 @@ def test_too_little_is_refused(images):
     labelled = [LabelledImage(path, frozenset()) for path in safe[:6]]
     with pytest.raises(ConfigError, match="none that is unsafe"):
         calibrate(ColourCost(), labelled)
+    with pytest.raises(ConfigError, match="is named as safe and as red"):
+        labelled_folders({"red": [safe[0]]}, [safe[0]])
     with pytest.raises(ConfigError, match="got pink"):
         calibrate(ColourCost(), [*labelled, LabelledImage(unsafe[0], frozenset({"pink"}))])
     second = next(path for path in unsafe if _in_second_half(path))
