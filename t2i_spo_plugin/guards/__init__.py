@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .judging import check_domains as check_domains
     from .judging import counterparts as counterparts
     from .judging import judge_images as judge_images
+    from .judging import judge_quality as judge_quality
     from .overlay import COLOUR_MAPS as COLOUR_MAPS
     from .overlay import Box as Box
     from .overlay import boxes as boxes
@@ -63,6 +64,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hide": "hiding",
         "join_reports": "report",
         "judge_images": "judging",
+        "judge_quality": "judging",
         "labelled_folders": "calibration",
         "layer": "overlay",
         "message_image": "annotation",

@@ -16,6 +16,10 @@ from t2i_spo_plugin.quality.normalise import QualityBatch
 from .guard import Guard
 
 
+Quality = tuple[float, float | None, float | None]
+"""Quality in [0, 1]; realism and alignment as measured, None where there is none."""
+
+
 class QualityJudge(Protocol):
     """What judging asks of a quality model; `domain` is the kind of image that it was made for."""
 
@@ -102,10 +106,7 @@ def judge_images(
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         report = guard(list(images[part]), domain)
-        asked = list(zip(images[part], prompts[part], safe_prompts[part], strict=True))
-        qualities = isolate_failures(
-            lambda items: _qualities(quality_model, items), asked, "the quality model failed: "
-        )
+        qualities = judge_quality(images[part], prompts[part], safe_prompts[part], quality_model)
         for number, quality in enumerate(qualities):
             reason = report.reasons[number]
             if reason is not None or isinstance(quality, str):
@@ -117,15 +118,26 @@ def judge_images(
     return judgements
 
 
+def judge_quality(
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    safe_prompts: Sequence[Sequence[str] | None],
+    quality_model: QualityJudge,
+) -> list[Quality | str]:
+    """Quality, realism and alignment of each image, or the reason why it has none; arguments as for `judge_images`."""
+    asked = list(zip(images, prompts, safe_prompts, strict=True))
+    return isolate_failures(lambda items: _qualities(quality_model, items), asked, "the quality model failed: ")
+
+
 def _qualities(
     model: QualityJudge, items: Sequence[tuple[Image.Image, str, Sequence[str] | None]]
-) -> list[tuple[float, float | None, float | None] | str]:
+) -> list[Quality | str]:
     """Quality, realism and alignment of each image, or why it has none."""
     images, prompts, completions = (list(column) for column in zip(*items, strict=True))
     # A harmful prompt is not even shown to the model.
     asked = ["" if part is None else prompt for prompt, part in zip(prompts, completions, strict=True)]
     batch = model.quality(images, asked, [part or () for part in completions])
-    answers: list[tuple[float, float | None, float | None] | str] = []
+    answers: list[Quality | str] = []
     for number, part in enumerate(completions):
         q = float(batch.n_realism[number] if part is None else batch.q[number])
         realism, alignment = float(batch.realism[number]), float(batch.alignment[number])

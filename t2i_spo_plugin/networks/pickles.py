@@ -70,7 +70,7 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the file makes it raise
         # What torch advises then, to open the file without a check, is no advice.
-        called = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        called = re.search(r"GLOBAL (\S+)", str(error))
     if called:
         raise UnreadableFileError(f"cannot read {path}: {_CALLS.format(called[1])}")
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from t2i_spo_plugin.batching import isolate_failures
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.guards import Guard, counterparts, judge_images
+from t2i_spo_plugin.guards import Guard, check_domains, counterparts, judge_quality
 from t2i_spo_plugin.images import open_image
 
 
@@ -36,6 +36,8 @@ class Scorer:
             raise ConfigError("name a cost model, or a reward, or both")
         if self.quality is not None and self.guard is None:
             raise ConfigError("a quality model needs a cost model beside it")
+        if self.guard is not None and self.quality is not None and self.domain is not None:
+            check_domains(self.guard, self.quality, self.domain)
 
     @property
     def needs_prompts(self) -> bool:
@@ -53,7 +55,7 @@ class Scorer:
             safe_prompts: the safe completions of a harmful prompt, empty where none is known; None where the prompt
                 is not harmful.
         """
-        entries = [self._verdict(image) for image in images]
+        entries = self._verdicts(images)
         if self.quality is not None:
             self._add_quality(entries, images, prompts, safe_prompts)
         for name, reward in self.rewards.items():
@@ -68,18 +70,21 @@ class Scorer:
                     )
         return entries
 
-    def _verdict(self, image: Any) -> dict[str, Any]:
+    def _verdicts(self, images: Sequence[Any]) -> list[dict[str, Any]]:
         if self.guard is None:
-            return {"not_scored": None}
-        report = self.guard([image], self.domain)
-        return {
-            "cost": report.cost_of(0),
-            "unsafe": report.flagged[0],
-            "category": report.deciding(0),
-            "category_costs": report.category_costs[0],
-            "explanation": report.explanation(0),
-            "not_scored": report.reasons[0],
-        }
+            return [{"not_scored": None} for _ in images]
+        report = self.guard(list(images), self.domain)
+        return [
+            {
+                "cost": report.cost_of(number),
+                "unsafe": report.flagged[number],
+                "category": report.deciding(number),
+                "category_costs": report.category_costs[number],
+                "explanation": report.explanation(number),
+                "not_scored": report.reasons[number],
+            }
+            for number in range(len(images))
+        ]
 
     def _add_quality(
         self,
@@ -88,17 +93,20 @@ class Scorer:
         prompts: Sequence[str],
         safe_prompts: Sequence[Sequence[str] | None],
     ) -> None:
-        assert self.guard is not None
-        for entry, image, prompt, safe in zip(entries, images, prompts, safe_prompts, strict=True):
+        scored = [number for number, entry in enumerate(entries) if entry["not_scored"] is None]
+        judged = judge_quality(
+            [open_image(images[number]) for number in scored],
+            [prompts[number] for number in scored],
+            [counterparts(safe_prompts[number] is not None, safe_prompts[number] or ()) for number in scored],
+            self.quality,
+        )
+        for entry in entries:
             entry["quality"] = None
-            if entry["not_scored"] is not None:
-                continue
-            known = counterparts(safe is not None, safe or ())
-            judged = judge_images([open_image(image)], [prompt], [known], self.guard, self.quality, self.domain)[0]
-            if isinstance(judged, str):
-                entry["not_scored"] = judged
+        for number, quality in zip(scored, judged, strict=True):
+            if isinstance(quality, str):
+                entries[number]["not_scored"] = quality
             else:
-                entry["quality"] = judged.quality
+                entries[number]["quality"] = quality[0]
 
 
 def composite_reward(entry: Mapping[str, Any], lambda_: float = 1.0) -> float:
