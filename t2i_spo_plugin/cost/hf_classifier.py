@@ -34,6 +34,7 @@ class ClassifierOptions:
         activation: `softmax` where the labels exclude each other, so that those of a category add up; `sigmoid` where
             each stands for itself, so that the highest counts.
         boundary: the probability that becomes cost 0.5 at a policy's threshold of 0.5.
+        maps: make the map, which takes a pass backwards for each category.
         domain: the kind of image that the classifier was trained on.
         revision: of a Hub id: a branch, tag or commit.
     """
@@ -41,6 +42,7 @@ class ClassifierOptions:
     categories: Mapping[str, Any] = field(default_factory=dict)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     boundary: float = 0.5
+    maps: bool = True
     domain: str = "photo"
     revision: str = "main"
 
@@ -110,6 +112,9 @@ class ClassifierCostModel(nn.Module):
         return CostBatch(self._logits(self.network(self.preprocessing.normalised(pixels)).logits))
 
     def _judged(self, pixels: Tensor) -> CostBatch:
+        if not self.options.maps:
+            with torch.no_grad():
+                return self.score_tensor(pixels)
         with torch.enable_grad():
             inputs = self.preprocessing.normalised(pixels).requires_grad_()
             output = self.network(inputs, output_hidden_states=True)

@@ -107,13 +107,13 @@ def load_shieldgemma2(
     Raises:
         SPOError: there is no such model, or an option is wrong.
     """
-    from transformers import AutoProcessor, ShieldGemma2ForImageClassification
-
     chosen, rest = own_options(ShieldGemmaOptions, options, f"{source}: ")
     how = from_mapping(VLMOptions, rest, f"{source}: ")
     where = {"revision": how.revision, "local_files_only": local_files_only}
     dtype = how.dtype if how.dtype == "auto" else getattr(torch, how.dtype)
     try:
+        from transformers import AutoProcessor, ShieldGemma2ForImageClassification
+
         processor = AutoProcessor.from_pretrained(source, **where)
         network = ShieldGemma2ForImageClassification.from_pretrained(
             source, use_safetensors=True, torch_dtype=dtype, **where

@@ -129,6 +129,8 @@ def test_the_answer_depends_neither_on_the_batch_nor_on_the_order(case):
     assert torch.allclose(torch.cat([one.logits for one in alone]), together.logits, atol=1e-5)
     assert torch.allclose(torch.cat([one.logit_map for one in alone]), together.logit_map, atol=1e-4)
     assert torch.allclose(model(IMAGES[::-1]).logits.flip(0), together.logits, atol=1e-5)
+    quick = load_cost_model(described(case[2], categories={"sexual": ["NSFW"], "any": ["nsfw", "gore"]}, maps=False))
+    assert quick(IMAGES).logit_map is None and torch.allclose(quick(IMAGES).logits, together.logits, atol=1e-5)
 
 
 def test_sigmoid_boundary_and_gradients(case):

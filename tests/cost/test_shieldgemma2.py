@@ -6,14 +6,14 @@ import pytest
 import torch
 from support.photographs import HARMLESS
 from support.vlm import word_tokenizer
-from transformers import ShieldGemma2Config, ShieldGemma2ForImageClassification, ShieldGemma2Processor
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from t2i_spo_plugin import CostModel, load_cost_model, load_policy
 from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.registry import load_guard
 
 
+transformers = pytest.importorskip("transformers.models.shieldgemma2", reason="this transformers has no ShieldGemma 2")
+images = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3", reason="needs torchvision here")
 IMAGES = list(HARMLESS.values())
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -24,7 +24,7 @@ def shield(tmp_path_factory):
     special = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
     tokenizer = word_tokenizer(extra_special_tokens=special)
     image, boi, eoi, yes, no = tokenizer.convert_tokens_to_ids(["<image>", "<boi>", "<eoi>", "Yes", "No"])
-    config = ShieldGemma2Config(
+    config = transformers.ShieldGemma2Config(
         text_config={"vocab_size": len(tokenizer), "head_dim": 8, "num_key_value_heads": 1, **SMALL},
         vision_config={"image_size": 32, "patch_size": 8, **SMALL},
         mm_tokens_per_image=4,
@@ -35,11 +35,11 @@ def shield(tmp_path_factory):
     config.yes_token_index, config.no_token_index = yes, no
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = ShieldGemma2ForImageClassification(config).eval()
+        network = transformers.ShieldGemma2ForImageClassification(config).eval()
         for parameter in network.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
-    processor = ShieldGemma2Processor(
-        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+    processor = transformers.ShieldGemma2Processor(
+        images.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
         tokenizer,
         chat_template="{% for message in messages %}{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<boi> {% else %}Is it {{ part['text'] }} ? Answer {% endif %}"
