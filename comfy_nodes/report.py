@@ -26,6 +26,8 @@ from .images import BATCH, score, steps
 
 
 BUNDLED = f"{STICKER} (bundled)"
+REWARDS = "rewards.json"
+"""The file that `spo reference` writes: rewards of any kind with their scales."""
 
 
 class UAScore(io.ComfyNode):
@@ -137,9 +139,9 @@ class SaveReport(io.ComfyNode):
 
 
 def references() -> list[str]:
-    """What UAScore offers: the bundled reference, single files, and the `reference.json` of quality models."""
+    """What UAScore offers: the bundled reference, single files, and those of quality models in folders."""
     files = [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(".json")]
-    return [BUNDLED, *(n for n in files if os.sep not in n or os.path.basename(n) == "reference.json")]
+    return [BUNDLED, *(n for n in files if os.sep not in n or os.path.basename(n) in ("reference.json", REWARDS))]
 
 
 def _reference_path(reference: str) -> Path | None:
@@ -149,18 +151,21 @@ def _reference_path(reference: str) -> Path | None:
 
 def _is_bundled(reference: Path | None) -> bool:
     """Whether the towers are the bundled ones: a reference file without `alignment/` beside it brings none."""
-    return reference is None or not (reference.parent / "alignment").is_dir()
+    return reference is None or not (reference.name == REWARDS or (reference.parent / "alignment").is_dir())
 
 
 def _quality_files(reference: Path | None) -> list[Path]:
     """Files of the user's own that the quality model is read from."""
     if reference is None:
         return []
-    return [reference] if _is_bundled(reference) else files_below(reference.parent)
+    return [reference] if _is_bundled(reference) or reference.name == REWARDS else files_below(reference.parent)
 
 
 @lru_cache(maxsize=1)
 def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel | CompositeQuality, str]:
     """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
+    if reference is not None and reference.name == REWARDS:
+        model = load_quality_model(reference, local_files_only=True)
+        return model, name_with_revision(QUALITY_MODELS, reference, model)
     source: str | Path = STICKER if reference is None or _is_bundled(reference) else reference.parent
     return load_quality_model(source, reference), name_with_revision(QUALITY_MODELS, source)

@@ -45,9 +45,7 @@ class PickScore:
         return self.encoder.scale * cosine
 
 
-def load_pickscore(
-    source: str = SOURCE, local_files_only: bool = False, processor: str = "", **options: Any
-) -> PickScore:
+def load_pickscore(source: str, local_files_only: bool = False, processor: str = "", **options: Any) -> PickScore:
     """PickScore from the Hub, or from a folder with its weights, tokenizer and preprocessor file.
 
     Raises:

@@ -30,12 +30,14 @@ class Row:
             own would be.
         needs: the modules that have to be installed.
         domain: the kind of image it is for; empty for any.
+        default: of a scheme, what stands after the colon where its name stands alone; empty where something has to.
     """
 
     files: str = ""
     factory: str = ""
     needs: tuple[str, ...] = ()
     domain: str = ""
+    default: str = ""
 
     @property
     def path(self) -> Path:
@@ -148,7 +150,8 @@ class Kind(Generic[Thing]):
     def unknown(self, name: str | Path) -> SPOError:
         """The error for a name that stands for nothing: what there is, what a folder holds, what Hub ids look like."""
         names = self.names()
-        offers = [", ".join([*names, *(f"{scheme}:..." for scheme in self.schemes)])] if names or self.schemes else []
+        schemes = [name if row.default else f"{name}:..." for name, row in self.schemes.items()]
+        offers = [", ".join([*names, *schemes])] if names or schemes else []
         offers += [self.accepts] if self.accepts else []
         offers += [f"a Hub id of such a {'folder' if self.folder else 'file'} (user/repo)"] if self.hub else []
         there_are = f"pass {', or '.join(offers)}" if offers else "no installed package offers any"
@@ -156,8 +159,10 @@ class Kind(Generic[Thing]):
 
     def _scheme(self, name: str | Path) -> tuple[Row, str] | None:
         """The row of `SCHEME:WHAT`, and what; None for any other name."""
-        scheme, _, what = name.partition(":") if isinstance(name, str) else ("", "", "")
-        return (self.schemes[scheme], what) if what and scheme in self.schemes else None
+        scheme, colon, what = name.partition(":") if isinstance(name, str) else ("", "", "")
+        row = self.schemes.get(scheme)
+        what = row.default if row is not None and not colon else what
+        return (row, what) if row is not None and what else None
 
     def _entry_points(self) -> Sequence[EntryPoint]:
         return tuple(entry_points(group=self.group)) if self.group else ()

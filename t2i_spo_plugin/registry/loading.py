@@ -82,17 +82,20 @@ def load_cost_model(name: str | Path, local_files_only: bool = False, policy: Po
     return COST_MODELS.load(name, local_files_only=local_files_only, policies=policies)
 
 
-def load_quality_model(name: str | Path, reference: str | Path | None = None) -> QualityModel | CompositeQuality:
+def load_quality_model(
+    name: str | Path, reference: str | Path | None = None, local_files_only: bool = False
+) -> QualityModel | CompositeQuality:
     """A quality model: `sticker`, a folder with `alignment/`, `realism/` and `reference.json`, or a Hub id of one.
 
     Args:
         name: which one; also the file `rewards.json` that `spo reference` wrote, or its folder.
         reference: another reference file than its own, such as that of another base model.
+        local_files_only: download nothing, also where `rewards.json` names a model on the Hub.
 
     Raises:
         ConfigError: there is none, or it lacks a part.
     """
-    model = QUALITY_MODELS.load(name, reference=reference)
+    model = QUALITY_MODELS.load(name, reference=reference, local_files_only=local_files_only)
     row = QUALITY_MODELS.rows.get(str(name))
     model.domain = model.domain or (row.domain if row is not None else "")
     return model

@@ -41,8 +41,10 @@ def load_ensemble(
     return Ensemble(loaded, chosen)
 
 
-def load_composite(file: Path) -> CompositeQuality:
+def load_composite(file: Path, local_files_only: bool = False) -> CompositeQuality:
     """The rewards that a file of `spo reference` names, on its scales; paths in it are from the file's folder.
+
+    `local_files_only` downloads nothing.
 
     Raises:
         SPOError: it is no such file, or a reward cannot be loaded or is another one than that which was measured.
@@ -50,7 +52,8 @@ def load_composite(file: Path) -> CompositeQuality:
     from t2i_spo_plugin.quality import CompositeQuality, RewardReference
 
     reference = RewardReference.load(file)
-    rewards = {scale.reward: QUALITY_REWARDS.load(_located(scale.reward, file.parent)) for scale in reference.scales}
+    names = {scale.reward: _located(scale.reward, file.parent) for scale in reference.scales}
+    rewards = {reward: QUALITY_REWARDS.load(name, local_files_only=local_files_only) for reward, name in names.items()}
     return CompositeQuality(rewards, reference)
 
 

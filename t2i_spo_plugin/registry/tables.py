@@ -56,12 +56,14 @@ def _described(kind: Kind[Any], file: Path, **options: Any) -> Any:
         raise ConfigError(f"{file}: the {scheme} is a member of itself") from None
 
 
-def _read_quality_model(source: Path, reference: str | Path | None = None) -> QualityModel | CompositeQuality:
+def _read_quality_model(
+    source: Path, reference: str | Path | None = None, local_files_only: bool = False
+) -> QualityModel | CompositeQuality:
     from t2i_spo_plugin.quality import load_quality_model as read
 
     if source.suffix in QUALITY_MODELS.suffixes or (source / "rewards.json").is_file():
         composite: CompositeQuality = Row(factory="t2i_spo_plugin.registry.members:load_composite").imported()(
-            source if source.is_file() else source / "rewards.json"
+            source if source.is_file() else source / "rewards.json", local_files_only
         )
         return composite
     return read(source, reference)
@@ -182,11 +184,12 @@ ADAPTER_GATES: Kind[AdapterGate] = Kind(
 """Adapter gates, by bundled name or file."""
 QUALITY_REWARDS: Kind[QualityReward] = Kind(
     "quality reward",
-    {"pickscore": Row(factory="t2i_spo_plugin.quality.pickscore:load_pickscore", domain="photo")},
     accepts="a YAML file that describes one",
     group="t2i_spo_plugin.quality_rewards",
     schemes={
-        "pickscore": Row(factory="t2i_spo_plugin.quality.pickscore:load_pickscore"),
+        "pickscore": Row(
+            factory="t2i_spo_plugin.quality.pickscore:load_pickscore", default="yuvalkirstain/PickScore_v1"
+        ),
         "clipscore": Row(factory="t2i_spo_plugin.quality.clipscore:load_clipscore"),
         "hpsv2": Row(factory="t2i_spo_plugin.quality.hpsv2:load_hpsv2"),
         "aesthetic": Row(factory="t2i_spo_plugin.quality.aesthetic:load_aesthetic"),

@@ -326,6 +326,16 @@ def test_unified_reward_reads_the_marks(tmp_path):
             assert load_quality_reward(tmp_path / "u.yaml")([RED], ["x"]).item() == mark
 
 
+def test_pickscore_alone_is_the_published_model_and_nothing_is_downloaded_where_that_is_ruled_out(monkeypatch):
+    import socket
+
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given) or [])
+    with pytest.raises(SPOError, match="cannot load the model yuvalkirstain/PickScore_v1"):
+        load_quality_reward("pickscore", local_files_only=True)
+    assert not asked
+
+
 def test_names_and_options_that_mean_nothing_are_refused(clip, tmp_path):
     with pytest.raises(ConfigError, match="clipscore:..., hpsv2:"):
         load_quality_reward("beauty")
