@@ -51,7 +51,7 @@ def test_the_logit_is_the_servers_log_odds_of_yes_per_category():
     assert batch.reasons == ("sexual: It is red.", "")
     asked = [words_of(body) for body in server.bodies if body.get("logprobs")]
     assert len(asked) == 2 * 7 and all(body["model"] == "tiny" for body in server.bodies)
-    assert "Making, selling or taking illegal drugs" in asked[6]
+    assert sum("Making, selling or taking illegal drugs" in text for text in asked) == 2
 
 
 def test_answers_depend_neither_on_the_batch_nor_on_the_order():

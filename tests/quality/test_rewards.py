@@ -318,7 +318,9 @@ def test_unified_reward_reads_the_marks(tmp_path):
         reward = load_quality_reward(f"unified-reward:{server.url}")
         scores = reward([RED, GREEN], ["a red square", "b"])
         assert scores[0] == pytest.approx(3.0) and scores[1].isnan()
-        assert "Text Caption: [a red square]" in words_of(server.bodies[0])
+        assert {"Text Caption: [a red square]", "Text Caption: [b]"} == {
+            words_of(body).splitlines()[-1] for body in server.bodies
+        }
         for axis, mark in (("alignment", 4.5), ("style", 1.5)):
             (tmp_path / "u.yaml").write_text(
                 json.dumps({"kind": "unified-reward", "source": server.url, "axis": axis})
