@@ -9,6 +9,7 @@ shares and the survivors.
     python tests/mutants/run.py                                 # every file
     python tests/mutants/run.py t2i_spo_plugin/metrics --jobs 2 # files below a folder
     python tests/mutants/run.py --fresh                         # nothing is taken from earlier runs
+    python tests/mutants/run.py --sample 40                     # at most 40 faults of a file, the same ones each time
 
 A process with the libraries loaded that the tests need is forked for each fault, and the tests that call the function
 with the fault run first, so that a fault costs little more than the quickest test that sees it. Needs POSIX.
@@ -56,6 +57,24 @@ class Result:
     tests_digest: str
 
 
+@dataclass(frozen=True)
+class Examination:
+    """The faults of one source file that were planted, and how many it has."""
+
+    results: list[Result]
+    faults: int
+
+    @property
+    def caught(self) -> int:
+        """How many the tests see."""
+        return sum(result.outcome != SURVIVED for result in self.results)
+
+    @property
+    def share(self) -> float:
+        """Of those that were planted, how many are caught."""
+        return self.caught / max(len(self.results), 1)
+
+
 def read_targets(path: Path = HERE / "targets.yaml") -> list[Target]:
     """The files that are looked at, in the order of the file."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -65,6 +84,14 @@ def read_targets(path: Path = HERE / "targets.yaml") -> list[Target]:
 def read_reasons(path: Path = HERE / "survivors.yaml") -> dict[str, dict[str, str]]:
     """Why a fault that survives changes nothing: source file -> fault -> reason."""
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def ranked(source: str, faults: Sequence[Fault]) -> list[Fault]:
+    """The faults of `source` in the order in which they are planted: by the hash of their names.
+
+    The first of them are a sample that is the same every time, and so is what a run has looked at when it is stopped.
+    """
+    return sorted(faults, key=lambda fault: hashlib.sha256(f"{source}\0{fault.name}".encode()).hexdigest())
 
 
 class Session:
@@ -97,26 +124,32 @@ class Session:
 
 
 def examine(
-    target: Target, trees: Sequence[Tree], session: Session, root: Path = ROOT, grace: float = 10.0
-) -> list[Result]:
-    """Plant every fault of the target, several at once where there are several trees.
+    target: Target,
+    trees: Sequence[Tree],
+    session: Session,
+    grace: float = 10.0,
+    sample: int | None = None,
+) -> Examination:
+    """Plant every fault of the target, or a sample of them, several at once where there are several trees.
 
     The tests that call the function of a fault run first; before it is said to survive, all of them have run.
 
     Args:
         target: the file and its tests.
-        trees: copies of `root` to plant faults in.
+        trees: copies of the working tree to plant faults in; source and tests are read from the first.
         session: keeps the results, and knows those of earlier runs.
-        root: of the working tree.
         grace: seconds beyond four times those of the tests without a fault, after which a fault is timed out.
+        sample: of more faults than this only so many are planted.
 
     Raises:
         RuntimeError: the tests fail without any fault, or there are none.
     """
+    root = trees[0].folder  # the working tree may change while this runs
     text = (root / target.source).read_text(encoding="utf-8")
     # Other kinds of faults are other results, too.
     digests = _digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests))
-    faults = faults_of(text)
+    every_fault = faults_of(text)
+    faults = ranked(target.source, every_fault)[:sample]
     known = {fault.name: session.known(target, fault, *digests) for fault in faults}
     todo = [fault for fault in faults if known[fault.name] is None]
     coverage = Coverage({}, {}, [])
@@ -153,7 +186,7 @@ def examine(
             run.kill()
         for tree in trees:
             tree.write(target.source, text)
-    return [session.results[target.source, fault.name] for fault in faults]
+    return Examination([session.results[target.source, fault.name] for fault in faults], len(every_fault))
 
 
 def _coverage(target: Target, tree: Tree) -> Coverage:
@@ -168,41 +201,51 @@ def _coverage(target: Target, tree: Tree) -> Coverage:
     return coverage
 
 
-def report(results: Sequence[Sequence[Result]], reasons: dict[str, dict[str, str]]) -> str:
+def report(examinations: Sequence[Examination], reasons: dict[str, dict[str, str]]) -> str:
     """The shares file by file and every survivor with its reason, as Markdown."""
     lines = [
         "# Planted faults",
         "",
         "The result of `make mutants` when it last ran: faults are planted one at a time (a comparison turned, a sign",
         "changed, a term left out; see `tests/mutants/faults.py`), and the tests of the file run on each. A fault",
-        "that no test sees survives; the reason beside it says why it changes nothing that can be observed.",
+        "that no test sees survives; the reason beside it says why it changes nothing that can be observed. Where",
+        "only a sample was planted (those faults whose names have the smallest hashes), it says of how many.",
         "",
         "| file | faults | caught | share |",
         "|---|---|---|---|",
     ]
-    for part in results:
-        caught = sum(result.outcome != SURVIVED for result in part)
-        lines.append(f"| `{part[0].source}` | {len(part)} | {caught} | {100 * caught / len(part):.1f} % |")
-    every = [result for part in results for result in part]
-    caught = sum(result.outcome != SURVIVED for result in every)
+    for one in examinations:
+        lines.append(f"| `{one.results[0].source}` | {_count(one)} | {one.caught} | {100 * one.share:.1f} % |")
+    together = Examination(
+        [result for one in examinations for result in one.results], sum(one.faults for one in examinations)
+    )
     lines += [
-        f"| together | {len(every)} | {caught} | {100 * caught / max(len(every), 1):.1f} % |",
+        f"| together | {_count(together)} | {together.caught} | {100 * together.share:.1f} % |",
         "",
         "## Survivors",
     ]
-    for part in results:
-        survivors = [result for result in part if result.outcome == SURVIVED]
+    for one in examinations:
+        survivors = [result for result in one.results if result.outcome == SURVIVED]
+        survivors.sort(key=lambda result: result.line)
         if survivors:
-            lines += ["", f"### `{part[0].source}`", ""]
+            lines += ["", f"### `{survivors[0].source}`", ""]
         for result in survivors:
             reason = reasons.get(result.source, {}).get(result.fault, "no reason is written down")
             lines.append(f"- line {result.line}, `{result.fault}`: {reason}")
     return "\n".join(lines) + "\n"
 
 
-def share(results: Sequence[Result]) -> float:
-    """The share of faults that are caught."""
-    return sum(result.outcome != SURVIVED for result in results) / len(results)
+def _count(one: Examination) -> str:
+    planted = len(one.results)
+    return str(planted) if planted == one.faults else f"{planted} of {one.faults}"
+
+
+def reported(target: Target, session: Session, root: Path = ROOT) -> Examination:
+    """What earlier runs said of the target, as long as its source is what it was."""
+    faults = faults_of((root / target.source).read_text(encoding="utf-8"))
+    digest = _digest([root / target.source, HERE / "faults.py"])
+    known = [session.results.get((target.source, fault.name)) for fault in faults]
+    return Examination([result for result in known if result and result.source_digest == digest], len(faults))
 
 
 def _test_files(root: Path, tests: Sequence[str]) -> list[Path]:
@@ -223,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="source files or folders of them; every target by default")
     parser.add_argument("--jobs", type=int, default=1, help="faults planted at once, each in a tree of its own")
+    parser.add_argument("--sample", type=int, help="plant at most so many faults of a file; every one by default")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--least", type=float, default=0.9, help="share that every file must reach")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants", help="folder for trees and results")
@@ -243,25 +287,13 @@ def main(arguments: Sequence[str]) -> int:
     session = Session(options.build / "results.jsonl", options.fresh)
     load(["hypothesis", "torch"])
     trees = [Tree(ROOT, options.build / f"tree-{number}") for number in range(options.jobs)]
-    examined = {target.source: examine(target, trees, session) for target in wanted}
-    # The report holds every target that has been looked at, as long as its source is what it was.
-    for target in targets:
-        if target.source not in examined:
-            faults = faults_of((ROOT / target.source).read_text(encoding="utf-8"))
-            digest = _digest([ROOT / target.source, HERE / "faults.py"])
-            known = [session.results.get((target.source, fault.name)) for fault in faults]
-            if all(result is not None and result.source_digest == digest for result in known):
-                examined[target.source] = [result for result in known if result is not None]
-    ordered = [examined[target.source] for target in targets if examined.get(target.source)]
-    options.out.write_text(report(ordered, read_reasons()), encoding="utf-8")
-    poor = [
-        target.source
-        for target in wanted
-        if examined[target.source] and share(examined[target.source]) < options.least
-    ]
+    examined = {target.source: examine(target, trees, session, sample=options.sample) for target in wanted}
+    # The report holds what is known of the other targets, too.
+    everything = [examined.get(target.source) or reported(target, session) for target in targets]
+    options.out.write_text(report([one for one in everything if one.results], read_reasons()), encoding="utf-8")
     for target in wanted:
-        print(f"{100 * share(examined[target.source]):5.1f} %  {target.source}")
-    return 1 if poor else 0
+        print(f"{100 * examined[target.source].share:5.1f} %  {target.source}")
+    return 1 if any(one.results and one.share < options.least for one in examined.values()) else 0
 
 
 def _is_below(source: str, places: Sequence[str]) -> bool:

@@ -104,7 +104,7 @@ def toy(tmp_path):
     return tmp_path
 
 
-def examine(root, tests="tests/test_toy.py"):
+def examine(root, tests="tests/test_toy.py", sample=None):
     """Outcomes by fault, how many faults were planted, and the report."""
     code = (
         f"import hypothesis, json, pytest, sys; sys.path.insert(0, {str(HERE)!r})\n"
@@ -112,12 +112,15 @@ def examine(root, tests="tests/test_toy.py"):
         "root = Path(sys.argv[1]); session = Session(root / 'build' / 'results.jsonl')\n"
         "trees = [Tree(root, root / 'build' / f'tree-{number}') for number in range(2)]\n"
         "before = len(session.results) and len((root / 'build' / 'results.jsonl').read_text().splitlines())\n"
-        "results = examine(Target('t2i_spo_plugin/toy.py', (sys.argv[2],)), trees, session, root, 1.0)\n"
+        "target, sample = Target('t2i_spo_plugin/toy.py', (sys.argv[2],)), json.loads(sys.argv[3])\n"
+        "one = examine(target, trees, session, 10.0, sample)\n"
         "planted = len((root / 'build' / 'results.jsonl').read_text().splitlines()) - before\n"
-        "text = report([results], {'t2i_spo_plugin/toy.py': {'longer: a > b -> (a >= b)': 'a reason'}})\n"
-        "print(json.dumps([{r.fault: r.outcome for r in results}, planted, text]))"
+        "text = report([one], {'t2i_spo_plugin/toy.py': {'longer: a > b -> (a >= b)': 'a reason'}})\n"
+        "print(json.dumps([{r.fault: r.outcome for r in one.results}, planted, text]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(root), tests], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root), tests, json.dumps(sample)], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -136,6 +139,18 @@ def test_faults_that_no_test_sees_survive_and_are_planted_again_when_the_tests_c
         file.write("\n\ndef test_equal():\n    assert not longer(1, 1)\n")
     outcomes, planted, text = examine(toy)
     assert planted == 1 and set(outcomes.values()) == {"caught"} and "| 2 | 2 | 100.0 % |" in text
+
+
+def test_a_sample_is_the_same_every_time_and_part_of_a_larger_one(toy):
+    (toy / "t2i_spo_plugin" / "toy.py").write_text("def longer(a, b):\n    return a > b and a - b > 0\n")
+    samples = [set(examine(toy, sample=size)[0]) for size in (2, 4)]
+    assert list(map(len, samples)) == [2, 4] and samples[0] < samples[1]
+    outcomes, planted, text = examine(toy, sample=4)
+    assert set(outcomes) == samples[1] and planted == 0
+    every = len(faults_of((toy / "t2i_spo_plugin" / "toy.py").read_text()))
+    assert every > 4 and f"| `t2i_spo_plugin/toy.py` | 4 of {every} |" in text
+    outcomes, planted, text = examine(toy)
+    assert planted == every - 4 and f"| `t2i_spo_plugin/toy.py` | {every} |" in text
 
 
 def test_a_fault_that_shows_only_in_another_test_is_caught(toy):
