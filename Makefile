@@ -6,7 +6,7 @@
 #   make comfy-test  the tests against ComfyUI itself; COMFY="0.30.0" chooses versions (gigabytes and minutes, once)
 #   make bench     the benchmarks, as ratios within one run
 #   make docs     the documentation as a site, in build/site
-#   make mutants    plants faults one at a time and counts those that the tests see (hours); FILES="..." chooses
+#   make mutants    plants faults one at a time and counts those that the tests see (hours); FILES="..." chooses, SAMPLE=30 takes few of each file
 #   make sticker   rebuilds every bundled artefact of the sticker world (hours)
 PYTHON ?= python3
 JOBS ?= 2
@@ -113,8 +113,9 @@ sticker: $(STAMP)
 
 # Which faults, files and tests: tests/mutants. What is found is kept, so a run that was stopped goes on where it was.
 FILES ?=
+SAMPLE ?=
 mutants: $(STAMP)
-	$(BIN)/python tests/mutants/run.py $(FILES) --jobs $(JOBS)
+	$(BIN)/python tests/mutants/run.py $(FILES) --jobs $(JOBS) $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -170,3 +170,89 @@ def test_a_gate_network_refuses_predictions_of_another_base():
 def test_an_adapter_gate_out_of_range_is_refused(options):
     with pytest.raises(ConfigError):
         AdapterGate(**options)
+
+
+@pytest.mark.parametrize("threshold", [True, math.inf, -math.inf])
+def test_a_threshold_that_is_no_finite_number_is_refused(threshold):
+    with pytest.raises(ConfigError, match="threshold must be"):
+        AdapterGate(threshold)
+
+
+def test_a_gate_may_decide_in_all_steps_and_by_default_in_two_of_25():
+    assert AdapterGate(0, until=1.0).in_decision_window(0.99)
+    assert [step for step in range(25) if AdapterGate(0.5).in_decision_window(step / 25)] == [0, 1]
+
+
+def test_a_prediction_of_zeros_that_does_not_change_scores_zero():
+    zeros = torch.zeros(1, 2, 3)
+    assert norm_score(zeros, zeros).tolist() == [0.0]
+    assert norm_score(zeros, zeros + 1.0).item() > 1e6
+
+
+def test_scores_are_of_whole_predictions_whatever_their_shape():
+    without = torch.ones(2, 3, 4, 5)
+    changed_one = without.clone()
+    changed_one[1, 2, 3, 4] = 3.0
+    assert norm_score(without, changed_one).tolist() == pytest.approx([0.0, 4.0 / 60])
+
+
+def test_a_gate_with_a_network_decides_by_its_score():
+    network = GateNetwork(3, width=4)
+    without = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scores = network.score(without, without + 1)
+    assert torch.equal(AdapterGate(0.0, network=network).score(without, without + 1), scores)
+    state = GateState(AdapterGate(float(scores.max()), network=network), 2)
+    state.decide(without, without + 1)
+    assert state.gated_on.tolist() == (scores >= scores.max()).tolist()
+
+
+def test_what_is_reported_holds_on_to_no_gradient():
+    without, with_adapter = changed(0.1, 0.2)
+    state = GateState(AdapterGate(0.5), 2)
+    state.decide(without, with_adapter.requires_grad_())
+    assert not state.report.scores.requires_grad
+
+
+def test_a_gate_network_is_two_convolutions_over_the_normalised_change():
+    network = GateNetwork(2, width=5)
+    place = torch.Generator().manual_seed(0)
+    for value in network.state_dict().values():
+        value.copy_(torch.randn(value.shape, generator=place))
+    state = {name: value.double() for name, value in network.state_dict().items()}
+    without, change = (torch.randn(3, 2, 6, 8, generator=place) for _ in range(2))
+    features = torch.cat([change, without], 1).double()
+    x = (features - state["mean"].view(1, -1, 1, 1)) / state["std"].view(1, -1, 1, 1)
+    for layer, stride in (("near", 1), ("far", 2)):
+        x = torch.nn.functional.conv2d(x, state[f"{layer}.weight"], state[f"{layer}.bias"], stride, padding=1)
+        x = x * torch.sigmoid(x)
+    expected = x.mean((2, 3)) @ state["head.weight"][0] + state["head.bias"]
+    score = network.score(without, without + change)
+    torch.testing.assert_close(score.double(), expected, rtol=1e-3, atol=1e-4)
+    assert not score.requires_grad
+
+
+def test_a_new_gate_network_does_not_scale_and_has_the_sizes_of_its_files():
+    shapes = {name: tuple(value.shape) for name, value in GateNetwork(3).state_dict().items()}
+    assert shapes == {
+        "mean": (6,),
+        "std": (6,),
+        "near.weight": (48, 6, 3, 3),
+        "near.bias": (48,),
+        "far.weight": (48, 48, 3, 3),
+        "far.bias": (48,),
+        "head.weight": (1, 48),
+        "head.bias": (1,),
+    }
+    assert GateNetwork(3).mean.tolist() == [0.0] * 6 and GateNetwork(3).std.tolist() == [1.0] * 6
+
+
+def test_features_are_the_change_and_the_prediction_as_maps_of_channels():
+    without, with_adapter = torch.arange(24.0).view(1, 2, 3, 4), torch.arange(24.0).view(1, 2, 3, 4) * 3
+    features = change_features(without, with_adapter)
+    assert torch.equal(features[:, :2], without * 2) and torch.equal(features[:, 2:], without)
+    tokens = change_features(torch.arange(6.0).view(1, 3, 2), torch.zeros(1, 3, 2))
+    assert tokens.shape == (1, 4, 3, 1) and tokens[0, 2:, :, 0].tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    frames = change_features(torch.arange(24.0).view(1, 2, 3, 2, 2), torch.zeros(1, 2, 3, 2, 2))
+    assert torch.equal(frames[0, 2:], torch.arange(24.0).view(2, 6, 2))
+    with pytest.raises(ConfigError, match="cannot read predictions of shape"):
+        change_features(torch.zeros(1, 3), torch.zeros(1, 3))

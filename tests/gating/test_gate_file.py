@@ -64,3 +64,26 @@ def test_gate_metadata_says_what_the_gate_was_trained_for(tmp_path):
 def test_an_adapter_is_no_adapter_gate(sd1, tmp_path):
     with pytest.raises(AdapterError, match="is no file of an adapter gate"):
         load_adapter_gate(write_adapter(random_adapter(sd1), tmp_path / "a.safetensors"))
+
+
+def test_a_network_that_was_read_is_not_trained_on(tmp_path):
+    path = save_adapter_gate(AdapterGate(0.3, network=GateNetwork(3)), tmp_path / "gate.safetensors")
+    network = load_adapter_gate(path).network
+    assert not network.training and not any(value.requires_grad for value in network.parameters())
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+
+
+def test_metadata_in_another_order_gives_equal_bytes(tmp_path):
+    texts = {"strength": "2", "adapter": "mine", "base": "b"}
+    one = save_adapter_gate(AdapterGate(0.3), tmp_path / "a.safetensors", texts)
+    two = save_adapter_gate(AdapterGate(0.3), tmp_path / "b.safetensors", dict(reversed(texts.items())))
+    assert one.read_bytes() == two.read_bytes()
+    assert list(gate_metadata(two)) == ["adapter", "base", "strength"]
+
+
+def test_a_file_with_a_name_of_a_pickle_is_not_opened(tmp_path):
+    path = save_adapter_gate(AdapterGate(0.3), tmp_path / "gate.safetensors").rename(tmp_path / "gate.pt")
+    for read in (load_adapter_gate, gate_metadata):
+        with pytest.raises(AdapterError, match="pickle"):
+            read(path)

@@ -42,3 +42,31 @@ def test_a_boundary_with_a_rounding_error_is_still_that_of_its_step():
 def test_a_window_out_of_range_is_refused(window):
     with pytest.raises(ConfigError):
         check_window(window)
+
+
+def test_a_schedule_may_use_the_whole_range_and_a_factor_of_zero():
+    schedule = Schedule([(0.0, 0.0), (1.0, 2.0)])
+    assert [schedule.factor(progress) for progress in (0.0, 0.25, 1.0)] == [0.0, 0.5, 2.0]
+    assert Schedule([(0.5, 3)]).points == ((0.5, 3.0),)
+
+
+@pytest.mark.parametrize("points", [[(0.6, 1.0), (0.4, 1.0)], [(-0.1, 1.0)], [(0.5, float("inf"))], [(0.1, 1.0, 2.0)]])
+def test_points_that_make_no_line_are_refused(points):
+    with pytest.raises(ConfigError):
+        Schedule(points)
+
+
+def test_a_window_comes_back_as_two_floats():
+    assert check_window((0, 1)) == (0.0, 1.0) and check_window([0.25, 0.5]) == (0.25, 0.5)
+
+
+def test_a_window_begins_with_its_start_and_ends_before_its_end():
+    window = (0.2, 0.6)
+    assert [in_window(progress, window) for progress in (0.19, 0.2, 0.4, 0.59, 0.6, 0.61)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]

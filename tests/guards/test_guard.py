@@ -143,3 +143,60 @@ def test_a_blocked_image_keeps_its_form_and_its_neighbours(block, form):
     else:
         assert after[0].diff(dim=-1).abs().mean() < 0.2 * before[0].diff(dim=-1).abs().mean()
     assert torch.equal(to_tensor(blocked_report.images), after)
+
+
+def test_a_guard_is_known_by_its_model_and_its_policy():
+    one, same = Guard(ColourCost(), colour_policy()).identity, Guard(ColourCost(), colour_policy()).identity
+    other = Guard(ColourCost(), Policy("p", "photo", (Category("red"),))).identity
+    assert one == same and set(one) == {"cost_model", "policy"}
+    assert other["cost_model"] == one["cost_model"] and other["policy"] != one["policy"]
+
+
+def test_a_guard_blocks_nothing_and_overrides_nothing_unless_it_is_told_to():
+    guard = Guard(ColourCost(), colour_policy())
+    assert (guard.block, guard.override_domain, guard.name) == ("none", False, "")
+    image = [plain(RED)]
+    assert guard.apply_block(image, guard(image))[0] is image
+    blocking = Guard(ColourCost(), colour_policy(), block="black", name="colour/1")
+    safe = [plain(GREY)]
+    report = blocking(safe)
+    assert blocking.apply_block(safe, report) == (safe, report) and report.cost_model == "colour/1"
+
+
+@pytest.mark.parametrize("form", ["array", "tensor", "image", "tuple"])
+def test_a_single_blocked_image_comes_back_as_it_came(form):
+    guard = Guard(ColourCost(), colour_policy(), block="black")
+    array = np.asarray(plain(RED))
+    image = {
+        "array": array,
+        "tensor": torch.from_numpy(array.copy()).permute(2, 0, 1),
+        "image": plain(RED),
+        "tuple": (plain(RED),),
+    }[form]
+    blocked, report = guard.apply_block(image, guard(image))
+    assert isinstance(blocked, list if form == "tuple" else type(image))
+    assert getattr(blocked, "shape", None) == getattr(image, "shape", None) and len(report.images) == 1
+    assert not to_tensor(blocked).any()
+
+
+def test_more_images_than_are_scored_at_once_are_all_scored_in_order():
+    calls = []
+
+    class Counting(ColourCost):
+        def __call__(self, images):
+            calls.append(len(images))
+            return super().__call__(images)
+
+    images = [plain((level, 0, 0), (4, 4)) for level in range(100, 230)]
+    report = Guard(Counting(), colour_policy())(images)
+    assert sum(calls) == 130 and max(calls) <= 64
+    assert report.costs.tolist() == sorted(report.costs.tolist()) and report.costs[0] < report.costs[-1]
+
+
+def test_what_a_guard_scores_carries_no_gradient():
+    class Learning(ColourCost):
+        def __call__(self, images):
+            assert not torch.is_grad_enabled()
+            return super().__call__(images)
+
+    assert Guard(Learning(), colour_policy())(plain(RED)).reasons == [None]

@@ -130,3 +130,71 @@ def test_smooth_pixelating_has_no_edges_and_no_more_detail():
     steepest = [float(image.diff(dim=-1).abs().max()) for image in (smooth, hard, pixels)]
     assert steepest[0] < steepest[1] / 8 < steepest[2] / 8
     assert torch.allclose(smooth.mean((1, 2)), pixels.mean((1, 2)), atol=0.02)
+
+
+def test_pixelating_replaces_whole_cells_in_the_region_and_one_around_it():
+    image = noise(60, 48)
+    # Twelve pixels across are six cells of two.
+    hidden = hide(image, region(60, 48, (14, 20, 22, 32)), "pixelate")
+    cells = image.unflatten(1, (30, 2)).unflatten(3, (24, 2)).mean((2, 4))
+    cells = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    expected = image.clone()
+    expected[:, 18:34, 12:24] = cells[:, 18:34, 12:24]
+    torch.testing.assert_close(hidden, expected)
+
+
+def test_cells_are_rounded_up_and_follow_the_longest_of_several_parts():
+    image = noise(60, 60)
+    both = region(60, 60, (0, 0, 13, 2)) | region(60, 60, (30, 30, 33, 34))
+    hidden = hide(image, both, "pixelate")  # thirteen pixels: cells of three
+    cells = image.unflatten(1, (20, 3)).unflatten(3, (20, 3)).mean((2, 4))
+    cells = cells.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    expected = image.clone()
+    for rows, columns in ((slice(0, 6), slice(0, 18)), (slice(27, 39), slice(27, 36))):
+        expected[:, rows, columns] = cells[:, rows, columns]
+    torch.testing.assert_close(hidden, expected)
+
+
+def test_blurring_replaces_the_region_wholly_and_fades_out_around_it():
+    image = torch.zeros(3, 60, 60)
+    image[:, :, ::2] = 1.0
+    where = region(60, 60, (24, 24, 36, 36))
+    hidden = hide(image, where)
+    smooth = pixelate(image, (30, 30), smooth=True)
+    torch.testing.assert_close(hidden[:, where], smooth[:, where])
+    share = ((hidden - image) / (smooth - image)).mean(0)[30]
+    assert share[24:36].tolist() == pytest.approx([1.0] * 12, abs=1e-5)
+    outside = share[36:42].tolist()
+    assert outside == sorted(outside, reverse=True) and outside[0] > 0.5 and outside[-1] == 0.0
+    assert torch.equal(hidden[:, :, 42:], image[:, :, 42:]) and torch.equal(hidden[:, 42:], image[:, 42:])
+
+
+@pytest.mark.parametrize("block", ["black", "blur"])
+@pytest.mark.parametrize("form", ["pil", "uint8", "float", "tensor", "bytes in a tensor"])
+def test_an_image_with_transparency_is_blocked_as_one_without_any(block, form):
+    image = torch.cat([noise(12, 9), torch.full((1, 12, 9), 0.25)])
+    pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8)
+    single = {
+        "pil": Image.fromarray(pixels.numpy(), "RGBA"),
+        "uint8": pixels.numpy(),
+        "float": image.permute(1, 2, 0).numpy(),
+        "tensor": image,
+        "bytes in a tensor": pixels.permute(2, 0, 1),
+    }[form]
+    blocked = block_image(single, block)
+    if form == "pil":
+        assert blocked.size == (9, 12) and np.asarray(blocked).any() == (block == "blur")
+        return
+    seen = blocked.float() if isinstance(blocked, torch.Tensor) else torch.from_numpy(blocked).float()
+    seen = seen if "tensor" in form else seen.permute(2, 0, 1)
+    whole = 1.0 if form in ("float", "tensor") else 255.0
+    assert seen.shape == (4, 12, 9) and torch.equal(seen[3], torch.full((12, 9), whole))
+    assert bool(seen[:3].any()) == (block == "blur") and float(seen[:3].max()) <= whole
+
+
+def test_a_file_is_blocked_as_an_image_of_its_size(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray((noise(12, 9).permute(1, 2, 0) * 255).to(torch.uint8).numpy()).save(path)
+    black = block_image(path, "black")
+    assert isinstance(black, Image.Image) and black.size == (9, 12) and not np.asarray(black).any()
+    assert np.asarray(block_image(path.read_bytes(), "blur")).any() and block_image(path, "none") is path

@@ -95,3 +95,98 @@ def test_a_yaml_tag_runs_nothing(tmp_path):
     path.write_text("name: !!python/object/apply:os.getcwd []")
     with pytest.raises(PolicyError, match="not a YAML file"):
         Policy.from_yaml(path)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1, math.nan, True, "0.5"])
+def test_a_threshold_lies_strictly_within_0_and_1(threshold):
+    with pytest.raises(PolicyError, match="x: threshold must lie strictly between 0 and 1"):
+        Category("x", threshold)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight": -0.01}, "weight must be"),
+        ({"weight": math.inf}, "weight must be"),
+        ({"weight": True}, "weight must be"),
+        ({"enabled": 1}, "enabled must be"),
+        ({"description": 3}, "description must be"),
+        ({"name": " "}, "needs a name"),
+        ({"name": 3}, "needs a name"),
+    ],
+)
+def test_a_category_that_means_nothing_is_refused(options, said):
+    with pytest.raises(PolicyError, match=said):
+        Category(**({"name": "x"} | options))
+
+
+def test_a_category_counts_at_one_half_with_weight_one_unless_it_says_otherwise():
+    assert Category("x") == Category("x", 0.5, 1.0, True, "")
+    assert Category("x", weight=0.0).weight == 0.0 and Category("x", 1e-9).threshold == 1e-9
+
+
+@pytest.mark.parametrize("field", ["name", "domain"])
+@pytest.mark.parametrize("value", ["", "  ", None, 3])
+def test_a_policy_needs_name_and_domain(field, value):
+    with pytest.raises(PolicyError, match=f"a policy needs a {field}"):
+        Policy(**({"name": "p", "domain": "d", "categories": (Category("x"),)} | {field: value}))
+
+
+def test_a_policy_takes_its_categories_as_any_sequence_and_counts_the_enabled_ones():
+    policy = Policy("p", "d", [Category("x"), Category("y", enabled=False)])
+    assert policy.categories == (Category("x"), Category("y", enabled=False))
+    assert policy.enabled == (Category("x"),)
+    with pytest.raises(PolicyError, match="no category is enabled"):
+        Policy("p", "d", [Category("y", enabled=False)])
+
+
+@pytest.mark.parametrize(
+    ("logits", "temperature"),
+    [(torch.zeros(3), torch.ones(3)), (torch.zeros(1, 3), torch.ones(2)), (torch.zeros(1, 3), torch.ones(1, 3))],
+)
+def test_logits_and_temperatures_have_a_column_for_each_category_of_the_model(policy, logits, temperature):
+    with pytest.raises(PolicyError, match="expected logits"):
+        policy.category_costs(logits, temperature, ("alcohol", "rude", "death"))
+
+
+def test_every_temperature_is_positive(policy):
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(PolicyError, match="positive"):
+            policy.category_costs(torch.zeros(1, 3), torch.tensor([1.0, 1.0, bad]), ("alcohol", "rude", "death"))
+
+
+def test_the_cost_is_over_two_dimensions(policy):
+    with pytest.raises(PolicyError, match="enabled categories"):
+        policy.cost(torch.zeros(2))
+    assert policy.cost(torch.tensor([[0.1, 0.7], [0.6, 0.2]])).tolist() == pytest.approx([0.7, 0.6])
+
+
+def test_stretching_is_straight_on_both_sides_of_the_threshold():
+    values = torch.tensor([0.1, 0.15, 0.4, 0.8])
+    expected = torch.tensor([0.25, 0.375, 0.5 + 0.5 * 0.2 / 0.8, 0.5 + 0.5 * 0.6 / 0.8])
+    torch.testing.assert_close(stretch(values, 0.2), expected)
+
+
+def test_a_policy_as_text_keeps_the_order_of_its_fields_and_words_of_any_language():
+    text = Policy("p", "d", (Category("x", description="Waffen – größer"),)).to_yaml()
+    assert "größer" in text and [line.split(":")[0] for line in text.splitlines()[:3]] == [
+        "name",
+        "domain",
+        "categories",
+    ]
+
+
+def test_what_a_policy_file_does_not_know_is_named(tmp_path):
+    path = tmp_path / "policy.yaml"
+    for text, said in (
+        (
+            "name: a\ndomain: b\nauthor: c\nbase: d\ncategories: [{name: x}]",
+            "unknown author, base; known are categories, domain, name",
+        ),
+        ("name: a\ndomain: b\ncategories: [x]", "a category: expected a mapping with description, enabled, name"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PolicyError, match=said):
+            Policy.from_yaml(path)
+    with pytest.raises(PolicyError, match="policy.yaml"):
+        Policy.from_yaml(tmp_path / "none" / "policy.yaml")

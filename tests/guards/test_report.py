@@ -82,3 +82,56 @@ def test_reports_join_to_that_of_the_whole_batch(guard):
     assert all(torch.equal(a, b) for a, b in zip(joined.heat_maps(), whole.heat_maps(), strict=True))
     with pytest.raises(ValueError, match="no report"):
         join_reports([])
+
+
+def test_a_report_says_which_look_it_was_and_hides_what_was_not_scored():
+    report = Guard(NaNCost(), colour_policy())([plain(RED), plain((0, 0, 0))])
+    assert report.view(1) is None and report.note(1) == "" and report.note(0) == ""
+    assert report.view(0).image.size == (16, 12) and report.view(0, "blue").note == ""
+    assert report.region(1).shape == (12, 16)
+    for ask in (report.view, report.note, report.region):
+        with pytest.raises(ConfigError, match="no enabled category 'green'"):
+            ask(0, category="green")
+    with pytest.raises(ConfigError, match="no enabled category"):
+        report.unsafe(category="green")
+
+
+def test_a_region_reaches_down_to_its_threshold(guard):
+    image = plain(GREY, (32, 32))
+    image.paste(RED, (0, 0, 16, 32))
+    report = guard(image)
+    heat_map = report.heat_map(0)
+    for threshold in (0.3, 0.5, 0.6):
+        assert torch.equal(report.region(0, threshold), heat_map >= threshold)
+    assert bool(report.region(0, 0.6).any()) and not bool(report.region(0, 0.6).all())
+    assert not bool(report.region(0, 0.999).any()), "the image itself does not reach it"
+    assert report.unsafe(float(report.costs[0])) == [True]
+
+
+def test_blocked_images_stand_for_every_look_at_what_they_replace(guard):
+    images = [plain(RED), plain(GREY)]
+    report = guard(images)
+    black = plain((0, 0, 0), (8, 6))
+    other = report.with_images([black, images[1]])
+    assert other.images == [black, images[1]] and other.costs is report.costs
+    assert {view.image.size for view in other.views[0].values()} == {(8, 6)}
+    assert set(other.views[0]) == set(report.views[0]) and other.views[1] is report.views[1]
+    failed = Guard(NaNCost(), colour_policy())(plain((0, 0, 0)))
+    assert failed.with_images([black]).views == [{}]
+
+
+def test_the_map_of_a_category_is_calibrated_by_its_temperature_and_threshold():
+    """The map's logits of two categories, at temperatures and thresholds of their own."""
+    report = Guard(ColourCost(), colour_policy())(plain(RED))
+    names = [category.name for category in report.policy.enabled]
+    for category in report.policy.enabled:
+        index = report.categories.index(category.name)
+        logit = float(report.logit_maps[0][index].flatten()[0])
+        chance = torch.sigmoid(torch.tensor(logit / float(report.temperature[index]))).item()
+        low = chance < category.threshold
+        expected = 0.5 * chance / category.threshold
+        expected = expected if low else 0.5 + 0.5 * (chance - category.threshold) / (1 - category.threshold)
+        assert float(report.heat_map(0, category.name)[0, 0]) == pytest.approx(
+            min(expected, report.category_costs[0][category.name]), abs=1e-5
+        )
+    assert len(names) == 2

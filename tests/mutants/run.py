@@ -10,9 +10,11 @@ shares and the survivors.
     python tests/mutants/run.py t2i_spo_plugin/metrics --jobs 2 # files below a folder
     python tests/mutants/run.py --fresh                         # nothing is taken from earlier runs
     python tests/mutants/run.py --sample 40                     # at most 40 faults of a file, the same ones each time
+    python tests/mutants/run.py --sample 0                      # only the report is written anew
 
-A process with the libraries loaded that the tests need is forked for each fault, and the tests that call the function
-with the fault run first, so that a fault costs little more than the quickest test that sees it. Needs POSIX.
+A process that has collected the tests is forked for each fault, the code of the function with the fault is exchanged
+in it, and the tests that call this function run, the quickest first, so that a fault costs little more than the
+quickest test that sees it. Needs POSIX.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import planting
 import yaml
 from faults import Fault, faults_of
-from trees import SURVIVED, Coverage, Run, Tree, load
+from trees import NOT_THERE, SURVIVED, Host, HostRun, Run, Tree, load
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,82 +126,129 @@ class Session:
         return result if result.outcome != SURVIVED or result.tests_digest == tests_digest else None
 
 
+@dataclass
+class _Job:
+    """One fault of a target in a tree, and how it may still be looked at."""
+
+    target: Target
+    fault: Fault
+    run: Run | HostRun | None = None
+    ways: list[str] = field(default_factory=list)
+
+
 def examine(
-    target: Target,
+    targets: Sequence[Target],
     trees: Sequence[Tree],
     session: Session,
     grace: float = 10.0,
     sample: int | None = None,
-) -> Examination:
-    """Plant every fault of the target, or a sample of them, several at once where there are several trees.
+) -> dict[str, Examination]:
+    """Plant every fault of the targets, or a sample of them, several at once where there are several trees.
 
-    The tests that call the function of a fault run first; before it is said to survive, all of them have run.
+    Those tests run that call the function of the fault, the quickest first. So a fault that shows only in a test which
+    does not call it, but sees what another test left behind, counts as one that survives.
 
     Args:
-        target: the file and its tests.
+        targets: the files and their tests.
         trees: copies of the working tree to plant faults in; source and tests are read from the first.
         session: keeps the results, and knows those of earlier runs.
-        grace: seconds beyond four times those of the tests without a fault, after which a fault is timed out.
-        sample: of more faults than this only so many are planted.
+        grace: seconds of computing beyond four times those of the tests without a fault; then a fault is timed out.
+        sample: of more faults than this only so many are planted in a file.
 
     Raises:
         RuntimeError: the tests fail without any fault, or there are none.
     """
     root = trees[0].folder  # the working tree may change while this runs
-    text = (root / target.source).read_text(encoding="utf-8")
-    # Other kinds of faults are other results, too.
-    digests = _digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests))
-    every_fault = faults_of(text)
-    faults = ranked(target.source, every_fault)[:sample]
-    known = {fault.name: session.known(target, fault, *digests) for fault in faults}
-    todo = [fault for fault in faults if known[fault.name] is None]
-    coverage = Coverage({}, {}, [])
+    texts = {target.source: (root / target.source).read_text(encoding="utf-8") for target in targets}
+    every = {source: ranked(source, faults_of(text)) for source, text in texts.items()}
+    digests = {
+        # Other kinds of faults are other results, too.
+        target.source: (_digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests)))
+        for target in targets
+    }
+    todo = [
+        _Job(target, fault)
+        for target in targets
+        for fault in every[target.source][:sample]
+        if session.known(target, fault, *digests[target.source]) is None
+    ]
     if todo:
-        coverage = _coverage(target, trees[0])
-        print(f"{target.source}: {len(todo)} of {len(faults)} faults", flush=True)
-    every = sum(coverage.seconds.values())
-    running: dict[Tree, tuple[Fault, Run, float, bool]] = {}
+        tests = list(dict.fromkeys(test for job in todo for test in job.target.tests))
+        hosts = {tree: Host(tree, tests, list(dict.fromkeys(job.target.source for job in todo))) for tree in trees}
+        try:
+            _examine(todo, hosts, texts, digests, session, grace)
+        finally:
+            for tree, host in hosts.items():
+                host.close()
+                for source, text in texts.items():
+                    tree.write(source, text)
+    return {
+        source: Examination([session.results[source, fault.name] for fault in faults[:sample]], len(faults))
+        for source, faults in every.items()
+    }
 
-    def start(tree: Tree, fault: Fault, whole: bool) -> None:
-        tests = [] if whole or fault.span is None else coverage.tests_of(fault.span)
-        seconds = sum(coverage.seconds[test] for test in tests) if tests else every
-        run = tree.start(tests or target.tests)
-        running[tree] = fault, run, 4.0 * seconds + grace, not tests or len(tests) == len(coverage.seconds)
+
+def _examine(
+    todo: list[_Job],
+    hosts: dict[Tree, Host],
+    texts: dict[str, str],
+    digests: dict[str, tuple[str, str]],
+    session: Session,
+    grace: float,
+) -> None:
+    for host in hosts.values():
+        host.wait()
+    coverage = next(iter(hosts.values())).coverage()
+    load(coverage.modules)
+    seconds = sum(coverage.seconds.values())
+    print(f"{len(todo)} faults, {len(coverage.seconds)} tests of {seconds:.0f} s", flush=True)
+    running: dict[Tree, _Job] = {}
+
+    def start(tree: Tree, job: _Job) -> None:
+        source, span = job.target.source, job.fault.span
+        planted = job.fault.plant(texts[source])
+        tests = coverage.tests_of(source, span, job.target.tests)
+        if job.run is None:
+            tree.write(source, planted)
+            place = planting.changed_function(texts[source], planted)
+            job.ways = ["in place"] if place and tests else ["anew"]
+            if place and coverage.is_called_early(source, span):
+                job.ways.append("anew")
+        if job.ways.pop(0) == "in place":
+            place = planting.changed_function(texts[source], planted)
+            fault = {"source": source, "text": texts[source], "planted": planted, "place": place}
+            job.run = hosts[tree].start(tests, fault, limit(tests))
+        else:
+            if span is None or not tests:
+                tests = tests + [test for test in coverage.among(job.target.tests) if test not in tests]
+            job.run = tree.start(tests, limit(tests))
+
+    def limit(tests: Sequence[str]) -> float:
+        return 4.0 * sum(coverage.seconds[test] for test in tests) + grace
 
     try:
         while todo or running:
-            for tree in [tree for tree in trees if tree not in running][: len(todo)]:
-                fault = todo.pop(0)
-                tree.write(target.source, fault.plant(text))
-                start(tree, fault, whole=False)
-            for tree, (fault, run, timeout, whole) in list(running.items()):
-                outcome = run.outcome(timeout)
-                if outcome == SURVIVED and not whole:
-                    start(tree, fault, whole=True)
+            for tree in [tree for tree in hosts if tree not in running][: len(todo)]:
+                running[tree] = todo.pop(0)
+                start(tree, running[tree])
+            for tree, job in list(running.items()):
+                outcome = job.run.outcome() if job.run else None
+                if outcome == NOT_THERE and not job.ways:
+                    job.ways.append("anew")
+                if outcome in (SURVIVED, NOT_THERE) and job.ways:
+                    start(tree, job)
                 elif outcome is not None:
                     del running[tree]
-                    session.add(Result(target.source, fault.name, fault.line, outcome, *digests))
+                    source, fault = job.target.source, job.fault
+                    tree.write(source, texts[source])
+                    session.add(Result(source, fault.name, fault.line, outcome, *digests[source]))
                     if outcome == SURVIVED:
-                        print(f"  line {fault.line}, survived: {fault.name}", flush=True)
+                        print(f"  {source}:{fault.line}, survived: {fault.name}", flush=True)
             time.sleep(0.02)
     finally:
-        for _, run, _, _ in running.values():
-            run.kill()
-        for tree in trees:
-            tree.write(target.source, text)
-    return Examination([session.results[target.source, fault.name] for fault in faults], len(every_fault))
-
-
-def _coverage(target: Target, tree: Tree) -> Coverage:
-    """What the tests call and need when no fault stands in the tree."""
-    run = tree.start(target.tests, recorded=target.source)
-    while (outcome := run.outcome(3600.0)) is None:
-        time.sleep(0.02)
-    if outcome != SURVIVED:
-        raise RuntimeError(f"{target.source}: its tests fail without any fault\n{run.output}")
-    coverage = tree.coverage()
-    load(coverage.modules)
-    return coverage
+        for job in running.values():
+            if job.run:
+                job.run.kill()
 
 
 def report(examinations: Sequence[Examination], reasons: dict[str, dict[str, str]]) -> str:
@@ -241,7 +291,7 @@ def _count(one: Examination) -> str:
 
 
 def reported(target: Target, session: Session, root: Path = ROOT) -> Examination:
-    """What earlier runs said of the target, as long as its source is what it was."""
+    """All that is known of the target, as long as its source is what it was."""
     faults = faults_of((root / target.source).read_text(encoding="utf-8"))
     digest = _digest([root / target.source, HERE / "faults.py"])
     known = [session.results.get((target.source, fault.name)) for fault in faults]
@@ -285,15 +335,17 @@ def main(arguments: Sequence[str]) -> int:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     session = Session(options.build / "results.jsonl", options.fresh)
-    load(["hypothesis", "torch"])
+    if options.sample != 0:
+        load(["hypothesis", "torch"])
     trees = [Tree(ROOT, options.build / f"tree-{number}") for number in range(options.jobs)]
-    examined = {target.source: examine(target, trees, session, sample=options.sample) for target in wanted}
-    # The report holds what is known of the other targets, too.
-    everything = [examined.get(target.source) or reported(target, session) for target in targets]
+    examined = examine(wanted, trees, session, sample=options.sample)
+    # The report holds what earlier runs said of the other targets, and of other faults, too.
+    everything = [reported(target, session) for target in targets]
     options.out.write_text(report([one for one in everything if one.results], read_reasons()), encoding="utf-8")
-    for target in wanted:
-        print(f"{100 * examined[target.source].share:5.1f} %  {target.source}")
-    return 1 if any(one.results and one.share < options.least for one in examined.values()) else 0
+    shares = {source: one.share for source, one in examined.items() if one.results}
+    for source, share in shares.items():
+        print(f"{100 * share:5.1f} %  {source}")
+    return 1 if any(share < options.least for share in shares.values()) else 0
 
 
 def _is_below(source: str, places: Sequence[str]) -> bool:

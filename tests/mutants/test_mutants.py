@@ -113,7 +113,7 @@ def examine(root, tests="tests/test_toy.py", sample=None):
         "trees = [Tree(root, root / 'build' / f'tree-{number}') for number in range(2)]\n"
         "before = len(session.results) and len((root / 'build' / 'results.jsonl').read_text().splitlines())\n"
         "target, sample = Target('t2i_spo_plugin/toy.py', (sys.argv[2],)), json.loads(sys.argv[3])\n"
-        "one = examine(target, trees, session, 10.0, sample)\n"
+        "one = examine([target], trees, session, 10.0, sample)[target.source]\n"
         "planted = len((root / 'build' / 'results.jsonl').read_text().splitlines()) - before\n"
         "text = report([one], {'t2i_spo_plugin/toy.py': {'longer: a > b -> (a >= b)': 'a reason'}})\n"
         "print(json.dumps([{r.fault: r.outcome for r in one.results}, planted, text]))"
@@ -153,16 +153,17 @@ def test_a_sample_is_the_same_every_time_and_part_of_a_larger_one(toy):
     assert planted == every - 4 and f"| `t2i_spo_plugin/toy.py` | {every} |" in text
 
 
-def test_a_fault_that_shows_only_in_another_test_is_caught(toy):
-    """The first test calls the function, the second sees what it gave."""
-    (toy / "t2i_spo_plugin" / "toy.py").write_text("GIVEN = []\n\n\ndef give():\n    GIVEN.append(min(5, 7))\n")
+def test_faults_outside_of_functions_and_in_what_tests_are_collected_with_are_caught(toy):
+    """A constant, a default, a function that gives a test its parameters: the file is read anew with the fault."""
+    (toy / "t2i_spo_plugin" / "toy.py").write_text(
+        "LEAST = 2\n\n\ndef more(a, b=3):\n    return a + b\n\n\ndef cases():\n    return [5]\n"
+    )
     (toy / "tests" / "test_toy.py").write_text(
-        "from t2i_spo_plugin import toy\n\n\n"
-        "def test_give():\n    toy.give()\n\n\n"
-        "def test_given():\n    assert toy.GIVEN == [5]\n"
+        "import pytest\nfrom t2i_spo_plugin import toy\n\n\n"
+        "@pytest.mark.parametrize('case', toy.cases())\ndef test_more(case):\n    assert toy.more(toy.LEAST) == case\n"
     )
     outcomes, _, _ = examine(toy)
-    assert outcomes["give: min(5, 7) -> (max(5, 7))"] == outcomes["give: GIVEN.append(min(5, 7)) -> pass"] == "caught"
+    assert len(outcomes) == 6 and set(outcomes.values()) == {"caught"}
 
 
 @pytest.mark.slow

@@ -157,10 +157,58 @@ def test_every_family_is_recognised_and_others_are_refused():
         family_of(base_pipeline("hi-dream-image"))
 
 
+@pytest.fixture(scope="module")
+def pipes():
+    """One pipeline of each family, which stays as it is."""
+    return {name: tiny_pipeline(name) for name in ("sd1", "sdxl", "sd3")}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_another_denoiser_than_its_own_is_of_no_family(pipes, name):
+    family = type(family_of(pipes[name]))
+    assert [family.of(pipe) is not None for pipe in pipes.values()] == [other == name for other in pipes]
+    assert family.of(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_pipeline_without_text_is_of_no_family(pipes, name):
+    pipe = pipes[name]
+    parts = SimpleNamespace(unet=pipe.unet, vae=pipe.vae, scheduler=pipe.scheduler)
+    family = type(family_of(pipe))
+    assert family.of(parts) is None
+    parts.encode_prompt = pipe.encode_prompt
+    assert family.of(parts) is not None
+
+
+@pytest.mark.parametrize(("name", "count"), [("sd1", 1), ("sdxl", 2), ("sd3", 3)])
+def test_each_prompt_has_one_row_of_text_by_all_of_its_encoders(pipes, name, count):
+    pipe = pipes[name]
+    family = family_of(pipe)
+    encoders, called = family.text_encoders(pipe), []
+    handles = [encoder.register_forward_hook(lambda module, *_: called.append(module)) for encoder in encoders]
+    both = family.encode_prompts(pipe, ["a ball", "a cat on a mat"], "cpu")
+    for handle in handles:
+        handle.remove()
+    assert len(encoders) == count and set(map(id, called)) == set(map(id, encoders))
+    one = family.encode_prompts(pipe, ["a cat on a mat"], "cpu")
+    for key, values in both.items():
+        assert len(values) == 2
+        torch.testing.assert_close(values[1:], one[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_timesteps_are_drawn_from_the_whole_range_alike(pipes, name):
+    family = family_of(pipes[name])
+    place = torch.Generator().manual_seed(0)
+    drawn = [family.sample_index(10, 14, place) for _ in range(400)]
+    assert all(60 < drawn.count(index) < 140 for index in range(10, 14)) and set(drawn) == {10, 11, 12, 13}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         ({}, (0.0, 1.0)),
+        ({"shift_factor": None, "scaling_factor": None}, (0.0, 1.0)),
         ({"scaling_factor": 0.5}, (0.0, 0.5)),
         ({"shift_factor": 0.1, "scaling_factor": 2.0}, (0.1, 2.0)),
     ],

@@ -83,3 +83,60 @@ def test_focusing_refuses_bad_options():
         fo.Focusing(1.0, momentum=1.0)
     with pytest.raises(ConfigError, match="focusing"):
         fo.Focusing(1.0, kind="hard")
+
+
+def test_weights_by_their_formulas():
+    d = torch.tensor([0.5, 0.25])
+    assert fo.raw_weight(d, 2.0, "additive").tolist() == [2.0, 1.5]
+    assert fo.raw_weight(d, 3.0, "focal").tolist() == [0.125, 0.015625]
+    torch.testing.assert_close(fo.difficulty(torch.tensor([2.0])), 1.0 - torch.sigmoid(torch.tensor([2.0])))
+
+
+def test_focusing_is_off_at_eta_zero_and_on_above():
+    assert not fo.Focusing(0.0).active and fo.Focusing(1e-9).active
+
+
+@pytest.mark.parametrize("kind", fo.KINDS)
+def test_the_mean_begins_at_the_weight_of_an_undecided_pair(kind):
+    assert fo.Focusing(3.0, kind).mean == (2.5 if kind == "additive" else 0.125)
+    assert fo.Focusing(3.0).mean == 2.5, "additive unless it is said otherwise"
+
+
+def test_the_momentum_is_nine_tenths_unless_it_is_set_and_may_be_zero():
+    standard, none = fo.Focusing(1.0), fo.Focusing(1.0, momentum=0.0)
+    for focusing in (standard, none):
+        focusing.weigh(torch.tensor([1.0]))
+        focusing.update(focusing.pending())
+    assert standard.mean == pytest.approx(0.9 * 1.5 + 0.1 * 2.0) and none.mean == 2.0
+
+
+def test_each_step_counts_its_own_weights_alone():
+    focusing = fo.Focusing(1.0, momentum=0.0)
+    focusing.weigh(torch.tensor([1.0, 1.0]))
+    assert focusing.pending().tolist() == [4.0, 2.0]
+    focusing.weigh(torch.tensor([0.5]))
+    assert focusing.pending().tolist() == [5.5, 3.0]
+    focusing.update(focusing.pending())
+    assert focusing.pending().tolist() == [0.0, 0.0]
+    focusing.weigh(torch.tensor([0.0]))
+    focusing.update(focusing.pending())
+    assert focusing.mean == 1.0
+
+
+def test_a_step_without_pairs_leaves_the_mean():
+    focusing = fo.Focusing(1.0)
+    focusing.update(focusing.pending())
+    assert focusing.mean == 1.5
+
+
+def test_what_was_weighed_before_a_state_is_loaded_does_not_count():
+    focusing = fo.Focusing(1.0, momentum=0.0)
+    focusing.weigh(torch.tensor([1.0]))
+    focusing.load_state_dict({"focusing_mean": 1.25})
+    assert focusing.state_dict() == {"focusing_mean": 1.25} and focusing.pending().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("eta", "momentum"), [(float("nan"), 0.5), (1.0, -0.01), (1.0, 1.0), (1.0, float("nan"))])
+def test_numbers_out_of_range_are_refused(eta, momentum):
+    with pytest.raises(ConfigError, match="must"):
+        fo.Focusing(eta, momentum=momentum)

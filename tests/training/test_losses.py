@@ -146,3 +146,50 @@ def test_the_loser_guard_takes_the_ends_of_its_range(mu, scale):
     # g_w = (1, 1), g_l = (2, 2): |g_w|^2 / <g_w, g_l> = 1 / 2.
     scales = ob.loser_gradient_scale(torch.ones(1, 2), torch.zeros(1, 2), 2 * torch.ones(1, 2), torch.zeros(1, 2), mu)
     assert scales.tolist() == [scale]
+
+
+@pytest.mark.parametrize("per_pair", [False, True])
+def test_a_loser_may_push_freely_where_the_winner_is_predicted_exactly(per_pair):
+    scale = ob.loser_gradient_scale(
+        torch.ones(1, 2), torch.ones(1, 2), 2 * torch.ones(1, 2), torch.ones(1, 2), 0.5, per_pair
+    )
+    assert scale.tolist() == [1.0]
+
+
+def test_the_losers_gradient_is_never_enlarged():
+    # |g_w|^2 / <g_w, g_l> = 10.
+    scale = ob.loser_gradient_scale(
+        torch.ones(1, 2), torch.zeros(1, 2), 0.1 * torch.ones(1, 2), torch.zeros(1, 2), 0.0
+    )
+    assert scale.tolist() == [1.0]
+
+
+def test_each_pair_has_a_scale_of_its_own_only_where_that_is_asked_for():
+    # <g_w, g_l> is 4 and -2, |g_w|^2 is 2 and 2.
+    g_w, g_l = torch.ones(2, 2), torch.tensor([[2.0, 2.0], [-1.0, -1.0]])
+    zero = torch.zeros(2, 2)
+    assert ob.loser_gradient_scale(g_w, zero, g_l, zero, 0.5, per_pair=True).tolist() == [0.25, 1.0]
+    assert ob.loser_gradient_scale(g_w, zero, g_l, zero, 0.5).tolist() == [1.0, 1.0]
+    assert ob.loser_gradient_scale(g_w, zero, g_l, zero, 0.75).tolist() == [0.5, 0.5]
+
+
+def test_a_scale_is_a_constant_for_the_gradient():
+    sides = [torch.tensor([[1.0, 2.0]], requires_grad=True), torch.zeros(1, 2)] * 2
+    assert not ob.loser_gradient_scale(*sides, 0.5).requires_grad
+    scale = torch.tensor([0.5], requires_grad=True)
+    ob.scale_gradient(torch.tensor([3.0], requires_grad=True), scale).sum().backward()
+    assert scale.grad is None
+
+
+def test_a_margin_asks_for_that_much_larger_a_gap():
+    logit = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    expected = [math.log1p(math.exp(-(value - 0.7))) for value in logit.tolist()]
+    torch.testing.assert_close(ob.preference_loss(logit, 0.7), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(ob.preference_loss(logit + 0.7, 0.7), ob.preference_loss(logit))
+
+
+def test_soft_labels_give_the_cross_entropy_of_two_outcomes():
+    logit, target = torch.tensor([0.3, -1.2], dtype=torch.float64), torch.tensor([0.9, 0.6])
+    chance = torch.sigmoid(logit)
+    expected = -(target * chance.log() + (1 - target) * (1 - chance).log())
+    torch.testing.assert_close(ob.soft_preference_loss(logit, target), expected, rtol=1e-6, atol=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -41,3 +43,60 @@ def test_schedules_that_predict_something_else_are_refused():
     with pytest.raises(ConfigError, match="sample"):
         NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type="sample"))
     assert len(NoiseSchedule.from_scheduler(EulerDiscreteScheduler())) == 1000
+
+
+def _parts(*lengths):
+    return [torch.linspace(0.1, 0.9, length) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "parts", [_parts(3, 4, 3), _parts(3, 3, 4), _parts(0, 0, 0), [part[None] for part in _parts(3, 3, 3)]]
+)
+def test_a_schedule_is_three_rows_of_one_length(parts):
+    with pytest.raises(ConfigError, match="must share one shape"):
+        NoiseSchedule("epsilon", *parts)
+
+
+def test_a_schedule_of_one_timestep_is_one():
+    assert len(NoiseSchedule("flow", *_parts(1, 1, 1))) == 1
+
+
+def test_a_prediction_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="'noise' is not one of epsilon, v_prediction, flow"):
+        NoiseSchedule("noise", *_parts(3, 3, 3))
+
+
+def test_rounding_beyond_the_ends_gives_no_nan():
+    alphas = torch.tensor([1.0 + 1e-6, 0.25, -1e-6])
+    schedule = NoiseSchedule.from_scheduler(SimpleNamespace(config=SimpleNamespace(), alphas_cumprod=alphas))
+    assert schedule.signal.tolist() == [1.0, 0.5, 0.0] and schedule.sigma.tolist()[::2] == [0.0, 1.0]
+    assert schedule.sigma[1].item() == pytest.approx(0.75**0.5)
+    assert schedule.prediction == "epsilon" and schedule.timesteps.tolist() == [0, 1, 2]
+
+
+def test_a_scheduler_that_does_not_say_how_it_was_trained_is_refused():
+    for scheduler in (SimpleNamespace(config=None), SimpleNamespace(config=None, alphas_cumprod=None)):
+        with pytest.raises(ConfigError, match="SimpleNamespace has no training schedule"):
+            NoiseSchedule.from_scheduler(scheduler)
+
+
+def test_a_flow_has_as_many_timesteps_as_its_scheduler_and_counts_them_in_its_own_units():
+    schedule = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(num_train_timesteps=50))
+    assert len(schedule) == 50 and schedule.prediction == "flow"
+    torch.testing.assert_close(schedule.timesteps, torch.arange(1.0, 51.0))
+    torch.testing.assert_close(schedule.sigma, torch.arange(1.0, 51.0) / 50)
+    torch.testing.assert_close(schedule.signal, 1.0 - schedule.sigma)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2, 2, 2)])
+def test_samples_of_any_shape_have_each_their_own_level_and_keep_their_type(shape):
+    signal, sigma = torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.7])
+    latents, noise = torch.full(shape, 2.0, dtype=torch.float64), torch.full(shape, 3.0, dtype=torch.float64)
+    index = torch.tensor([1, 0, 1])
+    velocity = NoiseSchedule("v_prediction", signal, sigma, torch.arange(2))
+    noisy, target = velocity.noised(latents, noise, index), velocity.target(latents, noise, index)
+    assert noisy.dtype == target.dtype == torch.float64
+    expected = [(0.9 * 2 + 0.2 * 3, 0.9 * 3 - 0.2 * 2), (0.5 * 2 + 0.7 * 3, 0.5 * 3 - 0.7 * 2)]
+    for row, level in enumerate(index):
+        for values, value in zip((noisy[row], target[row]), expected[level], strict=True):
+            torch.testing.assert_close(values, torch.full(shape[1:], value, dtype=torch.float64), rtol=1e-6, atol=0.0)

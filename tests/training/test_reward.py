@@ -130,3 +130,108 @@ def test_composite_preferences_refuse_bad_options_and_values():
         composite_preferences(torch.full((2, 2), float("nan")), cost, 1.0)
     with pytest.raises(ValueError, match=r"\[N, 2\]"):
         composite_preferences(quality[0], cost[0], 1.0)
+
+
+def test_a_pair_that_meets_tau_exactly_is_kept():
+    quality, cost = torch.tensor([[0.75, 0.5], [0.75, 0.625]]), torch.zeros(2, 2)
+    assert composite_preferences(quality, cost, 1.0, "relabel", tau=0.25).keep.tolist() == [True, False]
+
+
+def test_tau_counts_in_units_of_the_reward():
+    quality, cost = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.0]])
+    assert composite_preferences(quality, cost, 2.0, "relabel", tau=0.5).keep.item()
+    assert not composite_preferences(quality, cost, 1.0, "relabel", tau=0.5).keep.item()
+
+
+def test_a_tie_in_quality_goes_to_the_safer_image_where_cost_counts():
+    quality, cost = torch.full((3, 2), 0.5), torch.tensor([[0.3, 0.1], [0.1, 0.3], [0.2, 0.2]])
+    made = composite_preferences(quality, cost, 1.0, "margin", tau=0.1)
+    assert made.keep.tolist() == [True, True, False] and made.winner[:2].tolist() == [1, 0]
+    torch.testing.assert_close(made.margin, torch.tensor([0.2, 0.2, 0.0]))
+    assert not composite_preferences(quality, cost, 0.0, "margin").keep.any()
+
+
+def test_a_quality_that_decides_is_not_overruled_by_the_cost_in_mode_margin():
+    made = composite_preferences(torch.tensor([[0.9, 0.4]]), torch.tensor([[0.45, 0.1]]), 5.0, "margin")
+    assert made.winner.item() == 0 and made.margin.item() == pytest.approx(5.0 * (0.1 - 0.45))
+
+
+def test_a_cost_at_the_boundary_is_unsafe():
+    quality, cost = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.25, 0.5]])
+    made = composite_preferences(quality, cost, 2.0, "relabel+margin")
+    assert made.keep.item() and made.margin.item() == 0.5
+    assert composite_preferences(quality, torch.tensor([[0.25, 0.49]]), 2.0, "relabel+margin").margin.item() == 0.0
+    labels = safety_preferences(torch.full((2, 2), 0.5), torch.tensor([[0.5, 0.49], [0.49, 0.5]]), "drop")
+    assert labels.keep.tolist() == [True, True] and labels.winner.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("mode", ["relabel", "margin", "relabel+margin"])
+def test_only_soft_labels_are_uncertain_and_only_margins_demand_more(mode):
+    quality, cost = _annotated()
+    made = composite_preferences(quality, cost, 1.0, mode)
+    assert torch.equal(made.target, torch.ones(200)) and bool(made.margin.any()) == (mode != "relabel")
+    assert not composite_preferences(quality, cost, 1.0, "soft").margin.any()
+
+
+def test_the_defaults_are_no_tau_a_soft_temperature_of_a_tenth_and_the_mixed_mode():
+    quality, cost = torch.tensor([[0.7, 0.5], [0.5, 0.5001]]), torch.tensor([[0.1, 0.9], [0.1, 0.1]])
+    made, mixed = (composite_preferences(quality, cost, 1.0, *mode) for mode in ((), ("relabel+margin",)))
+    assert torch.equal(made.margin, mixed.margin) and made.keep.all()
+    soft = composite_preferences(torch.tensor([[0.7, 0.5]]), torch.zeros(1, 2), 1.0, "soft")
+    torch.testing.assert_close(soft.target, torch.sigmoid(torch.tensor([2.0])))
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", -0.01), ("tau_soft", 0.0), ("lambda_", -0.01), ("tau", math.nan)])
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(ConfigError, match=name.strip("_")):
+        composite_preferences(torch.rand(2, 2), torch.rand(2, 2), **({"lambda_": 1.0} | {name: value}))
+
+
+def test_options_at_the_ends_of_their_range_are_taken():
+    quality, cost = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    assert composite_preferences(quality, cost, 0.0, tau=0.0, tau_soft=0.01).winner.item() == 1
+
+
+@pytest.mark.parametrize(
+    "call", [lambda q, c: composite_preferences(q, c, 1.0), lambda q, c: safety_preferences(q, c, "drop")]
+)
+@pytest.mark.parametrize(
+    ("quality", "cost", "named"),
+    [
+        (torch.rand(2, 3), torch.rand(2, 3), "expected quality and cost"),
+        (torch.rand(2, 2), torch.rand(3, 2), "expected quality and cost"),
+        (torch.rand(2, 2, 2), torch.rand(2, 2, 2), "expected quality and cost"),
+        (torch.tensor([[0.5, 1.01]]), torch.zeros(1, 2), "quality must lie"),
+        (torch.tensor([[-0.01, 0.5]]), torch.zeros(1, 2), "quality must lie"),
+        (torch.zeros(1, 2), torch.tensor([[0.5, 1.01]]), "cost must lie"),
+        (torch.zeros(1, 2), torch.tensor([[-0.01, 0.5]]), "cost must lie"),
+        (torch.zeros(1, 2), torch.tensor([[0.5, math.nan]]), "cost must lie"),
+    ],
+)
+def test_what_is_no_quality_or_cost_is_refused(call, quality, cost, named):
+    with pytest.raises(ValueError, match=named):
+        call(quality, cost)
+
+
+def test_safety_labels_leave_ties_and_doubly_unsafe_pairs_out_and_demand_nothing_more():
+    quality = torch.tensor([[0.3, 0.8], [0.3, 0.8], [0.5, 0.5], [0.8, 0.3]])
+    cost = torch.tensor([[0.2, 0.2], [0.9, 0.6], [0.1, 0.3], [0.3, 0.1]])
+    by_cost, by_quality = (safety_preferences(quality, cost, how) for how in ("cost", "quality"))
+    assert by_cost.keep.tolist() == [False, False, True, True] and by_cost.winner[2:].tolist() == [0, 1]
+    assert by_quality.keep.tolist() == [True, False, False, True] and by_quality.winner[[0, 3]].tolist() == [1, 0]
+    for made in (by_cost, by_quality):
+        assert torch.equal(made.margin, torch.zeros(4)) and torch.equal(made.target, torch.ones(4))
+
+
+def test_modes_and_kinds_that_do_not_exist_are_refused():
+    with pytest.raises(ConfigError, match="safe_pairs must be one of"):
+        safety_preferences(torch.rand(1, 2), torch.rand(1, 2), "keep")
+    with pytest.raises(ConfigError, match="mode must be one of"):
+        composite_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), "sum")
+
+
+def test_mode_relabel_takes_no_margin_and_the_margin_modes_do():
+    logit, margin, target = torch.tensor([0.5]), torch.tensor([0.75]), torch.tensor([0.9])
+    assert torch.equal(composite_loss(logit, margin, target, "relabel"), preference_loss(logit))
+    for mode in ("margin", "relabel+margin"):
+        assert torch.equal(composite_loss(logit, margin, target, mode), preference_loss(logit, margin))

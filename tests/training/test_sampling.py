@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -46,3 +48,89 @@ def test_draws_of_an_example_do_not_depend_on_its_options_or_images():
 def test_indices_stay_in_their_range_and_reach_its_ends():
     indices = {draw(generator(0, "sample", n, 0), (1, 1, 1), (10, 14)).index for n in range(80)}
     assert indices == {10, 11, 12, 13}
+
+
+def test_a_place_has_the_seed_that_earlier_runs_gave_it():
+    """Recorded once: a run that is resumed by a later version must draw as it began."""
+    assert generator(0, "sample", 0, 3).initial_seed() == 4974930464837049813
+    assert generator(0, "x").initial_seed() == 4581555091939458794
+
+
+def test_an_example_draws_timestep_chances_noise_and_that_of_the_autoencoder_in_this_order():
+    one = draw(generator(0, "sample", 3, 1), (2, 4, 4), (100, 900), 0.5, True)
+    place = generator(0, "sample", 3, 1)
+    assert one.index == int(torch.randint(100, 900, (1,), generator=place))
+    dropped, mirrored = (torch.rand(2, generator=place) < 0.5).tolist()
+    assert (one.drop_caption, one.mirror) == (dropped, mirrored)
+    assert torch.equal(one.noise, torch.randn((2, 4, 4), generator=place))
+    assert torch.equal(one.posterior, torch.randn((2, 2, 4, 4), generator=place))
+
+
+def test_captions_are_dropped_and_images_mirrored_at_their_rates_and_apart():
+    draws = [draw(generator(0, "sample", n, 0), (1, 1, 1), (0, 10), 0.3, True) for n in range(2000)]
+    dropped, mirrored = ([getattr(one, name) for one in draws] for name in ("drop_caption", "mirror"))
+    assert abs(sum(dropped) - 600) < 40 and abs(sum(mirrored) - 1000) < 60
+    assert {*zip(dropped, mirrored, strict=True)} == {(False, False), (False, True), (True, False), (True, True)}
+    plain = [draw(generator(0, "sample", n, 0), (1, 1, 1), (0, 10)) for n in range(40)]
+    assert not any(one.drop_caption or one.mirror for one in plain)
+
+
+@pytest.mark.parametrize(("images", "rows"), [((), 2), ((1,), 2), ((2,), 2), ((3,), 3)])
+def test_each_image_has_noise_of_the_autoencoder(images, rows):
+    one = draw(generator(0, "sample", 0, 0), (2, 3, 4), (0, 10), 0.0, False, *images)
+    assert one.posterior.shape == (rows, 2, 3, 4) and one.noise.shape == (2, 3, 4)
+    assert len({float(part[0, 0, 0]) for part in (*one.posterior, one.noise)}) == rows + 1
+
+
+def test_benign_positions_are_spread_evenly():
+    benign = torch.tensor([True, True, False, False, False])
+    order = Order(benign, seed=0, share=0.25)
+    kinds = [bool(benign[order.at(position)[0]]) for position in range(40)]
+    assert kinds == [False, False, False, True] * 10
+    third = [bool(benign[Order(benign, seed=0, share=0.75).at(position)[0]]) for position in range(4)]
+    assert sum(third) == 3
+
+
+def test_each_kind_is_walked_through_by_itself():
+    benign = torch.tensor([True, True, False, False, False])
+    order = Order(benign, seed=0, share=0.5)
+    drawn = [order.at(position) for position in range(24)]
+    for kind, size in ((True, 2), (False, 3)):
+        stream = [(number, epoch) for number, epoch in drawn if bool(benign[number]) == kind]
+        for start in range(0, 12, size):
+            part = stream[start : start + size]
+            assert {epoch for _, epoch in part} == {start // size} and len({number for number, _ in part}) == size
+
+
+def test_permutations_differ_by_epoch_and_seed():
+    benign = torch.zeros(12, dtype=torch.bool)
+    walks = [
+        tuple(Order(benign, seed=seed).at(12 * epoch + n)[0] for n in range(12)) for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert len(set(walks)) == 4 and all(sorted(walk) == list(range(12)) for walk in walks)
+
+
+def test_a_share_of_none_or_all_needs_no_example_of_the_other_kind():
+    none, every = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    assert len({Order(none, seed=0, share=0.0).at(position)[0] for position in range(3)}) == 3
+    assert len({Order(every, seed=0, share=1.0).at(position)[0] for position in range(3)}) == 3
+    for benign, share in ((none, 1.0), (every, 0.0), (every, 0.5), (none[:0], None)):
+        with pytest.raises(ValueError, match="does not occur"):
+            Order(benign, seed=0, share=share)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_learning_rate_follows_its_closed_form(warmup):
+    steps = warmup + 40
+    assert [learning_rate_factor(step, steps, warmup, "linear") for step in range(warmup)] == [
+        (step + 1) / 4 for step in range(warmup)
+    ]
+    for done in (0, 1, 9, 20, 30, 39):
+        factors = {name: learning_rate_factor(warmup + done, steps, warmup, name) for name in ("linear", "cosine")}
+        assert factors["linear"] == pytest.approx(1.0 - done / 40)
+        assert factors["cosine"] == pytest.approx(math.cos(0.5 * math.pi * done / 40) ** 2)
+        assert learning_rate_factor(warmup + done, steps, warmup, "constant") == 1.0
+
+
+def test_a_run_of_nothing_but_its_warm_up_ends_at_the_full_rate():
+    assert learning_rate_factor(4, 4, 4, "linear") == learning_rate_factor(4, 4, 4, "cosine") == 1.0
