@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from t2i_spo_plugin.training.data.batches import Batches, Sampling
 from t2i_spo_plugin.training.data.caches import MIRRORED, ShardStore
 from t2i_spo_plugin.training.data.dataset import Examples
-from t2i_spo_plugin.training.families.base import Conditioning, LatentScale
+from t2i_spo_plugin.training.families.base import Common, Conditioning, LatentScale
 from t2i_spo_plugin.training.noise_schedule import NoiseSchedule
 from t2i_spo_plugin.training.predictor import Predictor
-from t2i_spo_plugin.training.sampling import uniform_index
 
 
 SHAPE = (2, 3, 4)
@@ -47,7 +46,7 @@ class ToyDenoiser(nn.Module):
         return mixed + 0.1 * timesteps[:, None, None, None] + text[:, :, None, None]
 
 
-class ToyFamily:
+class ToyFamily(Common):
     """Predicts the noise; ten timesteps from 0 to 90; latents less 0.5, times 2."""
 
     name, component, targets = "toy", "unet", ("mix",)
@@ -57,9 +56,6 @@ class ToyFamily:
         sigma = torch.linspace(0.05, 0.95, LEVELS)
         self.schedule = NoiseSchedule("epsilon", 1.0 - sigma, sigma, 10 * torch.arange(LEVELS))
         self.scaled = LatentScale(SHIFT, SCALE)
-
-    def sample_index(self, low: int, high: int, generator: torch.Generator) -> int:
-        return uniform_index(low, high, generator)
 
     def predict(self, module: nn.Module, noisy: Tensor, index: Tensor, text: Conditioning, resolution: int) -> Tensor:
         return module(noisy, self.schedule.timesteps[index], text["text"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.pairs import pair_table, png
+from support.pairs import pair_row, pair_table, png
 from support.toy_family import SHAPE, ToyFamily, toy_batches, toy_predictor
 from torch.nn.functional import logsigmoid
 
+from t2i_spo_plugin.data import PAIR_COLUMNS, write_table
 from t2i_spo_plugin.errors import ConfigError, TableError
+from t2i_spo_plugin.training.data.caches import content_key
 from t2i_spo_plugin.training.objectives import make_objective
 from t2i_spo_plugin.training.objectives.augmentations import augmented
 from t2i_spo_plugin.training.objectives.base import Predictions
@@ -96,22 +98,44 @@ def test_the_defaults_are_the_documented_ones():
     )
 
 
-def test_dpo_takes_the_tables_labels_where_they_are_asked_for():
-    quality = torch.tensor([[0.1, 0.9]]).expand(6, 2)
-    cost = torch.tensor([[0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.6, 0.5], [0.4, 0.4], [0.9, 0.1]])
-    label_0 = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.48, 0.52])
-    made = DPO(DPOOptions(labels="table")).prefer(quality, cost, label_0)
-    kept = [True, True, False, False, True, True]
-    assert made.keep.tolist() == kept, "ties and pairs unsafe on both sides are left out"
-    assert made.winner[made.keep].tolist() == [0, 1, 1, 0]
-    assert torch.equal(made.margin, torch.zeros(6)) and torch.equal(made.target, torch.ones(6))
+@pytest.fixture
+def table(tmp_path):
+    """Writes a table with these values of each row beside those of `pair_row`, and gives its path."""
+
+    def write(*rows):
+        content = [pair_row(number) | row for number, row in enumerate(rows)]
+        return write_table(content, tmp_path / "table.parquet", PAIR_COLUMNS)
+
+    return write
 
 
-@pytest.mark.parametrize(("safe_pairs", "winners"), [("drop", [0]), ("cost", [0, 1]), ("quality", [0, 0])])
-def test_dpo_puts_safe_over_unsafe_and_orders_safe_pairs_as_asked(safe_pairs, winners):
-    quality, cost = torch.tensor([[0.1, 0.9], [0.9, 0.1]]), torch.tensor([[0.1, 0.9], [0.3, 0.1]])
-    made = DPO(DPOOptions(safe_pairs=safe_pairs)).prefer(quality, cost, torch.tensor([0.0, 0.0]))
-    assert made.winner[made.keep].tolist() == winners
+def winners(examples):
+    """By number of row, which of its two images wins."""
+    first = {content_key(png(2 * number)): 0 for number in range(10)}
+    return {row: first.get(key, 1) for row, key in zip(examples.rows, examples.images[0], strict=True)}
+
+
+def costs(first, second):
+    return {"safety_cost_0": first, "safety_cost_1": second}
+
+
+def test_dpo_takes_the_tables_labels_where_they_are_asked_for(table):
+    labels = (1.0, 0.0, 0.5, 1.0, 0.48, 0.52)
+    rows = [{"label_0": label, "label_1": 1.0 - label} | costs(0.1, 0.9) for label in labels]
+    rows[3] |= costs(0.6, 0.5)
+    examples = DPO(DPOOptions(labels="table")).read(table(*rows))
+    assert winners(examples) == {0: 0, 1: 1, 4: 1, 5: 0}, "ties and pairs unsafe on both sides are left out"
+    assert not examples.columns["margin"].any() and torch.equal(examples.columns["target"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("safe_pairs", "expected"), [("drop", {0: 0}), ("cost", {0: 0, 1: 1}), ("quality", {0: 0, 1: 0})]
+)
+def test_dpo_puts_safe_over_unsafe_and_orders_safe_pairs_as_asked(safe_pairs, expected, table):
+    path = table(
+        costs(0.1, 0.9) | {"quality_0": 0.1, "quality_1": 0.9}, costs(0.3, 0.1) | {"quality_0": 0.9, "quality_1": 0.1}
+    )
+    assert winners(DPO(DPOOptions(safe_pairs=safe_pairs)).read(path)) == expected
 
 
 def test_only_the_tables_labels_can_do_without_costs(tmp_path):
@@ -126,7 +150,9 @@ def test_only_the_tables_labels_can_do_without_costs(tmp_path):
 
 def test_the_dpo_loss_is_the_mean_preference_loss_at_its_beta(step, batch, predictions):
     loss, statistics = DPO(DPOOptions(beta=3.0)).loss(batch, predictions, step)
-    torch.testing.assert_close(loss, -logsigmoid(logit_of(predictions, 3.0)).mean())
+    margin = batch.columns["margin"]
+    assert margin.any()
+    torch.testing.assert_close(loss, -logsigmoid(logit_of(predictions, 3.0) - margin).mean())
     assert tuple(statistics) == PAIR_STATISTICS
 
 
@@ -143,7 +169,7 @@ def test_spo_without_focusing_is_the_loss_of_its_mode_with_the_margins_and_targe
     loss, statistics = SPO(SPOOptions(beta=3.0, mode=mode)).loss(batch, predictions, step)
     logit, margin, target = logit_of(predictions, 3.0), batch.columns["margin"], batch.columns["target"]
     each = {
-        "relabel": -logsigmoid(logit),
+        "relabel": -logsigmoid(logit - margin),
         "margin": -logsigmoid(logit - margin),
         "soft": -(target * logsigmoid(logit) + (1.0 - target) * logsigmoid(-logit)),
     }[mode]
@@ -164,8 +190,9 @@ def test_spo_weighs_each_pair_by_its_difficulty_over_its_augmentations(reduction
     for name in options.augmentations:
         logits.append(logit_of(step.evaluate(augmented(name, batch, step.batches)), 3.0))
     raw = 1.0 + 2.0 * over(torch.sigmoid(-torch.stack(logits).detach()), 0)
+    margin = batch.columns["margin"]
     torch.testing.assert_close(statistics["weight"], raw / 2.0)
-    torch.testing.assert_close(loss, (raw / 2.0 * -logsigmoid(logits[0])).mean())
+    torch.testing.assert_close(loss, (raw / 2.0 * -logsigmoid(logits[0] - margin)).mean())
     torch.testing.assert_close(statistics["difficulty"], torch.sigmoid(-logits[0].detach()))
 
     objective.end_step(lambda total: 2 * total)  # two ranks with the same pairs

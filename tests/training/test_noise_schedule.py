@@ -12,8 +12,9 @@ from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.training.noise_schedule import NoiseSchedule
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
 def test_schedule_agrees_with_the_scheduler(prediction, zero_snr):
     scheduler = DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     schedule = NoiseSchedule.from_scheduler(scheduler)
@@ -100,3 +101,21 @@ def test_samples_of_any_shape_have_each_their_own_level_and_keep_their_type(shap
     for row, level in enumerate(index):
         for values, value in zip((noisy[row], target[row]), expected[level], strict=True):
             torch.testing.assert_close(values, torch.full(shape[1:], value, dtype=torch.float64), rtol=1e-6, atol=0.0)
+
+
+def test_noise_is_not_predicted_where_the_last_timestep_is_nothing_else():
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):
+        NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_the_clean_latents_are_those_that_were_noised(prediction):
+    signal, sigma = torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8])
+    if prediction == "flow":
+        signal = 1.0 - sigma
+    schedule = NoiseSchedule(prediction, signal, sigma, torch.arange(2))
+    place = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, 3, 2, 2, generator=place) for _ in range(2))
+    index = torch.tensor([1, 0])
+    noisy, target = schedule.noised(latents, noise, index), schedule.target(latents, noise, index)
+    torch.testing.assert_close(schedule.clean(noisy, target, index), latents)

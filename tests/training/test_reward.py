@@ -230,8 +230,9 @@ def test_modes_and_kinds_that_do_not_exist_are_refused():
         composite_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), "sum")
 
 
-def test_mode_relabel_takes_no_margin_and_the_margin_modes_do():
+@pytest.mark.parametrize("mode", ["relabel", "margin", "relabel+margin"])
+def test_the_margin_that_is_given_is_demanded_in_every_mode_but_soft(mode):
     logit, margin, target = torch.tensor([0.5]), torch.tensor([0.75]), torch.tensor([0.9])
-    assert torch.equal(composite_loss(logit, margin, target, "relabel"), preference_loss(logit))
-    for mode in ("margin", "relabel+margin"):
-        assert torch.equal(composite_loss(logit, margin, target, mode), preference_loss(logit, margin))
+    assert torch.equal(composite_loss(logit, margin, target, mode), preference_loss(logit, margin))
+    soft = composite_loss(logit, margin, target, "soft")
+    assert torch.equal(soft, composite_loss(logit, torch.zeros(1), target, "soft"))

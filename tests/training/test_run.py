@@ -130,6 +130,17 @@ def test_steps_are_adamws_on_the_whole_batch_however_it_is_cut(make, batch_size,
     assert run.training_step.objective.sums == [[1.0]] * 4
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_the_gradient_of_a_step_is_the_mean_over_its_examples(make, batch_size, accumulation):
+    run = make(steps=1, batch_size=batch_size, gradient_accumulation=accumulation, max_grad_norm=1e9)
+    weights = [value for value in run.family.module.parameters() if value.requires_grad]
+    loss, _ = run.training_step(0, range(4))
+    expected, seen = torch.autograd.grad(loss, weights), []
+    run.optimizer.register_step_pre_hook(lambda *_: seen.extend(value.grad.clone() for value in weights))
+    run.train()
+    torch.testing.assert_close(tuple(seen), expected)
+
+
 def test_ranks_and_micro_batches_take_turns_in_the_stream(make):
     asked = []
     for index in (0, 1):
