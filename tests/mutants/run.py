@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -166,11 +167,14 @@ def examine(
         target.source: (_digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests)))
         for target in targets
     }
+    # The first of every file before the second of any: a run that is stopped has looked at all of them alike.
+    rounds = itertools.zip_longest(
+        *([(target, fault) for fault in every[target.source][:sample]] for target in targets)
+    )
     todo = [
-        _Job(target, fault)
-        for target in targets
-        for fault in every[target.source][:sample]
-        if session.known(target, fault, *digests[target.source]) is None
+        _Job(*pair)
+        for pair in itertools.chain.from_iterable(rounds)
+        if pair is not None and session.known(*pair, *digests[pair[0].source]) is None
     ]
     if todo:
         tests = list(dict.fromkeys(test for job in todo for test in job.target.tests))
