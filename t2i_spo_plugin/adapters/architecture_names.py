@@ -40,6 +40,17 @@ _SPELLINGS = {
 }
 """Regular expressions over the letters and digits of a name, by the name that is used here."""
 
+_SHORT = {
+    "stable-diffusion-v1": "SD1",
+    "stable-diffusion-v2": "SD2",
+    "stable-diffusion-xl-v1-base": "SDXL",
+    "stable-diffusion-xl-v1-refiner": "the SDXL refiner",
+    "stable-diffusion-3": "SD3",
+    "flux-1-dev": "Flux.1",
+    "flux-2": "Flux.2",
+}
+"""What people call them, where the name that is used here is not that."""
+
 _OTHERS = (
     "allegro bria bria-fibo bria-fibo2 cog-video-x cog-view3-plus consis-id dream-lite easy-animate helios "
     "hunyuan-video15 ideogram4 joy-image-edit kandinsky6 kolors latte long-cat-image lumina-next-di-t mochi "
@@ -65,6 +76,11 @@ def normalise_architecture(name: str) -> str:
 def is_known_architecture(name: str) -> bool:
     """Whether `name`, normalised, is that of an architecture that is known here."""
     return name in _SPELLINGS or name in _OTHERS or name.startswith("unet-")
+
+
+def short_name(name: str) -> str:
+    """What people call the architecture `name`: `SDXL` for `stable-diffusion-xl-v1-base`."""
+    return _SHORT.get(name, name)
 
 
 def bare_name(architecture: str) -> str:

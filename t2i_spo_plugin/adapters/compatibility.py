@@ -14,7 +14,7 @@ from t2i_spo_plugin.errors import IncompatibleAdapterError, InvalidAdapterError
 from t2i_spo_plugin.files import quoted
 
 from .adapter import Adapter
-from .architecture_names import is_known_architecture
+from .architecture_names import is_known_architecture, short_name
 
 
 Place = TypeVar("Place", bound=Hashable)
@@ -87,7 +87,7 @@ def match_modules(
             of = f" of the architecture {target.architecture}" if target.architecture else ""
             raise IncompatibleAdapterError(
                 f"the adapter was made for another base{of}: it changes {name} as a weight of {list(pair.shape)}, in "
-                f"this {target.kind} it has {list(shape)}"
+                f"this {target.kind} it has {list(shape)}{_cure(target)}"
             )
         if place in modules:
             raise InvalidAdapterError(
@@ -100,10 +100,10 @@ def match_modules(
     problems = _problems(adapter, target, places, missing)
     first = f"; the first is {missing[0]}" if missing else ""
     if not places:
-        raise IncompatibleAdapterError(f"no module of the adapter fits: {'; '.join(problems)}{first}")
+        raise IncompatibleAdapterError(f"no module of the adapter fits: {'; '.join(problems)}{first}{_cure(target)}")
     if problems and strict:
         raise IncompatibleAdapterError(
-            f"the adapter does not fit: {'; '.join(problems)}{first}; strict=False applies what fits"
+            f"the adapter does not fit: {'; '.join(problems)}{first}; without strict, what fits is applied"
         )
     return Match(places, missing, problems, _notes(adapter, target))
 
@@ -124,13 +124,18 @@ def _check_claims(adapter: Adapter, target: Target) -> None:
     # A name that is not known says nothing: then the modules and their shapes decide.
     if target.architecture and claim != target.architecture and is_known_architecture(claim):
         raise IncompatibleAdapterError(
-            f"the adapter was made for {claim}, this {target.kind} is {target.architecture}"
+            f"the adapter was made for {claim}, this {target.kind} is {target.architecture}{_cure(target)}"
         )
     if metadata.prediction_type and target.prediction_type and metadata.prediction_type != target.prediction_type:
         raise IncompatibleAdapterError(
             f"the adapter was made for a model that predicts {metadata.prediction_type}, this one predicts "
             f"{target.prediction_type}"
         )
+
+
+def _cure(target: Target) -> str:
+    """What to do about an adapter of another base."""
+    return f"; choose an adapter for {short_name(target.architecture)}" if target.architecture else ""
 
 
 def _problems(

@@ -191,7 +191,7 @@ def refuse_pickle(name: str) -> None:
 
 def _refuse(problems: Sequence[str], strict: bool) -> None:
     if problems and strict:
-        raise UnsupportedAdapterError(f"{'; '.join(problems)}; strict=False reads the rest")
+        raise UnsupportedAdapterError(f"{'; '.join(problems)}; without strict, the rest is read")
 
 
 def _peft_config(path: Path) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ class Guard:
         if domain != self.cost_model.domain and not self.override_domain:
             raise DomainError(
                 f"the cost model was made for the domain {self.cost_model.domain!r}, not for {domain!r}, where its "
-                "costs may mean little; pass override_domain=True to use it all the same"
+                "costs may mean little; with override_domain it is used all the same"
             )
 
     def __call__(self, images: Images, domain: str | None = None) -> SafetyReport:

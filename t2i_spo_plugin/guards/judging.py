@@ -66,7 +66,7 @@ def check_domains(guard: Guard, quality_model: QualityJudge, domain: str) -> Non
         known = f"was made for the domain {quality_model.domain!r}" if quality_model.domain else "states no domain"
         raise DomainError(
             f"the quality model {known}, not for {domain!r}, where its qualities may mean little; name one that was "
-            "(`domain` in its reference.json), or pass override_domain=True to use it all the same"
+            "(`domain` in its reference.json), or use override_domain"
         )
 
 

@@ -55,16 +55,29 @@ def _view_content(view: View | None) -> dict[str, Any]:
     return {"frame": view.frame if view.frames > 1 else None, "ground": view.ground, "empty": view.empty}
 
 
-def safety_page(safety: SafetyReport | None, scores: ScoreSummary | None = None, title: str = "Safety report") -> str:
+def safety_page(
+    safety: SafetyReport | None,
+    scores: ScoreSummary | None = None,
+    title: str = "Safety report",
+    boundary: float = UNSAFE_COST,
+    with_images: bool = True,
+) -> str:
     """The page: small copies of the images, where their cost comes from, costs, categories and scores.
 
     It needs no other file, and no text in it acts as markup.
+
+    Args:
+        safety: what a guard says; its `flagged` says what is unsafe.
+        scores: the score of the images.
+        title: of the page.
+        boundary: the cost from which an image is flagged in `safety`.
+        with_images: whether the page shows images and maps, or numbers alone.
     """
-    images = list(_images(safety)) if safety is not None else []
-    return render(TEMPLATE, title=title, safety=safety, scores=scores, images=images, boundary=UNSAFE_COST)
+    images = list(_images(safety, with_images)) if safety is not None else []
+    return render(TEMPLATE, title=title, safety=safety, scores=scores, images=images, boundary=boundary)
 
 
-def _images(safety: SafetyReport) -> Iterator[dict[str, Any]]:
+def _images(safety: SafetyReport, with_images: bool) -> Iterator[dict[str, Any]]:
     """What the page shows of each image; the highest costs come first."""
     for number, category_costs in enumerate(safety.category_costs):
         yield {
@@ -76,7 +89,7 @@ def _images(safety: SafetyReport) -> Iterator[dict[str, Any]]:
             "reason": safety.reasons[number],
             "note": safety.note(number),
             "explanation": safety.explanation(number),
-            "views": _views(safety, number),
+            "views": _views(safety, number) if with_images else [],
         }
 
 

@@ -33,7 +33,10 @@ def test_a_whole_match_has_every_module_and_no_problem():
 @pytest.mark.parametrize(
     "metadata, words",
     [
-        ({"base_architecture": "flux-1-dev"}, "made for flux-1-dev, this model is stable-diffusion-v1"),
+        (
+            {"base_architecture": "flux-1-dev"},
+            "flux-1-dev, this model is stable-diffusion-v1; choose an adapter for SD1",
+        ),
         ({"prediction_type": "flow"}, "a model that predicts flow, this one predicts epsilon"),
     ],
 )
@@ -53,7 +56,7 @@ def test_another_shape_is_refused_with_both(shape, strict):
     weights = WEIGHTS | {NAMES[2]: ("there", shape)}
     with pytest.raises(IncompatibleAdapterError, match="another base of the architecture stable-diff") as caught:
         match_modules(adapter_of(), TARGET, weights, strict)
-    for part in (NAMES[2], "[8, 6]", str(list(shape))):
+    for part in (NAMES[2], "[8, 6]", f"{list(shape)}; choose an adapter for SD1"):
         assert part in str(caught.value)
 
 
@@ -68,7 +71,7 @@ def test_a_partial_match_is_refused_with_counts_or_returned():
     problems = ("this model lacks 1 of its 4 modules", "this encoder lacks 1 of its 4 modules")
     with pytest.raises(IncompatibleAdapterError) as caught:
         match_modules(adapter_of(), TARGET, weights)
-    assert f"{'; '.join(problems)}; the first is {NAMES[2]}; strict=False applies what fits" in str(caught.value)
+    assert f"{'; '.join(problems)}; the first is {NAMES[2]}; without strict, what fits is applied" in str(caught.value)
     match = match_modules(adapter_of(), TARGET, weights, strict=False)
     assert tuple(match.places) == NAMES[:2] and match.missing == NAMES[2:] and match.problems == problems
 
@@ -81,7 +84,7 @@ def test_no_match_at_all_is_refused(strict):
 
 def test_another_fingerprint_is_a_problem_unless_one_side_has_none():
     other = adapter_of(extra={"base_fingerprint": "4567"})
-    with pytest.raises(IncompatibleAdapterError, match="another width or depth; strict=False"):
+    with pytest.raises(IncompatibleAdapterError, match="another width or depth; without strict"):
         match_modules(other, TARGET, WEIGHTS)
     assert "width or depth" in match_modules(other, TARGET, WEIGHTS, strict=False).problems[0]
     for adapter, target in (
