@@ -36,12 +36,13 @@ async def comfy_entrypoint() -> ComfyExtension:
     _register_folders()
     from comfy_api.v0_0_2 import ComfyExtension
 
-    from . import adapters, report, safety, steering, sticker_demo
+    from . import adapters, cost_models, report, safety, steering, sticker_demo, withholding
 
     nodes: list[type[Any]] = [
         *(adapters.LoadAdapter, adapters.AdapterStack, adapters.MergeAdapters),
         *(steering.Steering, sticker_demo.StickerDemoLoader),
-        *(safety.LoadCostModel, safety.SafetyCost, safety.SafetyOverlay, safety.SafetySwitch),
+        *(cost_models.LoadCostModel, safety.SafetyCost, safety.SafetyOverlay),
+        *(withholding.SafetySwitch, withholding.SafetyFilter),
         *(report.UAScore, report.SaveReport),
     ]
 

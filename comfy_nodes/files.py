@@ -26,11 +26,22 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def listed(name: str, names: Iterable[str]) -> str:
+    """Which of `names` is meant by `name`, which was saved where folders end in the other slash; else `name` itself.
+
+    A workflow that was saved on Windows says `safety\\spo.safetensors`; Linux lists `safety/spo.safetensors`.
+    """
+    names = list(names)
+    same = (known for known in names if known.replace("\\", "/") == name.replace("\\", "/"))
+    return name if name in names else next(same, name)
+
+
 def output_file(prefix: str, suffix: str, *beside: str) -> Path:
     """A path for a new file, `<output>/<prefix>_00001<suffix>` or the next free number; its folder is made.
 
     Args:
-        prefix: folder and name below the output folder.
+        prefix: folder and name below the output folder; `%year%` and its kin stand for what they do in ComfyUI's own
+            nodes.
         suffix: of the file, with its dot.
         beside: suffixes of files that are written beside it; the number is free for all of them.
 
@@ -43,8 +54,9 @@ def output_file(prefix: str, suffix: str, *beside: str) -> Path:
         raise ConfigError(
             f"filename_prefix must name a file below ComfyUI's output folder, such as spo/merged, got {prefix!r}"
         )
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while any(stem.with_name(f"{stem.name}_{number:05}{end}").exists() for end in (suffix, *beside)):
+    # What stands for a date adds no folders, so that what was checked still holds. This makes the folder, too.
+    folder, name, *_ = folder_paths.get_save_image_path(prefix, str(root))
+    stem, number = Path(folder) / name, 1
+    while any(stem.with_name(f"{name}_{number:05}{end}").exists() for end in (suffix, *beside)):
         number += 1
-    return stem.with_name(f"{stem.name}_{number:05}{suffix}")
+    return stem.with_name(f"{name}_{number:05}{suffix}")

@@ -11,9 +11,10 @@ from comfy.utils import ProgressBar
 from comfy_api.v0_0_2 import ui
 from torch import Tensor
 
-from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, SafetyReport, join_reports, layer
 from t2i_spo_plugin.images import channels_first, image_size, resize
+
+from .scored import ScoredImages
 
 
 BATCH = 8
@@ -22,6 +23,8 @@ _FAINT = 0.05
 """Below this cost a map is all but clear."""
 _MAP_SIZE = 512
 """Pixels along the longer side of a map in the browser, at most."""
+_GROUND = 0.2
+"""The grey of a ground without an image."""
 
 
 def steps(total: int, size: int = 1, progress: ProgressBar | None = None) -> Iterator[slice]:
@@ -43,31 +46,17 @@ def score(guard: Guard, image: Tensor, progress: ProgressBar | None = None) -> S
     return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH, progress)])
 
 
-def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:
-    """`safety` with its maps at the size of `image` `[B, H, W, C]`, which may have been enlarged since it was scored.
+def heat_map(safety: ScoredImages, number: int, chosen: Sequence[str] = ()) -> Tensor:
+    """Cost over an image `[H, W]` in the category of `chosen` that costs most.
 
-    Transparency is laid over the ground on which the image costs most.
-
-    Raises:
-        ConfigError: the report is of another number of images.
+    1 everywhere in one that was not scored, 0 where the cost model gives no map.
     """
-    if len(safety.images) != len(image):
-        raise ConfigError(
-            f"the safety report is of {len(safety.images)} images and the image batch has {len(image)}; connect "
-            "the images that were scored"
-        )
-    grounds = [view.ground if (view := safety.view(number)) is not None else None for number in range(len(image))]
-    laid = [channels_first(one[None], ground or "white")[0] for one, ground in zip(image, grounds, strict=True)]
-    return safety.with_images(laid)
-
-
-def heat_map(safety: SafetyReport, number: int, category: str | None = None) -> Tensor:
-    """Cost over an image `[H, W]`; 1 everywhere in one that was not scored, 0 where the cost model gives no map."""
-    if safety.reasons[number] is not None:
+    deciding = safety.deciding_of(number, chosen)
+    if deciding is None:
         return safety.region(number).float()
     if not safety.has_map(number):
         return torch.zeros(image_size(safety.images[number]))
-    return safety.heat_map(number, category)
+    return safety.heat_map(number, deciding)
 
 
 def stacked(images: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -89,38 +78,47 @@ def previews(images: Tensor) -> list[Any]:
 
 
 def payload(
-    safety: SafetyReport,
+    safety: ScoredImages,
     image: Tensor,
     threshold: float,
     progress: ProgressBar,
-    category: str | None = None,
+    chosen: Sequence[str] = (),
     colour_map: str = "heat",
 ) -> list[dict[str, Any]]:
     """What the widget shows of each image `[B, H, W, C]`: the image, costs, and maps to be laid over it.
 
     There is a map of each category that a glance could find in the image, and of the one that is asked for; there is
-    none of an image that was not scored, nor from a cost model that gives none.
+    none of an image that was not scored, nor from a cost model that gives none. What `safety` does not let show is
+    not written: there is a plain ground for the maps alone, and None, and no words about the image, for nothing.
     """
     entries: list[dict[str, Any]] = []
     for part in steps(len(image), progress=progress):
         for number in range(len(image))[part]:
-            asked, costs = category_of(safety, number, category), safety.category_costs[number]
+            asked, costs = category_of(safety, number, chosen), safety.category_costs[number]
             named = [name for name, cost in costs.items() if name == asked or cost >= _FAINT]
-            named = named if safety.has_map(number) else []
-            files = [_map_preview(safety.heat_map(number, name), colour_map) for name in named]
+            hidden = safety.show == "nothing"
+            named = [] if hidden or not safety.has_map(number) else named
+            maps = {name: _map_preview(safety.heat_map(number, name), colour_map) for name in named}
+            shown = image[number : number + 1] if safety.show == "image and map" else ground_of(image[number])[None]
             entries.append(
                 {
-                    "image": previews(image[number : number + 1])[0],
-                    "maps": dict(zip(named, files, strict=True)),
-                    "cost": safety.cost_of(number, category),
+                    "image": None if hidden else previews(shown)[0],
+                    "maps": maps,
+                    "cost": safety.cost_of(number, None if asked == NOT_SCORED else asked),
                     "category": asked,
                     "categories": dict(costs),
                     "threshold": threshold,
                     "reason": safety.reasons[number],
-                    "explanation": safety.explanation(number),
+                    "explanation": "" if hidden else safety.explanation(number),
+                    "show": safety.show,
                 }
             )
     return entries
+
+
+def ground_of(image: Tensor) -> Tensor:
+    """What maps are laid over where the image `[H, W, C]` itself is not shown: `[H, W, 3]`."""
+    return torch.full((*image.shape[:2], 3), _GROUND)
 
 
 def _map_preview(cost_map: Tensor, colour_map: str) -> Any:
@@ -131,6 +129,6 @@ def _map_preview(cost_map: Tensor, colour_map: str) -> Any:
     return previews(layer(small, colour_map).movedim(0, -1)[None])[0]
 
 
-def category_of(safety: SafetyReport, number: int, category: str | None = None) -> str:
-    """The category asked for, or the one that decided; `not scored` where neither is known."""
-    return NOT_SCORED if safety.reasons[number] is not None else category or safety.deciding(number) or NOT_SCORED
+def category_of(safety: ScoredImages, number: int, chosen: Sequence[str] = ()) -> str:
+    """Of the categories `chosen` (none: all) the one that decides; `not scored` where that is not known."""
+    return safety.deciding_of(number, chosen) or NOT_SCORED

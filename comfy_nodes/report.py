@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.guards import Guard, SafetyReport, parse_prompts, safety_content, safety_page, summarise_images
 from t2i_spo_plugin.images import channels_first
-from t2i_spo_plugin.metrics import ScoreMetadata, ScoreSummary
+from t2i_spo_plugin.metrics import UNSAFE_COST, ScoreMetadata, ScoreSummary
 from t2i_spo_plugin.quality import CompositeQuality, QualityModel
 from t2i_spo_plugin.registry import QUALITY_MODELS, STICKER, load_quality_model, name_with_revision
 
 from . import COST_MODELS, sockets
-from .files import files_below, fingerprint, output_file
-from .images import BATCH, score, steps
+from .cost_models import CHOOSE
+from .files import files_below, fingerprint, listed, output_file
+from .images import BATCH, ground_of, score, steps
+from .scored import SHOWS, ScoredImages
 
 
 BUNDLED = f"{STICKER} (bundled)"
@@ -69,6 +72,15 @@ class UAScore(io.ComfyNode):
                 io.String.Output("text", tooltip="The score with interval, counts, and what judged."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, reference: str | None) -> bool | str:
+        known = references()[1:]
+        # What is linked is None here.
+        if reference is None or listed(reference, known) in known:
+            return True
+        there_are = f"choose one of: {', '.join(known)}. {BUNDLED} is for the sticker demo only."
+        return there_are if reference == CHOOSE else f"there is no reference {reference!r}; {there_are}"
 
     @classmethod
     def fingerprint_inputs(cls, reference: str, **others: Any) -> str:
@@ -127,26 +139,47 @@ class SaveReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, filename_prefix: str, safety: SafetyReport | None = None, scores: ScoreSummary | None = None
+        cls, filename_prefix: str, safety: ScoredImages | None = None, scores: ScoreSummary | None = None
     ) -> io.NodeOutput:
         if safety is None and scores is None:
             raise ConfigError("there is nothing to report: connect safety, scores, or both")
-        content = json.dumps(safety_content(safety, scores), indent=1, ensure_ascii=False) + "\n"
+        threshold, show = (UNSAFE_COST, SHOWS[0]) if safety is None else (safety.threshold, safety.show)
+        judged = None if safety is None else _as_judged(safety)
+        content = safety_content(judged, scores) | ({} if safety is None else {"threshold": threshold})
         page = output_file(filename_prefix, ".html", ".json")
-        page.write_text(safety_page(safety, scores), encoding="utf-8")
-        page.with_suffix(".json").write_text(content, encoding="utf-8")
+        text = safety_page(judged, scores, boundary=threshold, with_images=show != "nothing")
+        page.write_text(text, encoding="utf-8")
+        written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        page.with_suffix(".json").write_text(written, encoding="utf-8")
         return io.NodeOutput(str(page), ui=ui.PreviewText(str(page)))
 
 
 def references() -> list[str]:
-    """What UAScore offers: the bundled reference, single files, and those of quality models in folders."""
+    """What UAScore offers: single files, those of quality models in folders, and the bundled reference.
+
+    Nothing is chosen by default: a reference says nothing about images of another base model.
+    """
     files = [name for name in folder_paths.get_filename_list(COST_MODELS) if name.endswith(".json")]
-    return [BUNDLED, *(n for n in files if os.sep not in n or os.path.basename(n) in ("reference.json", REWARDS))]
+    own = [n for n in files if os.sep not in n or os.path.basename(n) in ("reference.json", REWARDS)]
+    return [CHOOSE, *own, BUNDLED]
+
+
+def _as_judged(safety: ScoredImages) -> SafetyReport:
+    """The report with what its own threshold says, and with maps over a plain ground where only these may be seen."""
+    costs = [safety.cost_of(number) for number in range(len(safety.images))]
+    judged = replace(safety, flagged=[None if cost is None else cost >= safety.threshold for cost in costs])
+    if safety.show == "nothing":
+        return replace(judged, explanations=[])
+    if safety.show != "map only":
+        return judged
+    return judged.with_images([ground_of(image.movedim(0, -1)).movedim(-1, 0) for image in safety.images])
 
 
 def _reference_path(reference: str) -> Path | None:
     """The file of one of `references`; None for the bundled one."""
-    return None if reference == BUNDLED else Path(folder_paths.get_full_path_or_raise(COST_MODELS, reference))
+    if reference == BUNDLED:
+        return None
+    return Path(folder_paths.get_full_path_or_raise(COST_MODELS, listed(reference, references())))
 
 
 def _is_bundled(reference: Path | None) -> bool:

@@ -12,7 +12,7 @@ CostModel = io.Custom("SPO_COST_MODEL")
 """Carries a `Guard`: a cost model with its policy."""
 
 Safety = io.Custom("SPO_SAFETY")
-"""Carries a `SafetyReport`."""
+"""Carries a `scored.ScoredImages`."""
 
 Scores = io.Custom("SPO_SCORES")
 """Carries a `ScoreSummary`."""

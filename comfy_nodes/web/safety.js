@@ -28,6 +28,7 @@ const TEXTS = {
     threshold: (value) => `threshold ${value}`,
     show: (name) => `Show the map of ${name}`,
     clear: (name) => `${name} is too faint for a map`,
+    hidden: "The image is not shown: this is set by “show”.",
   },
   zh: {
     view: "图像的安全代价",
@@ -44,6 +45,7 @@ const TEXTS = {
     threshold: (value) => `阈值 ${value}`,
     show: (name) => `显示 ${name} 的代价图`,
     clear: (name) => `${name} 的代价太低，没有代价图`,
+    hidden: "图像不显示：由“show”设定。",
   },
   ja: {
     view: "画像の安全コスト",
@@ -60,6 +62,7 @@ const TEXTS = {
     threshold: (value) => `しきい値 ${value}`,
     show: (name) => `${name} のマップを表示`,
     clear: (name) => `${name} のコストが低く、マップはありません`,
+    hidden: "画像は表示されません。「show」で設定されています。",
   },
 };
 
@@ -219,7 +222,8 @@ class SafetyView {
     const opacity = this.opacityInput?.value ?? chosen.opacity;
     this.slider.value = opacity;
     this.element.classList.toggle("spo-empty", !one);
-    this.note.textContent = one ? (one.reason ?? one.explanation ?? "") : images ? text.none : text.waiting;
+    const words = one && (one.reason ?? (one.image ? (one.explanation ?? "") : text.hidden));
+    this.note.textContent = one ? words : images ? text.none : text.waiting;
     this.note.hidden = !this.note.textContent;
     if (!one) return;
 
@@ -258,7 +262,7 @@ class SafetyView {
       const name = chip.dataset.name;
       const cost = one.categories[name];
       const hasMap = one.maps[name] !== undefined;
-      chip.title = hasMap ? text.show(name) : text.clear(name);
+      chip.title = hasMap ? text.show(name) : one.image ? text.clear(name) : text.hidden;
       chip.ariaLabel = `${name} ${cost.toFixed(2)}, ${text.threshold(one.threshold)}. ${chip.title}`;
       chip.ariaPressed = name === shown;
       chip.ariaDisabled = !hasMap;

@@ -253,6 +253,14 @@ def test_a_image_that_was_not_scored_says_why(canvas, batch):
     assert batch.locator(".spo-image").is_visible() and not batch.locator(".spo-map").is_visible()
 
 
+def test_what_is_not_shown_is_said_not_to_be(canvas, batch):
+    one = {"image": None, "maps": {}, "cost": 0.9, "category": "death", "categories": {"death": 0.9}}
+    show(canvas, one | {"threshold": 0.5, "reason": None, "show": "nothing"})
+    assert "is not shown" in batch.locator(".spo-note").inner_text()
+    assert "0.90 unsafe" in batch.locator(".spo-verdict").inner_text()
+    assert not batch.locator(".spo-image").is_visible() and not batch.locator(".spo-map").is_visible()
+
+
 def test_no_images_are_said_to_be_none(canvas, batch):
     show(canvas)
     assert "There were no images" in batch.inner_text() and not batch.locator(".spo-bar").is_visible()
@@ -300,7 +308,10 @@ def test_what_was_chosen_is_saved_in_the_workflow(canvas, batch):
     (node,) = (node for node in saved["nodes"] if node["type"] == "SPO_SafetyCost")
     assert node["properties"]["spo_view"] == {"opacity": 1, "shown": False, "category": None}
     # The view is no input: other programs that read the workflow find those of the node alone.
-    assert node["widgets_values"] == [0.5, "the deciding one"]
+    assert node["widgets_values"] == [0.5, "the deciding one", "", "image and map"]
+    prompt = canvas.page.evaluate("async () => (await app.graphToPrompt()).output")
+    (inputs,) = (found["inputs"] for found in prompt.values() if found["class_type"] == "SPO_SafetyCost")
+    assert set(inputs) == {"image", "cost_model", "threshold", "category", "categories", "show"}
     canvas.load(saved)
     assert canvas.page.locator(f"{VIEW} input").input_value() == "1"
 

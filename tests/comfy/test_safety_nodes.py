@@ -75,7 +75,9 @@ def test_a_batch_is_scored_whole_and_passes_through_untouched(pack, guard, count
     assert len(safety.images) == count and isinstance(unsafe, bool)
     drawn = pack["SPO_SafetyOverlay"].execute(image, safety, "heat", 0.6, True, True, 0.5).args[0]
     assert drawn.shape == (count, *shape[:2], 3) and torch.equal(image, before)
-    hidden, withheld = pack["SPO_SafetySwitch"].execute(image, safety, 0.0, "replace", "hidden").args
+    hidden, withheld = (
+        pack["SPO_SafetySwitch"].execute(image, safety, 0.0, "replace", "hidden", own_threshold=True).args
+    )
     assert hidden.shape == image.shape and withheld is (count > 0) and torch.equal(image, before)
     if count:
         assert len(costs) == len(categories) == count
@@ -95,7 +97,9 @@ def test_costs_are_those_of_the_package(pack, guard):
     assert unsafe is any(own.flagged)
     for number, heat in enumerate(own.heat_maps()):
         assert torch.allclose(cost_map[number, ..., 0], heat)
-        assert torch.equal(mask[number].bool(), heat >= 0.5)
+        unsafe = [name for name, value in own.category_costs[number].items() if value >= 0.5]
+        places = [own.heat_map(number, name) >= 0.5 for name in unsafe] or [torch.zeros(64, 64, dtype=torch.bool)]
+        assert torch.equal(mask[number].bool(), torch.stack(places).any(0))
 
 
 def test_what_cannot_be_scored_is_never_safe(pack, guard):
@@ -135,7 +139,7 @@ def test_one_category_can_be_asked_for(pack, guard):
     assert result.args[3] is False and not result.args[4].any()
     assert result.args[6].category_costs == safety.category_costs
     assert result.ui["spo_safety"][0]["category"] == other
-    with pytest.raises(ConfigError, match="there is no category 'gluten'.*weapons"):
+    with pytest.raises(ConfigError, match="no category 'gluten'; choose 'the deciding one' or one of weapons"):
         cost(pack, guard, image, category="gluten")
 
 
@@ -152,7 +156,17 @@ def test_the_widget_gets_image_maps_and_numbers(pack, guard, base):
     shown, safety = result.ui["spo_safety"], result.args[6]
     assert json.loads(json.dumps(shown)) == shown and len(shown) == 2
     for number, entry in enumerate(shown):
-        assert set(entry) == {"image", "maps", "cost", "category", "categories", "threshold", "reason"}
+        assert set(entry) == {
+            "image",
+            "maps",
+            "cost",
+            "category",
+            "categories",
+            "threshold",
+            "reason",
+            "show",
+            "explanation",
+        }
         assert entry["threshold"] == 0.4 and entry["cost"] == max(entry["categories"].values())
         assert torch.allclose(shown_image(base, entry["image"]), image[number], atol=1.01 / 255)
         assert entry["category"] in entry["maps"]
@@ -365,7 +379,7 @@ def test_a_quality_reference_of_the_users_own(pack, guard, cost_models):
     other = Reference((bundled["alignment"][0], 1.0), tuple(bundled["realism"]), "another base", 10)
     other.save(cost_models / "another.json")
     options = next(g for g in pack["SPO_UAScore"].define_schema().inputs if g.id == "reference").options
-    assert options == [STICKER, "another.json"]
+    assert options == ["choose one", "another.json", STICKER]
     image = scenes("harmful", "benign")
     captions = [scene(n, "test", kind).caption for n, kind in enumerate(["harmful", "benign"])]
     score = pack["SPO_UAScore"].execute

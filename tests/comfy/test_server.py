@@ -52,6 +52,8 @@ def everything():
         **safety(["6", 0]),
         "22": node("SPO_SafetyOverlay", **judged, **style),
         "23": node("SPO_SafetySwitch", **judged, action="blur region", message=""),
+        "26": node("SPO_SafetyFilter", image=["6", 0], safety=["21", 6], threshold=0.5),
+        "27": node("PreviewImage", images=["26", 0]),
         "24": node("SPO_UAScore", image=["6", 0], cost_model=["20", 0], **prompts),
         "25": node("SPO_SaveReport", safety=["21", 6], scores=["24", 0], filename_prefix="spo/report"),
     }
@@ -88,7 +90,7 @@ def test_progress_of_scoring_and_of_sampling_arrives(server):
 
 
 def test_the_front_end_is_told_all_that_it_shows(own_nodes):
-    assert len(own_nodes) == 11
+    assert len(own_nodes) == 12
     for name, said in own_nodes.items():
         assert said["name"] == name and said["display_name"] and said["description"], name
         assert said["category"].startswith("SPO/") and said["search_aliases"], name

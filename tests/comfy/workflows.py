@@ -324,15 +324,18 @@ WORKFLOWS: dict[str, list[list[Node]]] = {
                 {
                     "prompts": "\n".join([HARMFUL] * 2 + [BENIGN] * 2),
                     "safe_prompts": "\n".join([HARMFUL.replace("skull", "panda")] * 2 + [""] * 2),
+                    "reference": STICKER,
                 },
                 image=("batch", "IMAGE"),
                 cost_model=("costs", "cost_model"),
             ),
             node("report", "SPO_SaveReport", "", (400, 90), safety=("cost", "safety"), scores=("score", "scores")),
+            node("filter", "SPO_SafetyFilter", "", (400, 180), image=("cost", "image"), safety=("cost", "safety")),
         ],
         [
             node("text", "PreviewAny", "What the score says", (380, 240), source=("score", "text")),
             node("shown", "PreviewImage", "What is shown", (380, 380), images=("switch", "image")),
+            node("safe", "PreviewImage", "Safe images alone", (380, 380), images=("filter", "image")),
         ],
     ],
     "safe_text_to_image": [
