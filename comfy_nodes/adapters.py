@@ -11,7 +11,7 @@ from t2i_spo_plugin.errors import ConfigError
 
 from . import sockets
 from .files import fingerprint, output_file
-from .patching import NONE, Stack, adapter_file, adapter_files, patched, read_stack
+from .patching import NONE, Stack, adapter_file, adapter_files, check_adapter, patched, quantisation, read_stack
 
 
 SLOTS = (1, 2, 3, 4)
@@ -39,6 +39,11 @@ def _applied(model: Any, clip: Any | None, names: list[tuple[str, float]], stric
     stack = read_stack(names, strict)
     model, clip, fits = patched(model, clip, stack, strict)
     info = "\n\n".join(describe(fit, strength) for fit, (_, strength) in zip(fits, stack, strict=True))
+    if kept := quantisation(model):
+        info += (
+            f"\nnote: this model's weights are {kept}, and are rounded again with the adapter in them; SPO Steering "
+            "from 0 to 1 computes the adapter beside them, exactly"
+        )
     return io.NodeOutput(model, clip, stack, info)
 
 
@@ -76,6 +81,10 @@ class LoadAdapter(io.ComfyNode):
                 io.String.Output("info", tooltip="Base, rank, modules applied, how it was trained, and notes."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapter: str | None) -> bool | str:
+        return check_adapter(adapter)
 
     @classmethod
     def fingerprint_inputs(cls, adapter: str, **others: Any) -> str:
@@ -123,6 +132,17 @@ class AdapterStack(io.ComfyNode):
                 io.String.Output("info", tooltip="For each adapter: base, rank, modules applied, training, notes."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        adapter_1: str | None = NONE,
+        adapter_2: str | None = NONE,
+        adapter_3: str | None = NONE,
+        adapter_4: str | None = NONE,
+    ) -> bool | str:
+        checks = (check_adapter(name, none=True) for name in (adapter_1, adapter_2, adapter_3, adapter_4))
+        return next((check for check in checks if check is not True), True)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:

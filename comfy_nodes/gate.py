@@ -16,6 +16,7 @@ from t2i_spo_plugin.registry import ADAPTER_GATES as GATES
 from t2i_spo_plugin.registry import STICKER, load_adapter_gate
 
 from . import ADAPTER_GATES
+from .files import listed
 from .patching import architecture
 
 
@@ -47,7 +48,7 @@ def gate_file(name: str) -> Path:
     """
     if name in _BUNDLED:
         return GATES.rows[_BUNDLED[name]].path
-    path = folder_paths.get_full_path(ADAPTER_GATES, name)
+    path = folder_paths.get_full_path(ADAPTER_GATES, listed(name, score_names()))
     if path is None:
         raise UnreadableAdapterError(
             f"there is no adapter gate {name!r}; train one for your adapter with spo train-gate, put the file into "

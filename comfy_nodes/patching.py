@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import folder_paths
+import torch
+from torch import Tensor
 
 from t2i_spo_plugin.adapters import Adapter, ComfyBase, Fit, check_strength, fit_adapter, lora_tensors, read_adapter
 from t2i_spo_plugin.errors import UnreadableAdapterError
 from t2i_spo_plugin.registry import ADAPTERS, adapter_source
+
+from .files import listed
 
 
 Stack = list[tuple[Adapter, float]]
@@ -43,12 +48,25 @@ def adapter_file(name: str) -> Path:
     """
     if name in _BUNDLED:
         return Path(adapter_source(_BUNDLED[name]))
-    path = folder_paths.get_full_path("loras", name)
+    path = folder_paths.get_full_path("loras", listed(name, adapter_files()))
     if path is None:
         raise UnreadableAdapterError(
             f"there is no adapter {name!r}; put its .safetensors file into ComfyUI/models/loras and choose it there"
         )
     return Path(path)
+
+
+def check_adapter(name: str | None, none: bool = False) -> bool | str:
+    """What ComfyUI asks of a drop-down of `adapter_files`, whichever slash its folders have.
+
+    Args:
+        name: what was chosen; None is one that is linked.
+        none: whether it may be `NONE`.
+    """
+    known = [*([NONE] if none else []), *adapter_files()]
+    if name is None or listed(name, known) in known:
+        return True
+    return f"there is no adapter {name!r} in ComfyUI/models/loras; choose one of: {', '.join(known)}"
 
 
 def read_stack(names: Sequence[tuple[str, float]], strict: bool) -> Stack:
@@ -100,6 +118,25 @@ def patched(model: Any, clip: Any, stack: Stack, strict: bool) -> tuple[Any, Any
     return on_model, on_clip, fits
 
 
+def is_patched_with(model: Any, fit: Fit) -> bool:
+    """Whether `model` already carries the adapter of `fit` as patches, whichever node has put it there."""
+    for place, ours in comfy.lora.load_lora(*lora_tensors(fit), log_missing=False).items():
+        weight = place if isinstance(place, str) else place[0]
+        for strength, theirs, *_ in model.patches.get(weight, ()):
+            if strength != 0.0 and _same_matrices(ours, theirs):
+                return True
+    return False
+
+
+def quantisation(model: Any) -> str:
+    """What the denoiser's weights are kept in where that is coarser than 16 bits, such as `FP8`; else empty.
+
+    The one that most of them are in: layers of other kinds stay as they were.
+    """
+    kinds = Counter(kind for _, weight in model.model.named_parameters() if (kind := _coarse(weight)))
+    return kinds.most_common(1)[0][0] if kinds else ""
+
+
 def architecture(model: Any) -> str:
     """As `AdapterMetadata.base_architecture`, of a ComfyUI base model; empty when unknown."""
     kind = type(model).__name__
@@ -123,3 +160,23 @@ def _prediction_type(model: Any) -> str:
         if parts & names:
             return prediction
     return ""
+
+
+def _same_matrices(ours: Any, theirs: Any) -> bool:
+    """Whether two patches are of one down and up matrix; patches of other kinds have none."""
+    pairs = [getattr(patch, "weights", ())[:2] for patch in (ours, theirs)]
+    if any(len(pair) < 2 or not all(isinstance(matrix, Tensor) for matrix in pair) for pair in pairs):
+        return False
+    return all(
+        one.shape == other.shape and torch.equal(one.float().cpu(), other.float().cpu())
+        for one, other in zip(*pairs, strict=True)
+    )
+
+
+def _coarse(weight: Tensor) -> str:
+    layout = getattr(weight, "_layout_cls", "")
+    if layout:
+        return next(
+            (kind for kind in ("NVFP4", "MXFP8", "INT8", "FP8", "W4A4") if kind in str(layout).upper()), str(layout)
+        )
+    return "FP8" if weight.is_floating_point() and weight.element_size() == 1 else ""

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from t2i_spo_plugin.errors import UnsupportedAdapterError
 from t2i_spo_plugin.gating import AdapterGate, GateState, pick_rows
 
 from .gate import as_in_diffusers
@@ -22,29 +23,53 @@ _SIGMA_TOLERANCE = 1e-4
 """Relative, of a sigma: less than a thousandth of any schedule."""
 
 
+_TOO_LATE = (
+    "this sampling run begins after {0:g} of the sampling, where the adapter gate's decision window ends: it cannot "
+    "decide here, so that the adapter is on for all images, also for those that an earlier run left to the base model"
+)
+
+
 class Sampling:
     """Wraps the model of a clone: hooks are on its layers only while the adapter is on, and gone after every call.
+
+    Args:
+        pairs: by name of the weight, the change as `bypass_pairs` gives it.
+        window: sampling percents between which the adapter is on; of no account with a gate.
+        gate: decides when it is on.
+        note: is told what the user has to know of a run, a sentence each, each once a run.
 
     ComfyUI's own bypass (`load_bypass_lora_for_models`) cannot do this: it has one multiplier for all rows, leaves out
     changes of a part of a weight, as of q, k and v in SD3 and Flux, and stays on the layers while the model is loaded.
     """
 
     def __init__(
-        self, pairs: Mapping[str, tuple[Tensor, Tensor]], window: tuple[float, float], gate: AdapterGate | None
+        self,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        window: tuple[float, float],
+        gate: AdapterGate | None,
+        note: Callable[[str], None],
     ) -> None:
-        self.pairs, self.gate = pairs, gate
+        self.pairs, self.gate, self.note = pairs, gate, note
         self.window = window if gate is None else (0.0, gate.until)
         self.placed: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.state: GateState | None = None
+        self._forget_calls()
 
     def outer_sample(
         self, executor: Any, noise: Tensor, latent: Any, sampler: Any, sigmas: Tensor, *rest: Any, **options: Any
     ) -> Any:
-        """One sampling run. One that begins after the gate's decision window gets the adapter throughout."""
+        """One sampling run. One that begins after the gate's decision window gets the adapter throughout.
+
+        Raises:
+            UnsupportedAdapterError: the adapter was to be on, and no layer was ever called.
+        """
         if self.gate is not None:
             self.state = GateState(self.gate, noise.shape[0])
+        self._forget_calls()
         try:
-            return executor(noise, latent, sampler, sigmas, *rest, **options)
+            result = executor(noise, latent, sampler, sigmas, *rest, **options)
+            self._check_calls()
+            return result
         finally:
             self.state = None
             self.placed.clear()
@@ -65,6 +90,8 @@ class Sampling:
             with self._hooks(model, torch.tensor([True])):
                 return run()
         if not inside:
+            if bool(self.state.scores.isnan().all()) and not self.state.is_final:
+                self.note(_TOO_LATE.format(self.window[1]))
             self.state.close()
         already = self.state.rows(len(x))
         with self._hooks(model, already), _prediction(model) as before:
@@ -84,6 +111,39 @@ class Sampling:
         )
         return pick_rows(output, with_adapter, self.state.rows(len(x)) & ~already)
 
+    def _forget_calls(self) -> None:
+        self.calls, self.empty_calls = 0, 0
+        """Calls of the model in which the adapter was on, and those of them in which none of its layers was called."""
+        self.reached: set[str] = set()
+
+    def _count_call(self, reached: set[str]) -> None:
+        self.calls += 1
+        self.empty_calls += int(not reached)
+        self.reached |= reached
+
+    def _check_calls(self) -> None:
+        """Say where the adapter could not act though it was on."""
+        if not self.calls:
+            return
+        if not self.reached:
+            raise UnsupportedAdapterError(
+                "the adapter was on, but none of the layers that it changes was called: the model is compiled, or "
+                "answers from a CUDA graph or a step cache; take that node out, start ComfyUI without CUDA graphs, or "
+                "use Load SPO Adapter, which patches weights"
+            )
+        if self.empty_calls:
+            self.note(
+                f"in {self.empty_calls} of the {self.calls} calls of the model in which the adapter was on, none of "
+                "its layers was called: a step cache or a CUDA graph answered, with what was on in an earlier step"
+            )
+        missed = [weight for weight in self.pairs if weight not in self.reached]
+        if missed:
+            self.note(
+                f"{len(missed)} of the {len(self.pairs)} weights that the adapter changes, such as {missed[0]}, are "
+                "in layers that this model computes without calling them: there the adapter is left out; Load SPO "
+                "Adapter patches them"
+            )
+
     def _inside(self, sampling: Any, sigma: Tensor) -> bool:
         """Whether a step at `sigma` lies in the window, or in the gate's decision window."""
         first, last = (float(sampling.percent_to_sigma(percent)) * (1.0 + _SIGMA_TOLERANCE) for percent in self.window)
@@ -97,23 +157,32 @@ class Sampling:
 
         `row_counts` takes, for each layer, whether it sees `batch` rows.
         """
-        handles = []
+        handles, reached = [], set[str]()
         try:
             if bool(rows.any()):
                 factors = None if bool(rows.all()) else rows
                 for weight, pair in self.pairs.items():
-                    hook = self._hook(weight, pair, factors, row_counts, batch)
+                    hook = self._hook(weight, pair, factors, reached, row_counts, batch)
                     handles.append(_layer(model, weight).register_forward_hook(hook))
             yield
+            if handles:
+                self._count_call(reached)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _hook(
-        self, weight: str, pair: tuple[Tensor, Tensor], rows: Tensor | None, row_counts: list[bool] | None, batch: int
+        self,
+        weight: str,
+        pair: tuple[Tensor, Tensor],
+        rows: Tensor | None,
+        reached: set[str],
+        row_counts: list[bool] | None,
+        batch: int,
     ) -> Callable[..., Tensor]:
         def beside(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0]
+            reached.add(weight)
             if row_counts is not None:
                 row_counts.append(x.shape[0] == batch)
             key = (weight, x.device, x.dtype)
@@ -131,7 +200,11 @@ class Sampling:
 def can_run_beside(model: nn.Module, weight: str) -> bool:
     """Whether a change of `weight` can be computed beside the layer that has it."""
     layer = _layer(model, weight)
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS.values())) and getattr(layer, "groups", 1) == 1
+    # ComfyUI's linear layers of quantised weights are none of torch's, but have the same sizes.
+    linear = isinstance(layer, nn.Linear) or all(hasattr(layer, size) for size in ("in_features", "out_features"))
+    experts = hasattr(layer, "num_experts")
+    convolution = isinstance(layer, tuple(_CONVOLUTIONS.values()))
+    return (linear and not experts or convolution) and getattr(layer, "groups", 1) == 1
 
 
 def _change(layer: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.v0_0_2 import io
 
 from t2i_spo_plugin.adapters import Adapter, bypass_pairs, describe, fit_adapter
@@ -14,11 +16,14 @@ from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate, check_window
 from . import sockets
 from .files import fingerprint
 from .gate import NORM, check_gate, describe_gate, gate_file, read_gate, score_names
-from .patching import Stack, base_of, weight_shapes
+from .notes import note
+from .patching import Stack, base_of, is_patched_with, quantisation, weight_shapes
 from .sampling import Sampling, can_run_beside
 
 
 WINDOW, GATE = "window", "adapter gate"
+LOG = partial(note, None)
+"""Says something in the log alone."""
 _KEY = "spo_steering"
 
 
@@ -104,6 +109,7 @@ class Steering(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output("model", tooltip="A clone of the model that is steered while it samples."),
                 io.String.Output("info", tooltip="What was applied, and when it is on."),
@@ -139,13 +145,21 @@ class Steering(io.ComfyNode):
         threshold: float = 0.1,
         until: float = 0.04,
     ) -> io.NodeOutput:
+        # Told while the model samples, when this node has long run.
+        say = partial(note, cls.hidden.unique_id if cls.hidden else None)
         if mode == WINDOW:
-            return io.NodeOutput(*steer(model, adapter, check_window((start, end)), None))
-        steered, info = steer(model, adapter, FULL_WINDOW, read_gate(score, threshold, until))
+            return io.NodeOutput(*steer(model, adapter, check_window((start, end)), None, say))
+        steered, info = steer(model, adapter, FULL_WINDOW, read_gate(score, threshold, until), say)
         return io.NodeOutput(steered, info + describe_gate(score))
 
 
-def steer(model: Any, stack: Stack, window: tuple[float, float], gate: AdapterGate | None) -> tuple[Any, str]:
+def steer(
+    model: Any,
+    stack: Stack,
+    window: tuple[float, float],
+    gate: AdapterGate | None,
+    say: Callable[[str], None] = LOG,
+) -> tuple[Any, str]:
     """A clone of `model` that carries the adapters of `stack` beside its weights, and what to say of it.
 
     Args:
@@ -153,11 +167,13 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], gate: AdapterGa
         stack: adapters with their strengths.
         window: sampling percents between which the adapters are on; the full window with an adapter gate.
         gate: decides when the adapters are on; None for a window.
+        say: is told what the user has to know while the model samples, or is saved; by default the log.
 
     Raises:
         AdapterError: an adapter does not fit, or has no place where it could be steered; or the gate's network cannot
             judge this model's predictions.
-        ConfigError: the stack is empty, or the gate belongs to another base.
+        ConfigError: the stack is empty, the model carries an adapter of it as patches, or the gate belongs to another
+            base.
     """
     if not stack:
         raise ConfigError("there is no adapter to steer: choose at least one in the stack")
@@ -170,6 +186,12 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], gate: AdapterGa
             )
     base, shapes = base_of(model, None), weight_shapes(model.model)
     fits = [(fit_adapter(_of_denoiser(adapter, gate), base), strength) for adapter, strength in stack]
+    for fit, strength in fits:
+        if strength > 0.0 and is_patched_with(model, fit):
+            raise ConfigError(
+                f"the model carries {fit.adapter.metadata.title or 'this adapter'} as patches already, and would get "
+                "it twice: connect the model that goes into Load SPO Adapter, not the one that comes out of it"
+            )
     pairs = bypass_pairs([(fit, strength) for fit, strength in fits if strength > 0.0], shapes)
     for weight in pairs:
         if not can_run_beside(model.model, weight):
@@ -179,13 +201,34 @@ def steer(model: Any, stack: Stack, window: tuple[float, float], gate: AdapterGa
         score = "the norm of the change" if gate.network is None else "the score of the gate network"
         when = f"adapter gate: on where {score} before {gate.until:g} reaches {gate.threshold:g}"
     info = "\n\n".join(describe(fit, strength) for fit, strength in fits) + f"\n{when}"
+    if kept := quantisation(model):
+        info += (
+            f"\nthe model's weights are {kept}: the adapter is computed beside them, exactly, in the type of the image"
+        )
     if not pairs:
         return model, info
     steered = model.clone()
-    sampling = Sampling(pairs, window, gate)
+    sampling = Sampling(pairs, window, gate, say)
     steered.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, sampling.outer_sample)
     steered.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, sampling.apply_model)
+    _say_when_saved(None, steered, say=say)
+    # What ComfyUI calls when a checkpoint is saved is a method of each clone.
+    steered.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, partial(_say_when_saved, say=say))
     return steered, info
+
+
+def _say_when_saved(source: Any, patcher: Any, say: Callable[[str], None]) -> None:
+    """Let `patcher`, a clone of `source`, say what is in the file when it is saved as a checkpoint."""
+    weights = patcher.state_dict_for_saving
+
+    def saved(*parts: Any, **options: Any) -> Any:
+        say(
+            "the checkpoint holds the model without the steered adapter, which is no part of its weights; to save the "
+            "model with the adapter in it, connect the model output of Load SPO Adapter"
+        )
+        return weights(*parts, **options)
+
+    patcher.state_dict_for_saving = saved
 
 
 def _of_denoiser(adapter: Adapter, gate: AdapterGate | None) -> Adapter:

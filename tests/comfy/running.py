@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ from t2i_spo_plugin.cli.comfyui import PACK
 
 
 _MINIATURE = Path(__file__).with_name("miniature_nodes")
+_TEXT = 3
+"""The kind of binary message that is a text for a node."""
 _FOLDERS = ("custom_nodes", "models/loras", "input", "output", "temp", "user")
 
 STICKER = "sticker (bundled)"
@@ -45,11 +48,13 @@ class GraphRun:
         values: by name, the recorded outputs; a list of one value unless the output is a list.
         ui: by node id, what the node showed.
         messages: what the executor sent to the browser, `(event, data)`.
+        notes: what a server had shown on a node while it ran, `(node id, text)`.
     """
 
     values: dict[str, list[Any]] = field(default_factory=dict)
     ui: dict[str, Any] = field(default_factory=dict)
     messages: list[tuple[str, Any]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
         """The one value recorded as `name`."""
@@ -221,6 +226,12 @@ def _failure(event: str, data: Any) -> str:
     return ""
 
 
+def _note(message: bytes) -> list[tuple[str, str]]:
+    """The text for a node in a binary message: its kind, the length of the node's id, the id, the text."""
+    kind, length = struct.unpack(">II", message[:8])
+    return [(message[8 : 8 + length].decode(), message[8 + length :].decode())] if kind == _TEXT else []
+
+
 def check_nothing_is_left_behind(prompt: Callable[[int], object], times: int = 200, start: int = 50) -> None:
     """Run `prompt` with the numbers below `times`: after `start`, tensors and resident memory no longer grow."""
     process, before = psutil.Process(), (0, 0)
@@ -314,6 +325,8 @@ class Server:
                     raise GraphError(await answer.text())
                 own = (await answer.json())["prompt_id"]
             async for message in socket_:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    run.notes += _note(message.data)
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue
                 told = json.loads(message.data)
