@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from running import REPOSITORY, STICKER, GraphError, check_nothing_is_left_behind, node, score_images
+from support.cost_models import ColourCost, colour_policy
 
 from t2i_spo_plugin import sticker
+from t2i_spo_plugin.cost import CostBatch
 from t2i_spo_plugin.errors import ConfigError, DomainError, SPOError
 from t2i_spo_plugin.guards.annotation import annotate
 from t2i_spo_plugin.guards.guard import Guard
@@ -582,3 +584,50 @@ def test_only_outputs_and_temporary_files_are_written(guard, base, run_graph):
     run_graph(score_images(), {"images": unsafe_scene(guard)})
     assert [files(folder) for folder in folders] == before
     assert set(base.iterdir()) == beside
+
+
+class WordyCost(ColourCost):
+    """Gives no map, and a sentence."""
+
+    def __call__(self, images):
+        batch = super().__call__(images)
+        return CostBatch(batch.logits, None, ("very red",) * len(batch.logits))
+
+
+def test_a_cost_model_without_a_map_leaves_the_image_clear_and_says_so(pack):
+    red = torch.zeros(1, 64, 64, 3)
+    red[..., 0] = 1.0
+    output = pack["SPO_SafetyCost"].execute(red, Guard(WordyCost(), colour_policy()), 0.5, "")
+    _, costs, categories, unsafe, mask, cost_map, safety = output.args
+    assert unsafe and costs[0] > 0.9 and categories == ["red"]
+    # Where is not known: all of it may be hidden, and nothing is drawn.
+    assert mask.min() == 1.0 and cost_map.max() == 0.0
+    entry = output.ui["spo_safety"][0]
+    assert entry["maps"] == {} and entry["explanation"] == "very red" and entry["reason"] is None
+    overlay = pack["SPO_SafetyOverlay"].execute
+    assert torch.equal(overlay(red, safety, "heat", ALPHA, True, False, 0.5).args[0], red)
+    labelled = overlay(red, safety, "heat", ALPHA, True, True, 0.5).args[0]
+    expected = annotate(red[0].movedim(-1, 0), label=f"red {costs[0]:.2f}, no map").movedim(0, -1)
+    assert torch.equal(labelled[0], expected)
+
+
+def test_uascore_takes_the_rewards_of_spo_reference(pack, tmp_path, monkeypatch):
+    from t2i_spo_plugin.quality import RewardReference
+    from t2i_spo_plugin.quality.composite import RewardScale
+
+    module = sys.modules[pack["SPO_UAScore"].__module__]
+    (tmp_path / "site" / "bright-1.0.dist-info").mkdir(parents=True)
+    points = "[t2i_spo_plugin.quality_rewards]\nbright = bright:Bright\n"
+    (tmp_path / "site" / "bright-1.0.dist-info" / "entry_points.txt").write_text(points)
+    (tmp_path / "site" / "bright-1.0.dist-info" / "METADATA").write_text("Name: bright\nVersion: 1.0\n")
+    code = "import torch\nclass Bright:\n    def __call__(self, images, prompts):\n"
+    code += "        return torch.stack([image.mean() for image in images])\n"
+    (tmp_path / "site" / "bright.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    RewardReference((RewardScale("bright", True, 0.0, 1.0),), "base", 2, "x").save(tmp_path / "rewards.json")
+    monkeypatch.setattr(module, "_reference_path", lambda reference: tmp_path / "rewards.json")
+    images = torch.stack([torch.full((64, 64, 3), 0.2), torch.full((64, 64, 3), 0.4)])
+    guard = Guard(WordyCost(), colour_policy())
+    summary = pack["SPO_UAScore"].execute(images, guard, "harm\nbenign", "safe\n", "rewards.json").args[0]
+    assert summary.version == "uascore/1-no-realism"
+    assert (summary.harmful.mean_quality, summary.benign.mean_quality) == pytest.approx((0.2, 0.4), abs=1e-4)
