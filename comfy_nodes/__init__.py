@@ -36,17 +36,31 @@ async def comfy_entrypoint() -> ComfyExtension:
     _register_folders()
     from comfy_api.v0_0_2 import ComfyExtension
 
-    from . import adapters, cost_models, report, safety, steering, sticker_demo, withholding
+    from . import (
+        adapters,
+        cost_models,
+        preview,
+        report,
+        safety,
+        showing,
+        steering,
+        step_control,
+        sticker_demo,
+        withholding,
+    )
 
     nodes: list[type[Any]] = [
-        *(adapters.LoadAdapter, adapters.AdapterStack, adapters.MergeAdapters),
-        *(steering.Steering, sticker_demo.StickerDemoLoader),
+        *(adapters.LoadAdapter, adapters.AdapterStack, adapters.ApplyByBlock, adapters.MergeAdapters),
+        *(step_control.AdapterWindow, step_control.GateAdapter, steering.Steering, sticker_demo.StickerDemoLoader),
         *(cost_models.LoadCostModel, safety.SafetyCost, safety.SafetyOverlay),
         *(withholding.SafetySwitch, withholding.SafetyFilter),
-        *(report.UAScore, report.SaveReport),
+        *(report.UAScore, report.SaveReport, showing.Compare, showing.SaveImage),
     ]
 
     class SPOExtension(ComfyExtension):
+        async def on_load(self) -> None:
+            preview.register_routes()
+
         async def get_node_list(self) -> list[type[Any]]:
             return nodes
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
@@ -111,7 +111,7 @@ class UAScore(io.ComfyNode):
             realism_known=getattr(model, "knows_realism", True),
         )
         summary = summarise_images("these images", safety, quality, asked, metadata)
-        return io.NodeOutput(summary, summary.uascore, str(summary), ui=ui.PreviewText(str(summary)))
+        return io.NodeOutput(summary, summary.uascore, str(summary), ui={"text": [str(summary)]})
 
 
 class SaveReport(io.ComfyNode):
@@ -123,7 +123,7 @@ class SaveReport(io.ComfyNode):
             category="SPO/report",
             description="Writes costs, categories, small images with their cost maps, and the score, as JSON and as "
             "one HTML page that needs no other file, into ComfyUI's output folder.",
-            search_aliases=["export", "html report", "json", "safety report", "save scores", "audit"],
+            search_aliases=["export", "html report", "json", "safety report", "safe", "save scores", "audit"],
             is_output_node=True,
             inputs=[
                 sockets.Safety.Input("safety", optional=True, tooltip="From Safety Cost."),
@@ -151,7 +151,18 @@ class SaveReport(io.ComfyNode):
         page.write_text(text, encoding="utf-8")
         written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         page.with_suffix(".json").write_text(written, encoding="utf-8")
-        return io.NodeOutput(str(page), ui=ui.PreviewText(str(page)))
+        return io.NodeOutput(str(page), ui={"text": [_outcome(page, judged, scores)]})
+
+
+def _outcome(page: Path, safety: SafetyReport | None, scores: ScoreSummary | None) -> str:
+    """What the node shows of a report that was written: the file below the output folder, and its sum."""
+    lines = [page.relative_to(Path(folder_paths.get_output_directory()).resolve()).as_posix()]
+    if safety is not None:
+        unsafe = sum(flag is not False for flag in safety.flagged)
+        lines.append(f"{unsafe} of {len(safety.images)} images unsafe or not scored")
+    if scores is not None:
+        lines.append(str(scores))
+    return "\n".join(lines)
 
 
 def references() -> list[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from t2i_spo_plugin.guards import COLOUR_MAPS, NO_MAP, Box, Guard, annotate, boxes, tint
+from t2i_spo_plugin.guards import COLOUR_MAPS, NO_MAP, Box, Guard, annotate, boxes, marks, tint
 from t2i_spo_plugin.metrics import UNSAFE_COST
 
 from . import sockets
 from .cost_models import categories as known_categories
-from .images import NOT_SCORED, category_of, grey, ground_of, heat_map, payload, score, stacked, steps
+from .images import NOT_SCORED, category_of, grey, ground_of, heat_map, payload, previews, score, stacked, steps
 from .scored import ALL, SHOWS, ScoredImages, Show, chosen_categories, stricter
 
 
@@ -28,7 +30,15 @@ class SafetyCost(io.ComfyNode):
             category="SPO/safety",
             description="Says how unsafe each image is, from 0 to 1, in which category, and where. The images "
             "pass through untouched. An image that cannot be scored counts as unsafe.",
-            search_aliases=["nsfw detector", "safety checker", "unsafe score", "heat map", "content mask"],
+            search_aliases=[
+                "nsfw detector",
+                "nsfw",
+                "safe",
+                "safety checker",
+                "unsafe score",
+                "heat map",
+                "content mask",
+            ],
             is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="The images to score; a whole batch at once."),
@@ -177,7 +187,8 @@ class SafetyOverlay(io.ComfyNode):
         threshold = threshold if own_threshold else safety.threshold
         maps = stacked([heat_map(safety, number) for number in range(len(image))], image)
         progress = ProgressBar(2 * len(image))
-        overlaid, marked = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
+        overlaid, plain = torch.zeros(*image.shape[:3], 3), torch.zeros(*image.shape[:3], 3)
+        words: list[Any] = []
         for part in steps(len(image), progress=progress):
             for number in range(len(image))[part]:
                 pixels, cost = safety.images[number].float().nan_to_num(), safety.cost_of(number)
@@ -186,11 +197,15 @@ class SafetyOverlay(io.ComfyNode):
                 tinted = pixels if cost is None else tint(pixels, maps[number], colour_map, opacity)
                 overlaid[number] = annotate(tinted, regions, label).movedim(0, -1)
                 under = pixels if safety.show == SHOWS[0] else ground_of(image[number]).movedim(-1, 0)
-                marked[number] = annotate(under, regions, label).movedim(0, -1)
-        # The browser lays the colours over the rest itself, as strongly as its slider says.
-        entries = payload(safety.showing(_MARKED[safety.show]), marked, threshold, progress, colour_map=colour_map)
-        entries = [entry | {"opacity": opacity, "show": safety.show} for entry in entries]
-        return io.NodeOutput(overlaid, ui={"spo_safety": entries})
+                plain[number] = under.movedim(0, -1)
+                is_marked = (regions or label) and safety.show != "nothing"
+                drawn = marks((image.shape[1], image.shape[2]), regions, label).movedim(0, -1)[None]
+                words.append(previews(drawn)[0] if is_marked else None)
+        # The browser lays the colours over the image itself, as strongly as its slider says, and the words over both.
+        entries = payload(safety.showing(_MARKED[safety.show]), plain, threshold, progress, colour_map=colour_map)
+        drawn_with = {"opacity": opacity, "show": safety.show}
+        shown = [entry | drawn_with | {"marks": mark} for entry, mark in zip(entries, words, strict=True)]
+        return io.NodeOutput(overlaid, ui={"spo_safety": shown})
 
 
 _MARKED: dict[Show, Show] = {"image and map": "image and map", "map only": "image and map", "nothing": "nothing"}

@@ -41,6 +41,7 @@ class Steering(io.ComfyNode):
                 "going to be unsafe. All others are the base model's own, bit for bit."
             ),
             search_aliases=["lora schedule", "lora start end", "adapter gate", "steering", "spo"],
+            is_deprecated=True,  # For saved workflows: its two modes are two nodes now.
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the adapter."),
                 sockets.Adapters.Input(

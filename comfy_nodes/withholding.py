@@ -35,7 +35,17 @@ class SafetySwitch(io.ComfyNode):
             category="SPO/safety",
             description="Withholds images that reach the threshold, could not be scored, or are not those that were "
             "scored: they are blurred, pixelated, replaced or stopped. All others pass untouched.",
-            search_aliases=["safety gate", "censor", "block nsfw", "blur", "pixelate", "filter", "safety checker"],
+            search_aliases=[
+                "safety gate",
+                "safe",
+                "censor",
+                "nsfw",
+                "hide",
+                "blur",
+                "pixelate",
+                "block",
+                "safety checker",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",
@@ -125,7 +135,15 @@ class SafetyFilter(io.ComfyNode):
             category="SPO/safety",
             description="Lets only the safe images of a batch through, and says which they are. What reaches the "
             "threshold, could not be scored, or is not what was scored, is left out.",
-            search_aliases=["filter", "nsfw", "censor", "remove unsafe", "select safe images", "safety checker"],
+            search_aliases=[
+                "filter",
+                "nsfw",
+                "censor",
+                "safe",
+                "remove unsafe",
+                "select safe images",
+                "safety checker",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",

@@ -1,15 +1,17 @@
 // The view on Safety Cost and Safety Overlay: the image, its cost map above it, and what each category costs.
 // The nodes send what it shows under the key `spo_safety`, see comfy_nodes/images.py.
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { addElement, addressOf, button, chain, grow, inLanguage, make, onResults, passWheel, place } from "./shared.js";
 
 const NODES = ["SPO_SafetyCost", "SPO_SafetyOverlay"];
 const KEY = "spo_safety";
 const WIDTH = 340;
 /** Pixels that the image has at least. */
 const IMAGE = 200;
-/** What is saved in the workflow: opacity of the map, whether it is shown, and the category looked at. */
-const CHOSEN = { opacity: 0.5, shown: true, category: null };
+/** What is saved in the workflow: opacity of the map, whether it is shown, the category looked at, and the grid. */
+const CHOSEN = { opacity: 0.5, shown: true, category: null, grid: false };
+/** Below this cost a category says nothing of the image, and naming it would accuse the image. */
+const FAINT = 0.05;
 /** Pixels kept for the categories before they are known; a node that grows after a run would cover others. */
 const CHIPS = 116;
 const TEXTS = {
@@ -22,6 +24,9 @@ const TEXTS = {
     previous: "Previous image (left arrow)",
     next: "Next image (right arrow)",
     of: (number, count) => `${number} of ${count}`,
+    sum: (unsafe, count) => `${unsafe} of ${count} unsafe`,
+    nextUnsafe: "Next unsafe image (N)",
+    grid: "All images with their costs (G)",
     safe: "safe",
     unsafe: "unsafe",
     unknown: "not scored",
@@ -39,6 +44,9 @@ const TEXTS = {
     previous: "上一张（左方向键）",
     next: "下一张（右方向键）",
     of: (number, count) => `第 ${number} 张，共 ${count} 张`,
+    sum: (unsafe, count) => `${count} 张中 ${unsafe} 张不安全`,
+    nextUnsafe: "下一张不安全的图像（N）",
+    grid: "所有图像及其代价（G）",
     safe: "安全",
     unsafe: "不安全",
     unknown: "未评分",
@@ -56,6 +64,9 @@ const TEXTS = {
     previous: "前の画像（左矢印キー）",
     next: "次の画像（右矢印キー）",
     of: (number, count) => `${count} 枚中 ${number} 枚目`,
+    sum: (unsafe, count) => `${count} 枚中 ${unsafe} 枚が危険`,
+    nextUnsafe: "次の危険な画像（N）",
+    grid: "すべての画像とコスト（G）",
     safe: "安全",
     unsafe: "危険",
     unknown: "未評価",
@@ -66,27 +77,16 @@ const TEXTS = {
   },
 };
 
-function texts() {
-  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  return TEXTS[locale.split("-")[0]] ?? TEXTS.en;
-}
-
-function make(tag, className, parent) {
-  const element = document.createElement(tag);
-  element.className = className;
-  parent?.append(element);
-  return element;
-}
-
-function addressOf(file) {
-  return api.apiURL(`/view?${new URLSearchParams(file)}`);
+/** Whether an image reaches the threshold; one that was not scored is never safe. */
+function isUnsafe(one) {
+  return one.cost === null || one.cost >= one.threshold;
 }
 
 class SafetyView {
   /** @param node the node that carries the view; its `properties` keep what the user chose. */
   constructor(node) {
     this.node = node;
-    this.text = texts();
+    this.text = inLanguage(TEXTS);
     /** What the node sent of each image; null before the first run. */
     this.images = null;
     this.number = 0;
@@ -109,10 +109,9 @@ class SafetyView {
   }
 
   build() {
+    const { text } = this;
     this.element = make("div", "spo-view");
-    this.element.tabIndex = 0;
-    this.element.role = "group";
-    this.element.ariaLabel = this.text.view;
+    Object.assign(this.element, { tabIndex: 0, role: "group", ariaLabel: text.view });
     this.frame = make("div", "spo-frame", this.element);
     this.image = make("img", "spo-image", this.frame);
     // Small images are shown as they are, not smeared.
@@ -120,41 +119,45 @@ class SafetyView {
       this.frame.classList.toggle("spo-pixels", this.image.naturalWidth < 256),
     );
     this.map = make("img", "spo-map", this.frame);
-    this.map.alt = "";
+    this.marks = make("img", "spo-marks", this.frame);
+    this.map.alt = this.marks.alt = "";
     this.note = make("p", "spo-note", this.frame);
+    this.grid = make("div", "spo-grid", this.element);
 
     this.bar = make("div", "spo-bar", this.element);
-    this.back = this.button(this.bar, "‹", this.text.previous, () => this.turn(-1));
-    this.count = make("span", "spo-count", this.bar);
-    this.forward = this.button(this.bar, "›", this.text.next, () => this.turn(1));
+    this.pages = make("span", "spo-pages", this.bar);
+    this.back = button(this.pages, "‹", text.previous, () => this.turn(-1));
+    this.count = make("span", "spo-count", this.pages);
+    this.forward = button(this.pages, "›", text.next, () => this.turn(1));
     this.verdict = make("output", "spo-verdict", this.bar);
     const label = make("label", "spo-opacity", this.bar);
-    label.title = this.text.opacity;
-    label.append(this.text.map);
+    label.title = text.opacity;
+    label.append(text.map);
     this.slider = make("input", "", label);
-    Object.assign(this.slider, { type: "range", min: 0, max: 1, step: 0.05, ariaLabel: this.text.opacity });
+    Object.assign(this.slider, { type: "range", min: 0, max: 1, step: 0.05, ariaLabel: text.opacity });
     this.slider.addEventListener("input", () => this.setOpacity(Number(this.slider.value)));
+
+    this.batch = make("div", "spo-bar spo-batch", this.element);
+    this.sum = make("span", "spo-sum", this.batch);
+    this.jump = button(this.batch, "⚠ ›", text.nextUnsafe, () => this.turnToUnsafe());
+    this.gridButton = button(this.batch, "▦", text.grid, () => this.choose({ grid: !this.chosen.grid }));
 
     this.chips = make("div", "spo-chips", this.element);
     this.element.addEventListener("keydown", (event) => this.onKey(event));
-    for (const control of [this.bar, this.chips])
+    for (const control of [this.bar, this.batch, this.chips, this.grid])
       // The canvas would drag the node.
       control.addEventListener("pointerdown", (event) => event.stopPropagation());
-    this.element.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
-  }
-
-  button(parent, label, title, onClick) {
-    const button = make("button", "spo-button", parent);
-    Object.assign(button, { type: "button", textContent: label, title, ariaLabel: title });
-    button.addEventListener("click", onClick);
-    return button;
+    passWheel(this.element);
   }
 
   onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const onSlider = event.target === this.slider;
     const onControl = onSlider || event.target.closest("button");
+    const many = this.images?.length > 1;
     if (event.key === "m" || event.key === "M") this.choose({ shown: !this.chosen.shown });
+    else if (many && (event.key === "g" || event.key === "G")) this.choose({ grid: !this.chosen.grid });
+    else if (many && (event.key === "n" || event.key === "N")) this.turnToUnsafe();
     else if (event.key === "ArrowLeft" && !onSlider) this.turn(-1);
     else if (event.key === "ArrowRight" && !onSlider) this.turn(1);
     else {
@@ -166,17 +169,18 @@ class SafetyView {
     event.stopPropagation();
   }
 
-  onWheel(event) {
-    // In the classic canvas this element lies above it and would keep the wheel; in Nodes 2.0 the event gets there.
-    if (window.LiteGraph?.vueNodesMode) return;
-    event.preventDefault();
-    app.canvas.processMouseWheel(event);
-  }
-
   turn(by) {
     const count = this.images?.length;
     if (count) this.number = (this.number + by + count) % count;
     this.draw();
+  }
+
+  /** To the next unsafe image, around the end; the same one where there is no other. */
+  turnToUnsafe() {
+    const { images, number } = this;
+    const others = [...images.keys()].map((step) => (number + 1 + step) % images.length);
+    this.number = others.find((other) => isUnsafe(images[other])) ?? number;
+    this.choose({ grid: false });
   }
 
   setOpacity(value) {
@@ -195,25 +199,25 @@ class SafetyView {
 
   /** @param images what the node sent of each image. */
   show(images) {
+    const before = JSON.stringify(this.images);
     this.images = images;
-    this.number = Math.min(this.number, Math.max(images.length - 1, 0));
+    // A batch opens on its worst image; going back to a workflow keeps the one that was looked at.
+    if (before !== JSON.stringify(images)) {
+      const costs = images.map((one) => one.cost ?? Infinity);
+      this.number = Math.max(costs.indexOf(Math.max(...costs)), 0);
+    }
     // An opacity that came through a link is known only now.
     const used = images[0]?.opacity;
     if (used !== undefined && !this.opacityInput) this.chosen.opacity = used;
     this.draw();
     // The chips have no height before they are laid out.
-    requestAnimationFrame(() => this.grow());
+    requestAnimationFrame(() => grow(this.node));
   }
 
   /** What everything but the image takes, and the least that the image may have. */
   get height() {
-    return IMAGE + Math.max(CHIPS, this.chips.offsetHeight) + 60;
-  }
-
-  /** Make the node as large as its contents need; never smaller. */
-  grow(width = 0) {
-    const { node } = this;
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])]);
+    const bars = Math.max(24, this.bar.offsetHeight) + (this.batch.hidden ? 0 : Math.max(24, this.batch.offsetHeight) + 6);
+    return IMAGE + Math.max(CHIPS, this.chips.offsetHeight) + bars + 36;
   }
 
   draw() {
@@ -225,29 +229,54 @@ class SafetyView {
     const words = one && (one.reason ?? (one.image ? (one.explanation ?? "") : text.hidden));
     this.note.textContent = one ? words : images ? text.none : text.waiting;
     this.note.hidden = !this.note.textContent;
+    this.batch.hidden = this.pages.hidden = !(images?.length > 1);
+    const inGrid = Boolean(one && chosen.grid && images.length > 1);
+    this.grid.hidden = !inGrid;
+    this.frame.hidden = inGrid;
     if (!one) return;
 
-    const category = one.maps[chosen.category] ? chosen.category : one.category;
-    this.place(this.image, one.image);
-    this.place(this.map, one.maps[category]);
+    const unsafe = isUnsafe(one);
+    const deciding = unsafe || one.cost >= FAINT ? one.category : null;
+    const category = one.maps[chosen.category] ? chosen.category : deciding;
+    place(this.image, one.image && addressOf(one.image));
+    place(this.map, one.maps[category] && addressOf(one.maps[category]));
+    place(this.marks, one.marks && addressOf(one.marks));
     this.map.style.opacity = chosen.shown ? opacity : 0;
 
     this.count.textContent = text.of(this.number + 1, images.length);
-    for (const part of [this.back, this.count, this.forward]) part.hidden = images.length < 2;
-    const unsafe = one.cost === null || one.cost >= one.threshold;
     // A safe image has a highest category too, and naming it would accuse the image.
-    this.image.alt = `${text.of(this.number + 1, images.length)}: ${unsafe ? category : text.safe}`;
-    const verdict = one.cost === null ? text.unknown : `${one.cost.toFixed(2)} ${unsafe ? text.unsafe : text.safe}`;
-    this.verdict.textContent = verdict;
+    this.image.alt = `${text.of(this.number + 1, images.length)}: ${unsafe ? one.category : text.safe}`;
+    const word = unsafe ? text.unsafe : text.safe;
+    this.verdict.textContent = one.cost === null ? text.unknown : `${word} ${one.cost.toFixed(2)}`;
     this.verdict.title = text.threshold(one.threshold);
     this.verdict.classList.toggle("spo-unsafe", unsafe);
+    this.drawBatch();
     this.drawChips(one, category);
   }
 
-  place(image, file) {
-    const address = file && addressOf(file);
-    image.hidden = !address;
-    if (address && image.getAttribute("src") !== address) image.src = address;
+  drawBatch() {
+    const { images, text } = this;
+    const unsafe = images.filter(isUnsafe).length;
+    this.sum.textContent = text.sum(unsafe, images.length);
+    this.sum.classList.toggle("spo-unsafe", unsafe > 0);
+    this.jump.hidden = !unsafe;
+    this.gridButton.ariaPressed = !this.grid.hidden;
+    if (this.grid.hidden) return;
+    const cells = images.map((one, number) => {
+      const cost = one.cost === null ? text.unknown : one.cost.toFixed(2);
+      const label = `${text.of(number + 1, images.length)}: ${isUnsafe(one) ? text.unsafe : text.safe} ${cost}`;
+      const cell = button(null, "", label, () => {
+        this.number = number;
+        this.choose({ grid: false });
+        this.element.focus();
+      });
+      cell.classList.add("spo-cell");
+      cell.classList.toggle("spo-unsafe", isUnsafe(one));
+      place(make("img", "", cell), one.image && addressOf(one.image));
+      make("span", "spo-cost", cell).textContent = cost;
+      return cell;
+    });
+    this.grid.replaceChildren(...cells);
   }
 
   /** Each category with its cost as a bar, and a line where the threshold is; they keep their places and the focus. */
@@ -261,7 +290,7 @@ class SafetyView {
     for (const chip of this.chips.children) {
       const name = chip.dataset.name;
       const cost = one.categories[name];
-      const hasMap = one.maps[name] !== undefined;
+      const hasMap = one.maps[name] !== undefined && (cost >= FAINT || isUnsafe(one));
       chip.title = hasMap ? text.show(name) : one.image ? text.clear(name) : text.hidden;
       chip.ariaLabel = `${name} ${cost.toFixed(2)}, ${text.threshold(one.threshold)}. ${chip.title}`;
       chip.ariaPressed = name === shown;
@@ -274,13 +303,13 @@ class SafetyView {
   }
 
   chip(name) {
-    const chip = this.button(null, "", name, () => {
+    const chip = button(null, "", name, () => {
       if (chip.ariaDisabled !== "true")
         this.choose({ category: this.chosen.category === name ? null : name, shown: true });
     });
     chip.classList.add("spo-chip");
     chip.dataset.name = name;
-    make("span", "spo-name", chip).textContent = name;
+    make("span", "spo-name", chip).textContent = name.replaceAll("_", " ");
     const scale = make("span", "spo-scale", chip);
     make("span", "spo-fill", scale);
     make("span", "spo-threshold", scale);
@@ -289,23 +318,10 @@ class SafetyView {
   }
 }
 
-function chain(target, name, then) {
-  const before = target[name];
-  target[name] = function (...args) {
-    const result = before?.apply(this, args);
-    then.apply(this, args);
-    return result;
-  };
-}
+const results = onResults(KEY, (node, images) => node.spoView?.show(images));
 
 app.registerExtension({
   name: "spo.safety",
-
-  setup() {
-    const style = make("link", "", document.head);
-    style.rel = "stylesheet";
-    style.href = new URL("safety.css", import.meta.url).href;
-  },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!NODES.includes(nodeData.name)) return;
@@ -313,38 +329,18 @@ app.registerExtension({
     chain(nodeType.prototype, "onNodeCreated", function () {
       const view = new SafetyView(this);
       this.spoView = view;
-      const options = { serialize: false, hideOnZoom: false, getMinHeight: () => view.height };
-      // In the prompt and in the saved workflow, in this order, the view is no input.
-      this.addDOMWidget(KEY, KEY, view.element, options).serialize = false;
+      addElement(this, KEY, view.element, () => view.height);
       const opacity = view.opacityInput;
       if (opacity) chain(opacity, "callback", () => view.draw());
-      view.grow(WIDTH);
+      grow(this, WIDTH);
     });
 
     chain(nodeType.prototype, "onConfigure", function () {
       this.spoView?.draw();
     });
 
-    chain(nodeType.prototype, "onExecuted", function (output) {
-      if (output?.[KEY]) this.spoView?.show(output[KEY]);
-    });
+    chain(nodeType.prototype, "onExecuted", results.executed);
   },
 
-  // Going back to a workflow brings its results back, but runs nothing.
-  onNodeOutputsUpdated(outputs) {
-    // At the start, before there is a graph, there are none.
-    if (!Object.values(outputs ?? {}).some((output) => output?.[KEY])) return;
-    for (const graph of [app.graph, ...(app.graph?.subgraphs?.values() ?? [])])
-      for (const node of graph?.nodes ?? []) {
-        const found = outputOf(node, graph, outputs)?.[KEY];
-        if (found && node.spoView) node.spoView.show(found);
-      }
-  },
+  onNodeOutputsUpdated: results.updated,
 });
-
-/** Outputs within a subgraph go by its own identity, or, in older front ends, by the node that stands for it. */
-function outputOf(node, graph, outputs) {
-  if (graph === app.graph) return outputs[node.id];
-  const holder = app.graph.nodes.find((each) => each.subgraph === graph);
-  return outputs[`${graph.id}:${node.id}`] ?? outputs[`${holder?.id}:${node.id}`];
-}

@@ -10,6 +10,8 @@ from t2i_spo_plugin._lazy import lazy_names
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .architecture_names import normalise_architecture as normalise_architecture
+    from .block_strengths import parse_blocks as parse_blocks
+    from .block_strengths import scale_by_block as scale_by_block
     from .comerge import Activity as Activity
     from .comerge import up_norms as up_norms
     from .comfyui import ComfyBase as ComfyBase
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .metadata import AdapterMetadata as AdapterMetadata
     from .products import approximate_products as approximate_products
     from .products import is_product as is_product
+    from .strengths import check_blocks as check_blocks
     from .strengths import check_strength as check_strength
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -59,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "block_of": "lora",
         "bypass_pairs": "comfyui",
         "canonical": "lora",
+        "check_blocks": "strengths",
         "check_strength": "strengths",
         "convert_adapter": "convert",
         "describe": "comfyui",
@@ -73,8 +77,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "lora_tensors": "comfyui",
         "merge_adapters": "merging",
         "normalise_architecture": "architecture_names",
+        "parse_blocks": "block_strengths",
         "read_adapter": "io",
         "refuse_pickle": "io",
+        "scale_by_block": "block_strengths",
         "write_adapter": "io",
     },
 )

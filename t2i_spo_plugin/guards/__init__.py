@@ -9,6 +9,7 @@ from t2i_spo_plugin._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .annotation import annotate as annotate
+    from .annotation import marks as marks
     from .annotation import message_image as message_image
     from .annotation import wrap_text as wrap_text
     from .calibration import Calibration as Calibration
@@ -67,6 +68,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "judge_quality": "judging",
         "labelled_folders": "calibration",
         "layer": "overlay",
+        "marks": "annotation",
         "message_image": "annotation",
         "parse_prompts": "uascore",
         "safety_content": "page",

@@ -32,6 +32,17 @@ def annotate(pixels: Tensor, marked: Sequence[Box] = (), label: str = "") -> Ten
         label: a short text; empty draws none.
     """
     height, width = pixels.shape[-2:]
+    return _laid_over(pixels, _marks((height, width), marked, label))
+
+
+def marks(size: tuple[int, int], marked: Sequence[Box] = (), label: str = "") -> Tensor:
+    """What `annotate` lays over an image of the given height and width, alone: `[4, H, W]` in [0, 1], with alpha."""
+    drawn = np.asarray(_marks(size, marked, label), dtype=np.float32) / 255.0
+    return torch.from_numpy(drawn).movedim(-1, 0)
+
+
+def _marks(size: tuple[int, int], marked: Sequence[Box], label: str) -> Image.Image:
+    height, width = size
     layer = Image.new("RGBA", (width, height))
     pen = ImageDraw.Draw(layer)
     line = max(1, round(min(height, width) / 200))
@@ -42,16 +53,16 @@ def annotate(pixels: Tensor, marked: Sequence[Box] = (), label: str = "") -> Ten
                 pen.rectangle(corners, outline=ink, width=thickness)
     if label.strip():
         margin = max(1, min(height, width) // 64)
-        font, size, lines = _fitting(label, width - 2 * margin, min(height, width) // 16)
-        tall = math.ceil(size * _LINE_HEIGHT) * len(lines)
+        font, font_size, lines = _fitting(label, width - 2 * margin, min(height, width) // 16)
+        tall = math.ceil(font_size * _LINE_HEIGHT) * len(lines)
         x, y = margin, margin
         if marked:
             x0, y0, _, _ = marked[0]
             longest = max(font.getlength(text) for text in lines)
             x = int(max(margin, min(x0, width - margin - longest)))
             y = y0 - tall if y0 >= tall else min(y0 + 3 * line + margin, max(0, height - tall))
-        _write(pen, (x, y), lines, font, size)
-    return _laid_over(pixels, layer)
+        _write(pen, (x, y), lines, font, font_size)
+    return layer
 
 
 def message_image(message: str, size: tuple[int, int]) -> Tensor:

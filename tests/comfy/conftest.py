@@ -76,9 +76,10 @@ def cost_models(executor, empty_folder):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running ComfyUI server with the pack; one for all tests."""
+    from own_models import with_own_files
     from running import make_base, start_server, with_miniatures
 
-    base = with_miniatures(make_base(tmp_path_factory.mktemp("server")))
+    base = with_own_files(with_miniatures(make_base(tmp_path_factory.mktemp("server"))))
     with start_server(Path(TREE), base) as server:
         yield server
 

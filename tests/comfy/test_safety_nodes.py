@@ -179,18 +179,21 @@ def test_the_widget_gets_image_maps_and_numbers(pack, guard, base):
 
 
 def test_the_browser_can_lay_the_overlay_together(pack, guard, base):
-    """Image and map, blended by the slider's opacity, are what the node draws but for the boxes and words."""
+    """Image and map, blended by the slider's opacity, with boxes and words above both, are what the node draws."""
     image = unsafe_scene(guard)
     safety = cost(pack, guard, image).args[6]
-    for opacity in (0.3, 1.0):
-        result = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", opacity, False, False, 0.5)
+    for opacity, marked in ((0.3, False), (1.0, False), (0.3, True), (1.0, True)):
+        result = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", opacity, marked, marked, 0.5)
         (entry,) = result.ui["spo_safety"]
+        assert (entry["marks"] is not None) == marked
         ground = shown_image(base, entry["image"])
         colours, alpha = shown_image(base, entry["maps"][entry["category"]]).split([3, 1], -1)
         blended = (1 - opacity * alpha) * ground + opacity * alpha * colours
+        if marked:
+            words, cover = shown_image(base, entry["marks"]).split([3, 1], -1)
+            assert bool((cover == 1).any()) and bool((cover == 0).any())
+            blended = (1 - cover) * blended + cover * words
         assert torch.allclose(blended, result.args[0][0], atol=3 / 255)
-    marked = pack["SPO_SafetyOverlay"].execute(image, safety, "cyan", 1.0, True, True, 0.5).ui["spo_safety"][0]
-    assert not torch.allclose(shown_image(base, marked["image"]), ground), "boxes and labels are not shown"
 
 
 def test_the_overlay_marks_what_costs_and_nothing_else(pack, guard):

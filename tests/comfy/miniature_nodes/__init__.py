@@ -1,19 +1,27 @@
 """A custom node folder for tests alone: models that the stock loaders accept, and nodes that give and keep values.
 
-ComfyUI tells model families apart by exact widths. Here it learns three more: Stable Diffusion 1, 2 and XL in the
-sizes of `miniature.py`. All the rest of them is ComfyUI's own code.
+ComfyUI tells model families apart by exact widths. Here it learns more: Stable Diffusion 1, 2 and XL in the sizes of
+`miniature.py`, and Z-Image in that of `own_models.py`. All the rest of them is ComfyUI's own code. Text encoders of
+billions of weights are stood in for by one that makes numbers of the right widths from the tokens; files that hold
+nothing but `miniature` ask for it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 
 import comfy.model_base
+import comfy.model_detection
+import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.text_encoders.flux
+import comfy.text_encoders.z_image
 import comfy.utils
+import torch
 
 
 TEXT_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
@@ -67,6 +75,59 @@ class MiniatureSDXL(comfy.supported_models.SDXL):
         return comfy.utils.state_dict_prefix_replace(state_dict, {"conditioner.": ""}, filter_keys=True)
 
 
+class MiniatureZImage(comfy.supported_models.ZImage):
+    unet_config = {"image_model": "lumina2", "dim": 64}
+
+
+class StandInTextEncoder(torch.nn.Module):
+    """Random numbers that depend on the tokens alone: widths of the output and of the pooled one."""
+
+    def __init__(self, widths, device="cpu", dtype=None, model_options=MappingProxyType({})):
+        super().__init__()
+        self.widths, self.dtypes = widths, {torch.float32}
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def set_clip_options(self, options):
+        pass
+
+    def reset_clip_options(self):
+        pass
+
+    def load_sd(self, weights):
+        return [], []
+
+    def encode_token_weights(self, tokens):
+        numbers = [token for part in tokens.values() for token, *_ in part[0] if isinstance(token, int)]
+        longest = max(len(part[0]) for part in tokens.values())
+        generator = torch.Generator().manual_seed(sum((place + 1) * token for place, token in enumerate(numbers)))
+        wide, pooled = self.widths
+        output = 0.1 * torch.randn(1, longest, wide, generator=generator)
+        return output, 0.1 * torch.randn(1, pooled, generator=generator) if pooled else None
+
+
+def detect(state_dict, key_prefix, *rest, **options):
+    found = _detect(state_dict, key_prefix, *rest, **options)
+    if found and found.get("image_model") == "lumina2" and found["dim"] == MiniatureZImage.unet_config["dim"]:
+        found |= {"n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512]}
+        found |= {
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8.0 / 3.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+        }
+    return found
+
+
+def load_clip(ckpt_paths, *rest, **options):
+    if any(set(comfy.utils.load_torch_file(path, safe_load=True)) != {"miniature"} for path in ckpt_paths):
+        return _load_clip(ckpt_paths, *rest, **options)
+    is_pair = len(ckpt_paths) == 2
+    tokenizer = comfy.text_encoders.flux.FluxTokenizer if is_pair else comfy.text_encoders.z_image.ZImageTokenizer
+    encoder = partial(StandInTextEncoder, (4096, 768) if is_pair else (2560, 0))
+    target = comfy.supported_models_base.ClipTarget(tokenizer, encoder)
+    return comfy.sd.CLIP(target, parameters=1, state_dict={"miniature": torch.zeros(1)})
+
+
 class _Anything(str):
     def __ne__(self, other):
         return False
@@ -115,4 +176,8 @@ class TestImages:
 
 if MiniatureSD1 not in comfy.supported_models.models:
     comfy.supported_models.models += [MiniatureSD1, MiniatureSD2, MiniatureSDXL]
+    # Before Lumina 2, which would take it for its own.
+    comfy.supported_models.models.insert(0, MiniatureZImage)
+    _detect, comfy.model_detection.detect_unet_config = comfy.model_detection.detect_unet_config, detect
+    _load_clip, comfy.sd.load_clip = comfy.sd.load_clip, load_clip
 NODE_CLASS_MAPPINGS = {"TestImages": TestImages, "TestRecord": TestRecord}
