@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.pipelines import random_adapter
 
 from t2i_spo_plugin import write_adapter
-from t2i_spo_plugin.adapters.safetensors_file import read_header
+from t2i_spo_plugin.adapters.safetensors_file import read_header, write_tensors
 from t2i_spo_plugin.errors import AdapterError
 from t2i_spo_plugin.gating import AdapterGate, GateNetwork, gate_metadata, load_adapter_gate, save_adapter_gate
 
@@ -40,7 +40,7 @@ def test_a_file_that_is_no_adapter_gate_is_refused(content, tmp_path):
 
 def test_a_file_of_another_format_is_refused_with_its_name(tmp_path):
     path = tmp_path / "gate.safetensors"
-    save_file({}, path, {"spo": json.dumps({"format": "spo-adapter-gate/9"})})
+    write_tensors(path, {}, {"spo": json.dumps({"format": "spo-adapter-gate/9"})})
     with pytest.raises(AdapterError, match=r"^gate.safetensors is no .* that this version reads: .*adapter-gate/9'$"):
         load_adapter_gate(path)
 
