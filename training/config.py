@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ Precision = Literal["no", "bf16"]
 Device = Literal["auto", "cpu"]
 Noise = Literal["fresh", "drawn"]
 Reference = Literal["base", "adapter"]
+Timesteps = Literal["family", "uniform", "logit-normal"]
 
 _NOT_IN_THE_TRAJECTORY = {
     # Known by content: see `Run.identity`.
@@ -63,6 +65,9 @@ class TrainConfig:
         cache_batch_size: images that the autoencoder encodes at once.
         t_min: first timestep that is trained on; timesteps are drawn from this one up to `t_max`.
         t_max: timestep before which drawing ends; by default all are drawn. DUO takes 0 to 750.
+        timesteps: their distribution: the `family`'s own, `uniform`, or `logit-normal`.
+        timestep_shift: of `uniform` and `logit-normal`: above 1 nearer to noise, `s u / (1 + (s - 1) u)`.
+        timestep_values: a few timesteps instead, each equally often; all from `t_min` up to `t_max`.
         draws_per_pair: number of fixed (timestep, noise) draws of each pair, whose reference errors are stored; 0
             draws afresh each time.
         noise: `fresh`, or the noise an image was `drawn` from where its seed is known: for tables of images that this
@@ -131,6 +136,9 @@ class TrainConfig:
     # Timesteps and noise
     t_min: int = 0
     t_max: int | None = None
+    timesteps: Timesteps = "family"
+    timestep_shift: float = 1.0
+    timestep_values: tuple[int, ...] = ()
     draws_per_pair: int = 0
     noise: Noise = "fresh"
     # Adapter
@@ -209,6 +217,12 @@ class TrainConfig:
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("device", self.device, get_args(Device))
         check_choice("noise", self.noise, get_args(Noise))
+        check_choice("timesteps", self.timesteps, get_args(Timesteps))
+        check_range("timestep_shift", self.timestep_shift, 0.0, open_low=True)
+        if self.timesteps == "family" and self.timestep_shift != 1.0:
+            raise ConfigError("timestep_shift needs a distribution: set timesteps to uniform or logit-normal")
+        for value in self.timestep_values:
+            check_range("timestep_values", value, self.t_min, math.inf if self.t_max is None else self.t_max - 1)
         check_choice("reference", self.reference, get_args(Reference))
         if self.reference == "adapter" and not self.adapter:
             raise ConfigError("reference adapter needs an adapter to begin from: name it as adapter")

@@ -151,7 +151,14 @@ def calibrated(
     objective = make_objective(base.objective)
     examples = of_categories(objective.read(base.source, base.skip_bad_rows), categories)
     resolution = base.resolution or native_resolution(pipe, family)
-    sampling = Sampling(base.seed, (base.t_min, min(base.t_max or len(family.schedule), len(family.schedule))))
+    t_max = min(base.t_max or len(family.schedule), len(family.schedule))
+    sampling = Sampling(
+        base.seed,
+        (base.t_min, t_max),
+        timesteps=base.timesteps,
+        timestep_shift=base.timestep_shift,
+        timestep_values=base.timestep_values,
+    )
     folder = Path(str(base.cache_dir))
     sizes = (base.cache_batch_size, base.progress)
     batches = cached_batches(

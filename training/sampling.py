@@ -35,6 +35,28 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
+def spread_index(normal: bool, shift: float) -> SampleIndex:
+    """A distribution over [low, high): of u in (0, 1) uniform or logit-normal, as `shift u / (1 + (shift - 1) u)`.
+
+    A shift above 1 moves it towards noise, as schedulers do for large images.
+    """
+
+    def sample(low: int, high: int, place: torch.Generator) -> int:
+        u = float(torch.randn(1, generator=place).sigmoid() if normal else torch.rand(1, generator=place))
+        return min(high - 1, low + int(shift * u / (1.0 + (shift - 1.0) * u) * (high - low)))
+
+    return sample
+
+
+def few_index(values: Sequence[int]) -> SampleIndex:
+    """Each of a few indices equally often, whatever the range."""
+
+    def sample(low: int, high: int, place: torch.Generator) -> int:
+        return values[int(torch.randint(len(values), (1,), generator=place))]
+
+    return sample
+
+
 @dataclass(frozen=True)
 class Draw:
     """The random part of one example in one step; its images share it, but for the autoencoder's noise.

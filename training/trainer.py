@@ -117,7 +117,12 @@ def _training_step(config: TrainConfig, accelerator: Accelerator, pipe: Any, fam
         config.draws_per_pair,
         config.noise == "drawn",
         objective.independent_timesteps,
+        config.timesteps,
+        config.timestep_shift,
+        config.timestep_values,
     )
+    if max(config.timestep_values, default=0) >= t_max:
+        raise ConfigError(f"timestep_values must be below {t_max}, got {max(config.timestep_values)}")
     cache = Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache"
     examples = _examples(config, objective, terms)
     batches = cached_batches(

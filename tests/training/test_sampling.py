@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.pairs import train_config
 
-from t2i_spo_plugin.training.sampling import Order, draw, generator, learning_rate_factor
+from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.training.data.batches import Sampling
+from t2i_spo_plugin.training.sampling import (
+    Order,
+    draw,
+    few_index,
+    generator,
+    learning_rate_factor,
+    spread_index,
+    uniform_index,
+)
 
 
 def test_order_visits_every_pair_once_an_epoch_and_keeps_the_share():
@@ -134,3 +146,55 @@ def test_the_learning_rate_follows_its_closed_form(warmup):
 
 def test_a_run_of_nothing_but_its_warm_up_ends_at_the_full_rate():
     assert learning_rate_factor(4, 4, 4, "linear") == learning_rate_factor(4, 4, 4, "cosine") == 1.0
+
+
+def indices(sample, count: int = 4000, low: int = 100, high: int = 900) -> torch.Tensor:
+    place = torch.Generator().manual_seed(0)
+    return torch.tensor([sample(low, high, place) for _ in range(count)])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("normal", [False, True])
+def test_timesteps_are_spread_as_the_quantiles_of_their_distribution_say(normal, shift):
+    drawn = indices(spread_index(normal, shift)).double()
+    assert drawn.min() >= 100 and drawn.max() < 900
+    for share in (0.1, 0.5, 0.9):
+        u = torch.tensor(share, dtype=torch.float64)
+        u = torch.special.ndtri(u).sigmoid() if normal else u
+        expected = 100 + 800 * shift * u / (1 + (shift - 1) * u)
+        assert abs(float(drawn.quantile(share) - expected)) < 25
+
+
+def test_the_last_index_is_never_passed():
+    assert spread_index(False, 1e9)(0, 10, torch.Generator().manual_seed(0)) == 9
+
+
+def test_a_few_timesteps_come_equally_often():
+    counts = indices(few_index((3, 801, 548))).bincount()
+    assert set(counts.nonzero()[:, 0].tolist()) == {3, 548, 801}
+    assert counts[[3, 548, 801]].min() > 0.3 * 4000
+
+
+def test_a_run_draws_from_the_distribution_that_it_is_asked_for():
+    family = SimpleNamespace(sample_index=uniform_index)
+    assert Sampling(0, (0, 1000)).sample_index(family) is uniform_index
+    few = Sampling(0, (0, 1000), timesteps="uniform", timestep_values=(7,)).sample_index(family)
+    assert set(indices(few, 20).tolist()) == {7}
+    for name, normal in (("uniform", False), ("logit-normal", True)):
+        made = Sampling(0, (0, 1000), timesteps=name, timestep_shift=2.0).sample_index(family)
+        assert torch.equal(indices(made, 50), indices(spread_index(normal, 2.0), 50))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep_shift": 2.0}, "timestep_shift needs a distribution"),
+        ({"timesteps": "normal"}, "timesteps must be one of family, uniform, logit-normal"),
+        ({"timesteps": "uniform", "timestep_shift": 0.0}, "timestep_shift must be above 0"),
+        ({"t_min": 10, "timestep_values": [3]}, "timestep_values"),
+        ({"t_max": 10, "timestep_values": [10]}, "timestep_values"),
+    ],
+)
+def test_distributions_that_mean_nothing_are_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_config(tmp_path, pairs="p.parquet", **options)

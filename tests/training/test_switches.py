@@ -241,6 +241,18 @@ def test_every_objective_trains_resumes_bit_for_bit_and_leaves_an_adapter_that_l
     load_spo_lora(tiny_pipeline("sd1"), path)
 
 
+@pytest.mark.parametrize("name", ["kto", "group"])
+def test_splitting_a_step_into_micro_batches_changes_nothing(name, table, cache, tmp_path):
+    options = {"name": name, **RUNS[name]}
+    shared = {"pairs": str(table), "cache_dir": str(cache), "objective": options, "steps": 3}
+    whole = train_config(tmp_path / "whole", **shared, batch_size=4)
+    parted = train_config(tmp_path / "parted", **shared, batch_size=1, gradient_accumulation=4)
+    for config in (whole, parted):
+        train(config, tiny_pipeline("sd1"))
+    for one, two in zip(report_of(whole)["curve"], report_of(parted)["curve"], strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+
+
 def test_an_adapter_is_gone_on_from_and_may_be_its_own_reference(table, cache, tmp_path):
     begun = random_adapter(fresh("sd1"), rank=2, alpha=3.0, components=("unet",), layers=("to_q", "to_v"))
     file = write_adapter(begun, tmp_path / "begun.safetensors")

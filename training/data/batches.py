@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..families import Conditioning, Family
-from ..sampling import Draw, Order, draw, generator, initial_noise
+from ..sampling import Draw, Order, SampleIndex, draw, few_index, generator, initial_noise, spread_index
 from .caches import MIRRORED, ShardStore, posterior_sample
 from .dataset import Examples
 from .regions import Regions, region_weights
@@ -60,6 +60,17 @@ class Sampling:
     draws_per_pair: int = 0
     drawn_noise: bool = False
     independent_timesteps: bool = False
+    timesteps: str = "family"
+    timestep_shift: float = 1.0
+    timestep_values: tuple[int, ...] = ()
+
+    def sample_index(self, family: Family) -> SampleIndex:
+        """The distribution of timesteps."""
+        if self.timestep_values:
+            return few_index(self.timestep_values)
+        if self.timesteps == "family":
+            return family.sample_index
+        return spread_index(self.timesteps == "logit-normal", self.timestep_shift)
 
 
 class Batches:
@@ -87,6 +98,7 @@ class Batches:
     ) -> None:
         self.sampling, self.examples, self.family, self.device = sampling, examples, family, device
         self.latents, self.text, self.regions = latents, text, regions
+        self._sample_index = sampling.sample_index(family)
         self.order = Order(examples.columns["benign"], sampling.seed, sampling.benign_share)
         own = latents.get([examples.images[0][0]])["mean"]
         self._own_shape = tuple(own.shape[1:])
@@ -129,7 +141,7 @@ class Batches:
             generator(self.sampling.seed, *place),
             self.shape,
             self.sampling.t_range,
-            sample_index=self.family.sample_index,
+            sample_index=self._sample_index,
         )
 
     def _draw(self, *place: int | str) -> Draw:
@@ -140,7 +152,7 @@ class Batches:
             self.sampling.caption_dropout,
             self.sampling.random_flip,
             len(self.examples.images),
-            self.family.sample_index,
+            self._sample_index,
             self.sampling.independent_timesteps,
         )
 
