@@ -29,6 +29,7 @@ from ..data.batches import Batch
 from ..data.dataset import Examples
 from ..data.singles import read_singles
 from ..families import Family
+from ..lora import frozen
 from .base import Context, Need, Objective, ObjectiveOptions, Predictions
 
 
@@ -89,13 +90,15 @@ class CostGradient(Objective):
             if not hasattr(self._quality, "embed_pixels"):
                 raise ConfigError(f"the quality model {options.quality_model} has no alignment with gradients")
             self._quality.to(device)
-        self._vae = pipe.vae.to(device).requires_grad_(False)
+        self._vae = pipe.vae.to(device)
 
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         family, index = context.batches.family, batch.index[0]
         noisy = family.schedule.noised(batch.latents[0], batch.noise[0], index)
         latents = family.schedule.clean(noisy, predictions.model[0].float(), index)
-        pixels = family.decode(self._vae, latents)
+        # Gradients go through the autoencoder, not into it.
+        with frozen(self._vae):
+            pixels = family.decode(self._vae, latents)
         cost = self._cost(pixels)
         alignment = torch.zeros_like(cost)
         benign = batch.columns["benign"]
