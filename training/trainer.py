@@ -85,6 +85,9 @@ def train(
         models["adapter"] = content_hash(*(part for name, pair in pairs for part in (name, *vars(pair).values())))
     with frozen(family.module), _adapter(config, family, begun):
         step = _training_step(config, accelerator, pipe, family)
+        models |= step.objective.identity()
+        if step.batches.regions is not None:
+            models["regions"] = step.batches.regions.store.folder.name
         checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
         best = [BestByValidation(validate)] if validate and config.validate_every else []
         every = [FiniteCheck(), Curve(), *best, checkpoints, *callbacks]

@@ -365,6 +365,8 @@ def test_a_run_weighs_its_errors_by_the_cost_map(table, cache, tmp_path, monkeyp
     plain, weighed = (report_of(config)["curve"][0] for config in runs.values())
     assert plain["loss"] == weighed["loss"] == pytest.approx(0.69314718), "model and reference are weighed alike"
     assert abs(plain["winner_error"] - weighed["winner_error"]) > 1e-6
+    models = [report_of(config)["identity"]["models"] for config in runs.values()]
+    assert "regions" not in models[0] and models[1]["regions"].startswith("maps-")
 
 
 # --- cost-gradient ---
@@ -440,6 +442,7 @@ def test_the_cost_gradient_lowers_the_cost(table, cache, tmp_path, monkeypatch):
     assert costs[-1] < costs[0] - 0.01
     assert all(value.requires_grad and value.grad is None for value in pipe.vae.parameters()), "left as it came"
     assert report_of(config)["passes"] == {"forward": 24, "backward": 24}
+    assert {"cost_model", "policy"} <= report_of(config)["identity"]["models"].keys()
     with pytest.raises(DomainError):
         train(replace(config, output_dir=f"{tmp_path}/other"), with_domain(pipe, "sticker"))
 

@@ -97,6 +97,10 @@ class Objective(Protocol):
     def loss(self, batch: Batch, predictions: Predictions, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss, a scalar mean over the batch, and what `logged` names, `[B]` or scalar, without gradient."""
 
+    def identity(self) -> dict[str, str]:
+        """What the loss depends on beside options and examples, by content, once `prepare` was called."""
+        return {}
+
     def header(self) -> dict[str, str]:
         """What the adapter's metadata states of the objective."""
         return {}

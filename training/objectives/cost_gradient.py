@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
+from t2i_spo_plugin.identity import model_identity
 from t2i_spo_plugin.images import resize
 from t2i_spo_plugin.options import check_range
 from t2i_spo_plugin.pipelines import pipeline_domain
@@ -116,6 +117,10 @@ class CostGradient(Objective):
         logits = model.score_tensor(resize(pixels, size)).logits
         policy = self._guard.policy
         return policy.cost(policy.category_costs(logits, model.temperature, tuple(model.categories))[0])
+
+    def identity(self) -> dict[str, str]:
+        quality = {} if self._quality is None else {"quality_model": model_identity(self._quality)}
+        return {**self._guard.identity, **quality}
 
     def header(self) -> dict[str, str]:
         return {"lambda": repr(self.options.lambda_), "cost_model": self.options.cost_model}
