@@ -9,11 +9,11 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.v0_0_2 import io
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from t2i_spo_plugin.guards import safety_content
-from t2i_spo_plugin.images import channels_first, to_pil
 
 from . import sockets
 from .images import previews, steps
@@ -101,8 +101,7 @@ class SaveImage(io.ComfyNode):
         for part in steps(len(image)):
             for number in range(len(image))[part]:
                 file = f"{name.replace('%batch_num%', str(number))}_{counter + number:05}_.png"
-                pixels = to_pil(channels_first(image[number : number + 1], ground=None))[0]
-                pixels.save(Path(folder) / file, pnginfo=cls._chunks(known[number]), compress_level=4)
+                _as_pil(image[number]).save(Path(folder) / file, pnginfo=cls._chunks(known[number]), compress_level=4)
                 saved.append({"filename": file, "subfolder": subfolder, "type": "output"})
         return io.NodeOutput(ui={"images": saved})
 
@@ -117,6 +116,12 @@ class SaveImage(io.ComfyNode):
             if value is not None:
                 chunks.add_text(key, json.dumps(value))
         return chunks
+
+
+def _as_pil(image: Tensor) -> Image.Image:
+    """An image `[H, W, C]` with its transparency, rounded as the core node Save Image does."""
+    pixels = (255.0 * image.float().nan_to_num().clamp(0.0, 1.0)).byte().cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def image_metadata(safety: ScoredImages | None, stack: Stack, count: int) -> list[dict[str, Any]]:

@@ -25,11 +25,11 @@ LOADERS = {"CheckpointLoaderSimple", "UNETLoader"}
 _Z_IMAGE = {
     "patch_size": 2,
     "in_channels": 16,
-    "dim": 64,
+    "dim": 256,
     "cap_feat_dim": 2560,
     "n_layers": 2,
-    "n_heads": 2,
-    "n_kv_heads": 2,
+    "n_heads": 8,
+    "n_kv_heads": 8,
     "axes_dims": [8, 12, 12],
     "axes_lens": [1536, 512, 512],
     "rope_theta": 256.0,
@@ -116,7 +116,7 @@ def _z_image_adapter() -> Adapter:
     modules = {}
     for layer in range(_Z_IMAGE["n_layers"]):  # type: ignore[call-overload]
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            down, up = (torch.randn(shape, generator=generator) for shape in ((4, 64), (64, 4)))
+            down, up = (torch.randn(shape, generator=generator) for shape in ((4, 256), (256, 4)))
             modules[f"transformer.layers.{layer}.attention.{name}"] = LoraPair(0.4 * down, 0.4 * up, 4.0)
     return Adapter(modules, AdapterMetadata("zimage", "flow", "Safety adapter"))
 

@@ -76,7 +76,7 @@ class MiniatureSDXL(comfy.supported_models.SDXL):
 
 
 class MiniatureZImage(comfy.supported_models.ZImage):
-    unet_config = {"image_model": "lumina2", "dim": 64}
+    unet_config = {"image_model": "lumina2", "dim": 256}
 
 
 class StandInTextEncoder(torch.nn.Module):
@@ -108,7 +108,7 @@ class StandInTextEncoder(torch.nn.Module):
 def detect(state_dict, key_prefix, *rest, **options):
     found = _detect(state_dict, key_prefix, *rest, **options)
     if found and found.get("image_model") == "lumina2" and found["dim"] == MiniatureZImage.unet_config["dim"]:
-        found |= {"n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512]}
+        found |= {"n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512]}
         found |= {
             "rope_theta": 256.0,
             "ffn_dim_multiplier": 8.0 / 3.0,
