@@ -2,7 +2,7 @@
 
 For each source file of `targets.yaml` its faults (`faults.py`) are planted, one after the other, in a copy of the
 working tree, and the tests that cover the file run on it until the first of them fails. What is found is kept in
-`build/mutants/results.jsonl`; a run that was stopped goes on where it was, and a file that has not changed is not
+`build/mutants/results.jsonl`; a run that was stopped goes on where it was, and a function that has not changed is not
 looked at again, except for the faults that survived when its tests have changed since. `docs/mutants.md` gets the
 shares and the survivors.
 
@@ -27,8 +27,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import planting
@@ -51,7 +51,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """What the tests said of one fault."""
+    """What the tests said of one fault; of the function it stands in, and of its tests, the digests."""
 
     source: str
     fault: str
@@ -120,7 +120,7 @@ class Session:
             file.write(json.dumps(vars(result)) + "\n")
 
     def known(self, target: Target, fault: Fault, source_digest: str, tests_digest: str) -> Result | None:
-        """What still holds: the source is the same, and so are the tests or they caught the fault before."""
+        """What still holds: the function is the same, and so are the tests or they caught the fault before."""
         result = self.results.get((target.source, fault.name))
         if result is None or result.source_digest != source_digest:
             return None
@@ -162,11 +162,11 @@ def examine(
     root = trees[0].folder  # the working tree may change while this runs
     texts = {target.source: (root / target.source).read_text(encoding="utf-8") for target in targets}
     every = {source: ranked(source, faults_of(text)) for source, text in texts.items()}
-    digests = {
-        # Other kinds of faults are other results, too.
-        target.source: (_digest([root / target.source, HERE / "faults.py"]), _digest(_test_files(root, target.tests)))
-        for target in targets
-    }
+    tests_digests = {target.source: _digest(_test_files(root, target.tests)) for target in targets}
+
+    def digests(target: Target, fault: Fault) -> tuple[str, str]:
+        return source_digest(texts[target.source], fault), tests_digests[target.source]
+
     # The first of every file before the second of any: a run that is stopped has looked at all of them alike.
     rounds = itertools.zip_longest(
         *([(target, fault) for fault in every[target.source][:sample]] for target in targets)
@@ -174,7 +174,7 @@ def examine(
     todo = [
         _Job(*pair)
         for pair in itertools.chain.from_iterable(rounds)
-        if pair is not None and session.known(*pair, *digests[pair[0].source]) is None
+        if pair is not None and session.known(*pair, *digests(*pair)) is None
     ]
     if todo:
         tests = list(dict.fromkeys(test for job in todo for test in job.target.tests))
@@ -196,7 +196,7 @@ def _examine(
     todo: list[_Job],
     hosts: dict[Tree, Host],
     texts: dict[str, str],
-    digests: dict[str, tuple[str, str]],
+    digests: Callable[[Target, Fault], tuple[str, str]],
     session: Session,
     grace: float,
 ) -> None:
@@ -245,7 +245,7 @@ def _examine(
                     del running[tree]
                     source, fault = job.target.source, job.fault
                     tree.write(source, texts[source])
-                    session.add(Result(source, fault.name, fault.line, outcome, *digests[source]))
+                    session.add(Result(source, fault.name, fault.line, outcome, *digests(job.target, fault)))
                     if outcome == SURVIVED:
                         print(f"  {source}:{fault.line}, survived: {fault.name}", flush=True)
             time.sleep(0.02)
@@ -295,11 +295,23 @@ def _count(one: Examination) -> str:
 
 
 def reported(target: Target, session: Session, root: Path = ROOT) -> Examination:
-    """All that is known of the target, as long as its source is what it was."""
-    faults = faults_of((root / target.source).read_text(encoding="utf-8"))
-    digest = _digest([root / target.source, HERE / "faults.py"])
-    known = [session.results.get((target.source, fault.name)) for fault in faults]
-    return Examination([result for result in known if result and result.source_digest == digest], len(faults))
+    """All that is known of the target, as far as its functions are what they were."""
+    text = (root / target.source).read_text(encoding="utf-8")
+    faults = faults_of(text)
+    known = [(fault, session.results.get((target.source, fault.name))) for fault in faults]
+    results = [
+        replace(result, line=fault.line)
+        for fault, result in known
+        if result is not None and result.source_digest == source_digest(text, fault)
+    ]
+    return Examination(results, len(faults))
+
+
+def source_digest(text: str, fault: Fault) -> str:
+    """Changes with the function that the fault stands in (outside of any, with the file), and with what is planted."""
+    lines = text.splitlines()
+    part = lines if fault.span is None else lines[fault.span[0] - 1 : fault.span[1]]
+    return hashlib.sha256("\n".join(part).encode() + (HERE / "faults.py").read_bytes()).hexdigest()[:16]
 
 
 def _test_files(root: Path, tests: Sequence[str]) -> list[Path]:
