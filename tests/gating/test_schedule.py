@@ -50,7 +50,7 @@ def test_a_schedule_may_use_the_whole_range_and_a_factor_of_zero():
     assert Schedule([(0.5, 3)]).points == ((0.5, 3.0),)
 
 
-@pytest.mark.parametrize("points", [[(0.6, 1.0), (0.4, 1.0)], [(-0.1, 1.0)], [(0.5, float("inf"))], [(0.1, 1.0, 2.0)]])
+@pytest.mark.parametrize("points", [[(0.6, 1.0), (0.4, 1.0)], [(-0.1, 1.0)], [(0.1, 1.0), (0.5, float("inf"))], [(0.1, 1.0, 2.0)]])
 def test_points_that_make_no_line_are_refused(points):
     with pytest.raises(ConfigError):
         Schedule(points)
@@ -70,3 +70,9 @@ def test_a_window_begins_with_its_start_and_ends_before_its_end():
         False,
         False,
     ]
+
+
+def test_a_schedule_of_many_points_goes_from_each_to_the_next_and_stays_at_the_last():
+    schedule = Schedule([(0.0, 1.0), (0.5, 1.0), (0.8, 0.0), (0.9, 2.0)])
+    values = [schedule.factor(progress) for progress in (0.25, 0.5, 0.65, 0.85, 0.9, 1.0)]
+    assert values == pytest.approx([1.0, 1.0, 0.5, 1.0, 2.0, 2.0])

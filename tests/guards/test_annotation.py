@@ -233,3 +233,10 @@ def test_a_word_that_is_too_long_is_cut_where_the_line_is_full():
     assert wrap_text("ab " + "x" * 5 + " cd", width, font) == ["ab", "xxxx", "x cd"]
     assert wrap_text("xyz", 1, font) == ["x", "y", "z"], "one letter at least"
     assert wrap_text("\n\nab\n", width, font) == ["ab"]
+
+
+@pytest.mark.parametrize("box", [(10, 10, 12, 30), (10, 10, 30, 12)])
+def test_a_narrow_box_is_black(box):
+    x0, y0, x1, y1 = box
+    drawn = annotate(torch.full((3, 40, 40), 0.5), [box])
+    assert not drawn[:, y0:y1, x0:x1].any() and not bool((drawn == 1.0).any())
