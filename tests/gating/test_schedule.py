@@ -50,7 +50,9 @@ def test_a_schedule_may_use_the_whole_range_and_a_factor_of_zero():
     assert Schedule([(0.5, 3)]).points == ((0.5, 3.0),)
 
 
-@pytest.mark.parametrize("points", [[(0.6, 1.0), (0.4, 1.0)], [(-0.1, 1.0)], [(0.1, 1.0), (0.5, float("inf"))], [(0.1, 1.0, 2.0)]])
+@pytest.mark.parametrize(
+    "points", [[(0.6, 1.0), (0.4, 1.0)], [(-0.1, 1.0)], [(0.1, 1.0), (0.5, float("inf"))], [(0.1, 1.0, 2.0)]]
+)
 def test_points_that_make_no_line_are_refused(points):
     with pytest.raises(ConfigError):
         Schedule(points)
