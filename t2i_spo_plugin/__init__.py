@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .errors import IncompatibleAdapterError as IncompatibleAdapterError
     from .errors import InvalidAdapterError as InvalidAdapterError
     from .errors import MissingExtraError as MissingExtraError
+    from .errors import NoMapError as NoMapError
     from .errors import NoPairsError as NoPairsError
     from .errors import NotScoredError as NotScoredError
     from .errors import PipelineError as PipelineError
@@ -102,6 +103,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "LoraPair": "adapters.lora",
         "MissingExtraError": "errors",
         "ModelCardInfo": "hub.card_info",
+        "NoMapError": "errors",
         "NoPairsError": "errors",
         "NotScoredError": "errors",
         "PipelineError": "errors",

@@ -66,7 +66,7 @@ class TrainConfig:
         t_min: first timestep that is trained on; timesteps are drawn from this one up to `t_max`.
         t_max: timestep before which drawing ends; by default all are drawn. DUO takes 0 to 750.
         timesteps: their distribution: the `family`'s own, `uniform`, or `logit-normal`.
-        timestep_shift: of `uniform` and `logit-normal`: above 1 nearer to noise, `s u / (1 + (s - 1) u)`.
+        timestep_shift: shifts what `uniform` and `logit-normal` draw, above 1 towards noise: `s u / (1 + (s - 1) u)`.
         timestep_values: a few timesteps instead, each equally often; all from `t_min` up to `t_max`.
         draws_per_pair: number of fixed (timestep, noise) draws of each pair, whose reference errors are stored; 0
             draws afresh each time.

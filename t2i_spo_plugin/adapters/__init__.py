@@ -47,16 +47,15 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "Activity": "comerge",
         "Adapter": "adapter",
         "AdapterMetadata": "metadata",
         "ComfyBase": "comfyui",
         "Fit": "comfyui",
         "LoraPair": "lora",
-        "Activity": "comerge",
         "MERGE_METHODS": "merging",
         "METHODS": "merging",
         "MergeOptions": "merging",
-        "up_norms": "comerge",
         "approximate_products": "products",
         "as_lines": "inspection",
         "block_of": "lora",
@@ -81,6 +80,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "read_adapter": "io",
         "refuse_pickle": "io",
         "scale_by_block": "block_strengths",
+        "up_norms": "comerge",
         "write_adapter": "io",
     },
 )

@@ -210,7 +210,7 @@ def test_an_onnx_file_with_another_hash_is_refused(tmp_path):
 
 
 def test_an_unknown_cost_model_is_refused_with_the_names_there_are():
-    with pytest.raises(SPOError, match=r"open_nsfw, owen, nudenet, or a folder .* or a Hub id"):
+    with pytest.raises(SPOError, match=r"open_nsfw, owen, nudenet, hf-classifier:.*, or a folder .* or a Hub id"):
         load_cost_model("no_such_model")
 
 

@@ -96,11 +96,10 @@ def test_augmentations_move_the_weights_with_the_latents(name, tmp_path):
     weights = torch.rand(3, 1, *LATENT[1:])
     latents = weights.expand(2, 3, *LATENT).clone()
     one = Batch(latents, latents, torch.zeros(2, 3).long(), {}, {}, 0, (0, 1, 2), (0, 1, 2), (0, 0, 0), weights)
-    moved = augmented(name, one, SimpleNamespace(sampling=SimpleNamespace(seed=0)))
+    given = SimpleNamespace(sampling=SimpleNamespace(seed=0), family=SimpleNamespace(mirrored=lambda x: x.flip(-1)))
+    moved = augmented(name, one, given)
     assert torch.equal(moved.latents[0, :, :1], moved.weights) and not torch.equal(moved.weights, weights)
-    assert (
-        augmented(name, replace(one, weights=None), SimpleNamespace(sampling=SimpleNamespace(seed=0))).weights is None
-    )
+    assert augmented(name, replace(one, weights=None), given).weights is None
 
 
 def test_regions_need_a_weight_somewhere_and_are_off_at_one():

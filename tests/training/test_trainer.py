@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import guided_pipelines
 from support.pairs import changed, pair_table, train_config
 from support.pipelines import tiny_pipeline
 
@@ -263,8 +264,8 @@ def test_scores_of_other_judges_are_not_compared(config):
 
 
 def test_training_refuses_what_it_cannot_train(config):
-    with pytest.raises(PipelineError, match="Flux"):
-        train(config, tiny_pipeline("flux"))
+    with pytest.raises(PipelineError, match="AuraFlow"):
+        train(config, guided_pipelines.build("aura_flow")[0])
     with pytest.raises(ConfigError, match="targets"):
         train(replace(config, targets=("nowhere",)), tiny_pipeline("sd1"))
     with pytest.raises(TableError, match="none of 6 pairs"):

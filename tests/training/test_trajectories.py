@@ -18,6 +18,8 @@ from t2i_spo_plugin.registry import load_pipeline
 from t2i_spo_plugin.training import TrainConfig, train
 
 
+RELATIVE = 1e-4
+"""Kernels of another processor add up in another order: recorded on one, these are met to 1.3e-5 on another."""
 EVERYTHING = {
     "steps": 4,
     "batch_size": 2,
@@ -81,7 +83,7 @@ def test_bundled_configurations_follow_their_recorded_trajectory(name, recorded,
     else:
         options["pairs"] = str(pair_table(tmp_path / "pairs.parquet"))
     path = train(TrainConfig.from_yaml(name, **options), load_pipeline("sticker"))
-    assert losses(path) == pytest.approx(recorded, rel=1e-6)
+    assert losses(path) == pytest.approx(recorded, rel=RELATIVE)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,4 @@ def test_bundled_configurations_follow_their_recorded_trajectory(name, recorded,
 def test_every_option_follows_its_recorded_trajectory(name, options, recorded, tmp_path):
     pairs = pair_table(tmp_path / "pairs.parquet")
     path = train(train_config(tmp_path, pairs=str(pairs), **options), tiny_pipeline(name))
-    assert losses(path) == pytest.approx(recorded, rel=1e-6)
+    assert losses(path) == pytest.approx(recorded, rel=RELATIVE)
