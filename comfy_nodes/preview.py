@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import server
 from aiohttp import web
 
 from t2i_spo_plugin.adapters import inspect_adapter
@@ -29,7 +28,9 @@ _THUMBNAIL, _TRIGGER = "modelspec.thumbnail", "modelspec.trigger_phrase"
 
 def register_routes() -> None:
     """Add the two addresses to ComfyUI's server, where there is one."""
-    running = getattr(server.PromptServer, "instance", None)
+    from server import PromptServer  # only ComfyUI's own process can import it
+
+    running = getattr(PromptServer, "instance", None)
     if running is not None:
         running.routes.get(FACTS)(_answer_facts)
         running.routes.get(PICTURE)(_answer_picture)
