@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # ComfyUI reads its command line, and where its folders are, when it is imported.
     sys.path.insert(0, TREE)
+    import utils.install_util  # noqa: F401  (as its main.py does, before its nodes put another `utils` in front)
     from comfy.cli_args import args
 
     args.cpu = True
