@@ -116,7 +116,7 @@ def test_without_any_file_every_node_has_something_to_choose_and_says_what_is_mi
     for folder in (loras, cost_models):
         folder.rmdir()
     own = {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("SPO_")}
-    assert len(own) == 12
+    assert len(own) == 17
     for kind in own.values():
         for given in kind.GET_SCHEMA().inputs:
             if given.io_type == "COMBO":

@@ -493,7 +493,10 @@ def test_a_whole_graph(pack, guard, run_graph):
     assert ran["unsafe"] is ran["withheld"] is True
     assert ran["image"] is image and not torch.equal(ran["shown"], image)
     assert len(ran.ui["3"]["spo_safety"]) == len(ran.ui["4"]["spo_safety"]) == 2
-    assert Path(ran.ui["6"]["text"][0]).is_file()
+    import folder_paths
+
+    file, unsafe, *_ = ran.ui["6"]["text"][0].splitlines()
+    assert Path(folder_paths.get_output_directory(), file).is_file() and unsafe.startswith("1 of 2")
 
 
 def test_no_images_run_through(run_graph):
