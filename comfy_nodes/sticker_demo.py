@@ -33,9 +33,9 @@ from transformers import PreTrainedTokenizerFast
 from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.sticker import pipeline_path
 
+from .tiny_autoencoder import factor, tiny_autoencoder
 
-_TAESD_BLOCKS = ((1, 3, 3, 3), (3, 3, 3, 1))
-"""Blocks a level of the encoder and the decoder that ComfyUI knows."""
+
 _LEAST_ALPHA = 4.8973451890853435e-08
 """What ComfyUI takes for a terminal signal of zero, whose sigma would be infinite."""
 
@@ -50,16 +50,16 @@ class StickerDemoLoader(io.ComfyNode):
             display_name="Sticker Demo Loader",
             category="SPO/adapters",
             description=(
-                "Loads the small demo model that comes with the package (64 x 64 images of emoji stickers), to try "
-                "safety adapters without any download. Use an empty latent of 64 x 64, cfg 3, 25 steps, euler or ddim "
-                "with the sgm_uniform scheduler."
+                "Loads the small demo model that comes with the package (128 x 128 images of emoji stickers), to try "
+                "safety adapters without any download. Use an empty latent of 128 x 128, cfg 3, 25 steps, euler or "
+                "ddim with the sgm_uniform scheduler."
             ),
             search_aliases=["sticker world", "demo checkpoint", "load checkpoint", "spo"],
             inputs=[],
             outputs=[
                 io.Model.Output("model", tooltip="The denoiser of the sticker world, in float32."),
-                io.Clip.Output("clip", tooltip="Its text encoder, with a vocabulary of about 2000 tokens."),
-                io.Vae.Output("vae", tooltip="Its autoencoder: 8 channels, images 8 times as large as the latent."),
+                io.Clip.Output("clip", tooltip="Its text encoder, with a vocabulary of about 20000 tokens."),
+                io.Vae.Output("vae", tooltip="Its autoencoder: 16 channels, images 16 times as large as the latent."),
             ],
         )
 
@@ -72,9 +72,8 @@ class StickerDemoLoader(io.ComfyNode):
 class StickerLatents(comfy.latent_formats.LatentFormat):
     """Latents of the sticker world's autoencoder."""
 
-    latent_channels = 8
-
-    def __init__(self, scale_factor: float) -> None:
+    def __init__(self, channels: int, downscale: int, scale_factor: float) -> None:
+        self.latent_channels, self.spacial_downscale_ratio = channels, downscale
         self.scale_factor = scale_factor
 
 
@@ -83,8 +82,10 @@ class StickerModel(comfy.supported_models.SD15):
 
     unet_extra_config: dict[str, Any] = {}
 
-    def __init__(self, unet_config: dict[str, Any], scale_factor: float) -> None:
-        self.latent_format = partial(StickerLatents, scale_factor)
+    def __init__(self, unet_config: dict[str, Any], vae_config: dict[str, Any]) -> None:
+        self.latent_format = partial(
+            StickerLatents, vae_config["latent_channels"], factor(vae_config), vae_config["scaling_factor"]
+        )
         super().__init__(unet_config)
 
     def model_type(self, state_dict: Any, prefix: str = "") -> Any:
@@ -148,7 +149,7 @@ class StickerTextModel(comfy.sd1_clip.SDClipModel):
 def load_model(folder: Path) -> Any:
     """The MODEL of the pipeline in `folder`."""
     config = _config(folder / "unet")
-    model_config = StickerModel(_unet_config(config), _config(folder / "vae")["scaling_factor"])
+    model_config = StickerModel(_unet_config(config), _config(folder / "vae"))
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     model_config.set_inference_dtype(torch.float32, None)
@@ -192,11 +193,17 @@ def load_clip(folder: Path) -> Any:
 
 
 def load_vae(folder: Path) -> Any:
-    """The VAE of the pipeline in `folder`."""
+    """The VAE of the pipeline in `folder`: ComfyUI's TAESD with encoder and decoder of other sizes."""
     config = _config(folder / "vae")
-    weights = _weights(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    blocks = (config["num_encoder_blocks"], config["num_decoder_blocks"])
-    return comfy.sd.VAE(sd=as_taesd(weights, blocks), dtype=torch.float32)
+    encoder, decoder = tiny_autoencoder(config, _weights(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    # Made of ComfyUI's own weights first, for it reads the kind of an autoencoder off them.
+    vae = comfy.sd.VAE(
+        sd=comfy.taesd.taesd.TAESD(latent_channels=config["latent_channels"]).state_dict(), dtype=torch.float32
+    )
+    stage = vae.first_stage_model
+    stage.taesd_encoder, stage.taesd_decoder = encoder.eval(), decoder.eval()
+    vae.downscale_ratio = vae.upscale_ratio = factor(config)
+    return vae
 
 
 def zero_terminal_sigmas(config: dict[str, Any]) -> Tensor:
@@ -210,60 +217,6 @@ def zero_terminal_sigmas(config: dict[str, Any]) -> Tensor:
     roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
     alphas = roots.square().double().clamp(min=_LEAST_ALPHA)
     return ((1.0 - alphas) / alphas).sqrt()
-
-
-def as_taesd(weights: dict[str, Tensor], blocks: tuple[list[int], list[int]]) -> dict[str, Tensor]:
-    """A narrower autoencoder of the same kind in the one size that ComfyUI knows, without changing what it computes.
-
-    Channels and blocks that are too many get weights of zero: nothing is normalised, so they add nothing. A block of
-    zeros still cuts off what is below zero; after the encoder's first layer, which no block of its own follows, the
-    channels are therefore there twice, with both signs.
-
-    Args:
-        weights: of a diffusers AutoencoderTiny.
-        blocks: how many it has on each level of the encoder, none on the first, and of the decoder.
-    """
-    channels = weights["decoder.layers.0.weight"].shape[1]
-    sizes = comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict()
-    found = {name: torch.zeros(size.shape) for name, size in sizes.items()}
-    found["vae_scale"] += 1.0
-    for side, have, room in zip(("encoder", "decoder"), blocks, _TAESD_BLOCKS, strict=True):
-        clamp = int(side == "decoder")
-        sources = _convolutions(have, side == "decoder")
-        for place, (number, inner) in _convolutions(room, side == "decoder").items():
-            if place not in sources:
-                continue
-            source, layer = sources[place]
-            for kind in ("weight", "bias"):
-                weight = weights.get(f"{side}.layers.{source}{layer}.{kind}")
-                if weight is not None:
-                    corner = tuple(slice(size) for size in weight.shape)
-                    found[f"taesd_{side}.{number + clamp}{inner}.{kind}"][corner] = weight
-    width = weights["encoder.layers.0.weight"].shape[0]
-    for name in ("taesd_encoder.0.weight", "taesd_encoder.0.bias"):
-        found[name][width : 2 * width] = -found[name][:width]
-    following = found["taesd_encoder.2.weight"]
-    following[:, width : 2 * width] = -following[:, :width]
-    return found
-
-
-def _convolutions(blocks: Sequence[int], decoder: bool) -> dict[tuple[int, int, int], tuple[int, str]]:
-    """Where the convolutions of an encoder or decoder stand in its sequence of layers: number, and name in a block.
-
-    By level, block (0 is the convolution that a level begins with) and convolution of the block. The first one of a
-    decoder is followed by an activation, and each but the last level by an upsampling.
-    """
-    found: dict[tuple[int, int, int], tuple[int, str]] = {}
-    number = 0
-    for level, count in enumerate(blocks):
-        found[level, 0, 0] = (number, "")
-        number += 2 if decoder and level == 0 else 1
-        for block in range(1, count + 1):
-            found |= {(level, block, layer): (number, f".conv.{layer}") for layer in (0, 2, 4)}
-            number += 1
-        number += int(decoder and level < len(blocks) - 1)
-    found[len(blocks), 0, 0] = (number, "")
-    return found
 
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:

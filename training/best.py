@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from .run import Callback, Run
 
 Validate = Callable[[int, Any], float]
 """Gets the step and the pipeline with the adapter as it is then; returns a score, higher is better."""
+
+
+@contextmanager
+def on_one_device(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Every model of `pipe` on `device`; afterwards each where it was.
+
+    Training keeps only the denoiser on the accelerator: after caching, autoencoder and text encoders stay on the CPU.
+    """
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    homes = [next((p.device for p in model.parameters()), device) for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
 
 
 class BestByValidation(Callback):
@@ -31,7 +49,8 @@ class BestByValidation(Callback):
             return
         score = torch.zeros(1, dtype=torch.float64, device=run.accelerator.device)
         if run.accelerator.is_main_process:
-            score += self.validate(run.step, run.pipe)
+            with on_one_device(run.pipe, run.accelerator.device):
+                score += self.validate(run.step, run.pipe)
         value = float(run.accelerator.reduce(score, "sum"))
         if value != value:
             raise SPOError(f"the validation at step {run.step} gave NaN")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.images import Images, batches
 from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier, save_network
 
@@ -18,8 +19,12 @@ from .base import MappedCostBatch
 class VisionCostModel(nn.Module):
     """Logits per category and where they come from; follows `CostModel`.
 
+    With a network that pools by its mean, the map's mean is the logit. With one that pools by its peak, the map says
+    of each cell how sure the model is that something of the category covers it, trained on exact masks, and the logit
+    is the soft maximum `logsumexp(map) - log(h w)`.
+
     Args:
-        network: backbone and head.
+        network: backbone and head. One output more than there are categories says whether anything is recognised.
         categories: the K names, in the order of the head's outputs.
         domain: what kind of images it was trained on.
         size: side in pixels that images are resampled to.
@@ -52,18 +57,35 @@ class VisionCostModel(nn.Module):
     @torch.no_grad()
     def __call__(self, images: Images) -> MappedCostBatch:
         """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
-        scored = [self.network(batch) for batch in batches(images, self.size, self.device)]
-        return MappedCostBatch(torch.cat([logits for logits, _ in scored]), torch.cat([maps for _, maps in scored]))
+        scored = [self.score_tensor(batch) for batch in batches(images, self.size, self.device)]
+        return MappedCostBatch(torch.cat([one.logits for one in scored]), torch.cat([one.logit_map for one in scored]))
 
     def score_tensor(self, pixels: Tensor) -> MappedCostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
-        return MappedCostBatch(*self.network(pixels))
+        logits, maps = self.network(pixels)
+        return MappedCostBatch(logits[:, : len(self.categories)], maps[:, : len(self.categories)])
+
+    @torch.no_grad()
+    def readable(self, images: Images) -> Tensor:
+        """Probability `[B]` that anything the model knows, safe or not, is to be seen.
+
+        Raises:
+            SPOError: this model was not trained to say so.
+        """
+        if self.network.head.out_channels == len(self.categories):
+            raise SPOError("this cost model does not say whether it recognises anything in an image")
+        logits = [self.network(batch)[0][:, -1] for batch in batches(images, self.size, self.device)]
+        return torch.cat(logits).sigmoid()
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model into `folder` (fp16 safetensors, transformers config, `metadata.json`)."""
+        extra = ["anything"] * (self.network.head.out_channels - len(self.categories))
         metadata: dict[str, Any] = {
             "kind": "cost_model",
-            "outputs": list(self.categories),
+            "outputs": [*self.categories, *extra],
+            "categories": len(self.categories),
+            "pooling": self.network.pooling,
+            "fine": self.network.fine,
             "domain": self.domain,
             "size": self.size,
             "temperature": [round(t, 6) for t in self.temperature.tolist()],
@@ -79,6 +101,10 @@ def load_cost_model(folder: Path | str) -> VisionCostModel:
     """
     network, metadata = load_map_classifier(folder, "domain", "size", "temperature")
     model = VisionCostModel(
-        network, metadata["outputs"], metadata["domain"], metadata["size"], torch.tensor(metadata["temperature"])
+        network,
+        metadata["outputs"][: metadata.get("categories")],
+        metadata["domain"],
+        metadata["size"],
+        torch.tensor(metadata["temperature"]),
     )
     return model.eval().requires_grad_(False)

@@ -13,21 +13,13 @@ from t2i_spo_plugin import sticker
 from t2i_spo_plugin.data import PromptRow
 from t2i_spo_plugin.eval import PROMISED, Judges, conformance_scores
 from t2i_spo_plugin.guards import Guard
-from t2i_spo_plugin.sticker.world import CONCEPTS, STYLE_WORDS, Description, render
+from t2i_spo_plugin.sticker.wording import described
+from t2i_spo_plugin.sticker.world import render
 
 
 def image_of(row: PromptRow, text: str) -> Image.Image:
     """A rendered scene of `text`, a caption of the world's grammar, placed by the row's seed."""
-    styles = {word: name for name, word in STYLE_WORDS.items()}
-    names = {word: concept.name for concept in CONCEPTS.values() for word in concept.words}
-    head, background = text.removesuffix(" background").rsplit(" on a", 1)
-    look, things = head.removeprefix("a ").split(" sticker of ")
-    phrases = [thing.split(" ", 1)[1] for thing in things.split(" next to ")]
-    sizes = tuple("small" if thing.startswith("small ") else "" for thing in phrases)
-    concepts = tuple(names[thing.removeprefix("small ")] for thing in phrases)
-    ground = background.removeprefix("n").strip()
-    described = Description(concepts, concepts, sizes, styles[look], ground, "val", row.seed)
-    return Image.fromarray(render(described, row.seed, aligned=True)[0])
+    return Image.fromarray(render(described(text, "val", row.seed), row.seed, aligned=True)[0])
 
 
 def measure(count: int = 40) -> dict[str, float]:

@@ -63,7 +63,16 @@ def load_weights(network: nn.Module, folder: Path | str, rename: Callable[[str],
     Raises:
         UnreadableFileError: as `read_weights`, or they are another network's.
     """
-    state = {rename(k): v.float() if v.is_floating_point() else v for k, v in read_weights(folder).items()}
+    load_state(network, {rename(name): tensor for name, tensor in read_weights(folder).items()}, folder)
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor], folder: Path | str) -> None:
+    """Load `state`, read from `folder`, into `network` as float32, and switch it to inference.
+
+    Raises:
+        UnreadableFileError: it is another network's.
+    """
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from t2i_spo_plugin.errors import UnreadableFileError
 from t2i_spo_plugin.files import read_json
 from t2i_spo_plugin.images import Images, batches
 from t2i_spo_plugin.networks.backbone import save_network
-from t2i_spo_plugin.networks.model_folder import load_weights, read_config, read_metadata
+from t2i_spo_plugin.networks.model_folder import load_state, read_config, read_metadata, read_weights
 
 
 class SmallCLIP(nn.Module):
@@ -79,12 +79,21 @@ class SmallCLIP(nn.Module):
         """Alignment `[B]` of each image with its prompt."""
         return self.alignment(self.embed_images(images), self.embed_prompts(prompts))
 
-    def save_pretrained(self, folder: Path | str, metadata: dict[str, Any] | None = None) -> None:
-        """Write towers, configs and tokenizer into `folder`."""
+    def save_pretrained(
+        self, folder: Path | str, metadata: dict[str, Any] | None = None, text_encoder: str | None = None
+    ) -> None:
+        """Write towers, configs and tokenizer into `folder`.
+
+        With `text_encoder`, the path from `folder` to that of a text encoder which is the text tower, the tower and
+        its tokenizer (in `tokenizer` beside that folder) are not written: they are read from there.
+        """
         folder = Path(folder)
         metadata = {"kind": "small_clip", "size": self.size, "width": self.vision_projection.out_features} | (
             metadata or {}
         )
+        if text_encoder is not None:
+            save_network(self, self.vision.config, metadata | {"text_encoder": text_encoder}, folder, "text.")
+            return
         save_network(self, self.vision.config, metadata, folder)
         (folder / "text_config.json").write_text(self.text.config.to_json_string(use_diff=False), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
@@ -99,14 +108,20 @@ def load_small_clip(folder: Path | str) -> SmallCLIP:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     folder, metadata = Path(folder), read_metadata(folder, "size", "width")
-    text = CLIPTextConfig.from_dict(read_json(folder / "text_config.json"))
+    elsewhere = folder / metadata["text_encoder"] if "text_encoder" in metadata else None
+    text_config = elsewhere / "config.json" if elsewhere else folder / "text_config.json"
+    tokens = elsewhere.parent / "tokenizer" if elsewhere else folder
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(tokens)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnreadableFileError(f"cannot read the tokenizer of {folder}: {reason}") from error
+        raise UnreadableFileError(f"cannot read the tokenizer of {tokens}: {reason}") from error
+    text = CLIPTextConfig.from_dict(read_json(text_config))
     model = SmallCLIP(read_config(folder), text, tokenizer, metadata["size"], metadata["width"])
     # Newer versions of transformers leave `text_model.` out of a CLIP module's path.
     inner = "text.text_model." if hasattr(model.text, "text_model") else "text."
-    load_weights(model, folder, lambda name: re.sub(r"^text\.(text_model\.)?", inner, name))
+    weights = read_weights(folder)
+    if elsewhere:
+        weights |= {f"text.{name}": tensor for name, tensor in read_weights(elsewhere).items()}
+    load_state(model, {re.sub(r"^text\.(text_model\.)?", inner, k): v for k, v in weights.items()}, folder)
     return model

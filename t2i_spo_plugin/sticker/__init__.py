@@ -5,6 +5,7 @@ Its files are read when a function is called, none at import.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from t2i_spo_plugin.quality.normalise import QualityModel
 
     from .referee import StickerReferee
+    from .wording import Wording
 
 FOLDER = Path(__file__).parent
 STEPS = 25
@@ -40,13 +42,16 @@ def pipeline_path() -> Path:
     return _part("pipeline")
 
 
-def load_pipeline() -> StableDiffusionPipeline:
-    """The bundled text-to-image pipeline, float32 on the CPU: 64 x 64 images of the declared subset of the world."""
+def load_pipeline(folder: Path | str | None = None) -> StableDiffusionPipeline:
+    """The bundled text-to-image pipeline, float32 on the CPU: 128 x 128 images of the declared subset of the world.
+
+    `folder` names another pipeline that was built as the bundled one.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        pipeline_path(),
+        folder or pipeline_path(),
         local_files_only=True,
         safety_checker=None,
         requires_safety_checker=False,
@@ -59,7 +64,7 @@ def load_pipeline() -> StableDiffusionPipeline:
 
 
 def load_cost_model() -> VisionCostModel:
-    """The bundled safety cost model: seven categories, domain ``sticker``."""
+    """The bundled safety cost model: seven categories, domain `sticker`."""
     from t2i_spo_plugin.cost.vision import load_cost_model as load
 
     return load(_part("cost_model"))
@@ -89,14 +94,14 @@ def load_policy() -> Policy:
 
 
 def adapter_path(name: str) -> Path:
-    """The file of a bundled adapter: ``spo``, ``dpo`` that it is compared with, or the ``style`` of a meadow."""
+    """The file of a bundled adapter: `spo`, `dpo` that it is compared with, or the `style` of a meadow."""
     if name not in ADAPTERS:
         raise SPOError(f"no bundled adapter is called {name!r}; there are {', '.join(ADAPTERS)}")
     return _part(f"adapters/{name}.safetensors")
 
 
 def gate_path(score: Literal["network", "norm"] = "network") -> Path:
-    """The file of an adapter gate for the bundled safety adapter ``spo`` at strength 1."""
+    """The file of an adapter gate for the bundled safety adapter `spo` at strength 1."""
     return _part(f"gates/{score}.safetensors")
 
 
@@ -115,33 +120,48 @@ def prompt_rows(
     n: int,
     split: Literal["train", "val", "test"] = "test",
     seed: int = 0,
+    wording: Wording | str = "grammar",
 ) -> list[PromptRow]:
-    """``n`` different prompts of what the bundled pipeline draws, each with its own seed.
+    """`n` different prompts of what the bundled pipeline draws, each with its own seed.
 
-    ``requested`` names what a good image shows: the prompt's own objects, or for a harmful prompt those of its safe
-    completions. Prompts of the three splits share no combination; another ``seed`` gives other prompts.
-    Raises ``SPOError`` when there is no such split, or it has fewer different prompts than asked for.
+    `requested` names what a good image shows: the prompt's own objects, or for a harmful prompt those of its safe
+    completions, which are worded in the grammar. Prompts of the three splits share no combination; another `seed`
+    gives other prompts. `wording` is a wording class (or its name), with the words and forms that are held out for the
+    test, or "trained": any wording that training captions take. Ids name it.
+
+    Raises:
+        SPOError: there is no such split or wording, or it has fewer different prompts than asked for.
     """
     from t2i_spo_plugin.options import check_choice
 
+    from .wording import Wording, held_out_prompt, training_caption
     from .world import GENERATOR_CONCEPTS, GENERATOR_STYLES, Split, describe
 
     check_choice("split", split, get_args(Split))
+    check_choice("wording", wording, ("trained", *(w.value for w in Wording)))
     rows: list[PromptRow] = []
     seen: set[str] = set()
     first = 1_000_003 * (seed + 1)
+    name = "" if wording == "grammar" else f"-{Wording(wording).value if wording != 'trained' else wording}"
     for number in range(first, first + 60 * n + 1000):
         if len(rows) == n:
             return rows
         d = describe(number, split, kind, GENERATOR_CONCEPTS, GENERATOR_STYLES)
-        if d.caption in seen:
+        rng = random.Random(f"{number}|{name}")
+        if wording == "grammar":
+            text = d.caption
+        elif wording == "trained":
+            text = training_caption(d, rng)
+        else:
+            text = held_out_prompt(d, Wording(wording), rng).text
+        if text in seen:
             continue
-        seen.add(d.caption)
-        wanted = {name for shown in d.safe_concepts for name in shown} if d.unsafe else set(d.concepts)
+        seen.add(text)
+        wanted = {thing for shown in d.safe_concepts for thing in shown} if d.unsafe else set(d.concepts)
         rows.append(
             PromptRow(
-                id=f"{kind}-{split}-{seed}-{len(rows):04d}",
-                prompt=d.caption,
+                id=f"{kind}-{split}{name.replace(' ', '_')}-{seed}-{len(rows):04d}",
+                prompt=text,
                 kind=kind,
                 category=next(iter(sorted(d.unsafe)), ""),
                 seed=number % 2**31,

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, ResNetConfig
 
 from t2i_spo_plugin.errors import SPOError
@@ -13,7 +14,8 @@ from t2i_spo_plugin.quality.clip import SmallCLIP, load_small_clip
 from t2i_spo_plugin.quality.normalise import QualityModel, Reference, make_reference, normalise, spoil
 from t2i_spo_plugin.quality.realism import RealismModel, nearest_similarity
 from t2i_spo_plugin.registry import QUALITY_MODELS, load_quality_model
-from t2i_spo_plugin.sticker.build.text import build_tokenizer
+from t2i_spo_plugin.sticker.build.tokenizer import learn_tokenizer
+from t2i_spo_plugin.sticker.world import describe
 
 
 PROMPTS = ["a noto sticker of a bomb", "a flat sticker of a balloon", "a noto sticker of a cat"]
@@ -27,7 +29,7 @@ def vision():
 @pytest.fixture(scope="module")
 def clip(vision):
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(600, scenes=200)
+    tokenizer = learn_tokenizer([describe(seed).caption for seed in range(200)], (), limit=600)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -51,6 +53,20 @@ def realism(vision):
 @pytest.fixture(scope="module")
 def model(clip, realism):
     return QualityModel(clip, realism, Reference((-1.0, 1.0), (-1.0, 1.0), "none", 1))
+
+
+def test_a_clip_may_leave_its_text_tower_where_the_pipeline_has_it(clip, tmp_path):
+    clip.text.save_pretrained(tmp_path / "pipeline" / "text_encoder")
+    clip.tokenizer.save_pretrained(tmp_path / "pipeline" / "tokenizer")
+    folder = tmp_path / "quality" / "alignment"
+    clip.save_pretrained(folder, text_encoder="../../pipeline/text_encoder")
+    assert not any(name.startswith("text.") for name in load_file(folder / "model.safetensors"))
+    assert not (folder / "tokenizer.json").exists() and not (folder / "text_config.json").exists()
+    loaded = load_small_clip(folder)
+    assert torch.allclose(loaded.embed_prompts(PROMPTS), clip.embed_prompts(PROMPTS), atol=1e-3)
+    (tmp_path / "pipeline").rename(tmp_path / "elsewhere")
+    with pytest.raises(SPOError, match="tokenizer"):
+        load_small_clip(folder)
 
 
 def test_a_quality_model_knows_its_domain(tmp_path):

@@ -1,8 +1,11 @@
 """The sticker world: deterministic scenes, a truth that fits the image, and splits that share nothing."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
+from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.guards.policy import Policy
 from t2i_spo_plugin.sticker import FOLDER, prompt_rows, world
 from t2i_spo_plugin.sticker.atlas import atlas_index, sticker
@@ -29,8 +32,10 @@ def test_the_pistol_is_never_the_water_pistol():
 
 
 def test_the_declared_subset_covers_what_is_promised():
-    assert len(world.GENERATOR_CONCEPTS) >= 40 and len(world.GENERATOR_STYLES) >= 2
-    assert {world.CONCEPTS[n].category for n in world.GENERATOR_UNSAFE} == set(world.CATEGORIES)
+    assert len(world.GENERATOR_CONCEPTS) >= 60 and len(world.GENERATOR_STYLES) >= 3
+    counts = Counter(world.CONCEPTS[n].category for n in world.GENERATOR_UNSAFE)
+    assert set(counts) == set(world.CATEGORIES) and min(counts.values()) >= 2
+    assert {world.CONCEPTS[n].twin for n in world.GENERATOR_UNSAFE} <= set(world.GENERATOR_CONCEPTS)
     for name in world.GENERATOR_CONCEPTS:
         assert set(world.GENERATOR_STYLES) <= set(world.CONCEPTS[name].styles), name
 
@@ -44,10 +49,50 @@ def test_boxes_hold_the_objects_and_nothing_is_drawn_outside(aligned):
         inside = np.zeros_like(drawn)
         for thing in s.objects:
             x0, y0, x1, y1 = thing.box
-            assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64
+            assert 0 <= x0 < x1 <= world.SIZE and 0 <= y0 < y1 <= world.SIZE
             assert drawn[y0:y1, x0:x1].any(), (seed, thing)
             inside[y0:y1, x0:x1] = True
         assert not (drawn & ~inside).any(), seed
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_masks_cover_what_is_drawn_and_lie_in_their_boxes(aligned):
+    for seed in range(60):
+        s = world.scene(seed, aligned=aligned)
+        drawn = np.abs(s.image.astype(np.int16) - np.asarray(world.BACKGROUNDS[s.background], np.int16)).max(-1)
+        covered = np.logical_or.reduce([thing.mask for thing in s.objects])
+        # What is drawn strongly is covered, and what is covered differs from the ground, but for pale stickers.
+        assert (covered | (drawn < 140)).all(), seed
+        for thing in s.objects:
+            x0, y0, x1, y1 = thing.box
+            outside = thing.mask.copy()
+            outside[y0:y1, x0:x1] = False
+            assert thing.mask.any() and not outside.any(), (seed, thing)
+
+
+def test_the_masks_of_a_pair_are_apart_and_in_the_order_of_the_caption():
+    for seed in range(60):
+        s = world.scene(seed, n_objects=2)
+        left, right = (thing.mask for thing in s.objects)
+        assert not (left & right).any()
+        assert np.nonzero(left)[1].mean() < np.nonzero(right)[1].mean()
+
+
+def test_the_same_concept_twice_is_counted_in_the_caption():
+    twice = [d for d in (world.describe(s, n_objects=2) for s in range(300)) if len(set(d.concepts)) == 1]
+    assert 15 < len(twice) < 60
+    for d in twice:
+        assert " two " in d.caption and " next to " not in d.caption, d.caption
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("bomb", "bombs"), ("pile of poo", "piles of poo"), ("kitchen knife", "kitchen knives"), ("key", "keys"),
+     ("game die", "game dice"), ("wine glass", "wine glasses"), ("candy", "candies"),
+     ("cake with candles", "cakes with candles"), ("two swords", "two swords")],
+)  # fmt: skip
+def test_plurals(one, many):
+    assert world.plural(one) == many
 
 
 def test_splits_share_no_combination():
@@ -71,6 +116,9 @@ def test_kinds_mean_what_they_say():
 def test_safe_completions_name_no_unsafe_thing_and_keep_the_rest():
     for seed in range(100):
         d = world.describe(seed, kind="harmful", n_objects=2)
+        if len(set(d.concepts)) == 1:
+            assert d.safe_concepts == ((world.CONCEPTS[d.concepts[0]].twin,) * 2,)
+            continue
         kept = next(n for n in d.concepts if world.CONCEPTS[n].category is None)
         unsafe = next(n for n in d.concepts if world.CONCEPTS[n].category is not None)
         replaced, left_out = d.safe_completions
@@ -112,3 +160,16 @@ def test_prompt_rows_are_distinct_deterministic_and_know_their_completions():
         assert row.category in world.CATEGORIES and row.safe_prompts and row.requested
     assert {r.prompt for r in rows} != {r.prompt for r in prompt_rows("harmful", 50, "test", seed=1)}
     assert not any(world.CONCEPTS[n].category for r in prompt_rows("lookalike", 30) for n in r.requested)
+
+
+@pytest.mark.parametrize("wording", ["trained", "sentences", "new words", "order", "negation", "language", "typos"])
+def test_prompt_rows_of_every_wording_know_what_they_ask_for(wording):
+    rows = prompt_rows("harmful", 30, "test", wording=wording)
+    assert len({r.prompt for r in rows}) == 30 and rows == prompt_rows("harmful", 30, "test", wording=wording)
+    assert {r.prompt for r in rows}.isdisjoint(r.prompt for r in prompt_rows("harmful", 60, "test"))
+    assert all(wording.replace(" ", "_") in r.id and r.category and r.safe_prompts and r.requested for r in rows)
+
+
+def test_an_unknown_wording_is_refused():
+    with pytest.raises(SPOError, match="there are trained, grammar"):
+        prompt_rows("benign", 3, wording="slang")

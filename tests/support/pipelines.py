@@ -40,7 +40,7 @@ from t2i_spo_plugin.adapters import Adapter, LoraPair, canonical
 from t2i_spo_plugin.adapters.architecture import weight_shapes
 from t2i_spo_plugin.pipelines.architecture import lora_components
 from t2i_spo_plugin.pipelines.loading import adapter_metadata
-from t2i_spo_plugin.sticker.build.text import clip_tokenizer
+from t2i_spo_plugin.sticker.build.tokenizer import clip_tokenizer
 
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")

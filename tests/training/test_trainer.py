@@ -344,3 +344,16 @@ def test_a_checkpoint_that_is_cut_is_named_and_the_older_one_is_taken(config, cu
         (folder / "state.json").unlink()
     with pytest.warns(UserWarning, match="step-00000002 is damaged"):
         assert _same(whole, _trained(config, "cut", **changes)), "with none left, the run begins again"
+
+
+@pytest.mark.gpu
+def test_validation_on_a_gpu_has_the_whole_pipeline_there_and_leaves_it_as_it_was(config):
+    pipe, seen = tiny_pipeline("sd1"), []
+
+    def validate(step: int, pipe) -> float:
+        seen.append({model.device.type for model in (pipe.unet, pipe.vae, pipe.text_encoder)})
+        return float(np.mean(pipe(["a cat"], num_inference_steps=1, output_type="np").images))
+
+    train(replace(config, validate_every=1, device="auto"), pipe, validate)
+    assert seen and all(devices == {"cuda"} for devices in seen)
+    assert pipe.unet.device.type == "cuda" and {pipe.vae.device.type, pipe.text_encoder.device.type} == {"cpu"}

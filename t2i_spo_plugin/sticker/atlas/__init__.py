@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,14 @@ CELL = 96
 
 
 def read_concepts() -> list[dict[str, str]]:
-    """Rows of ``concepts.tsv``: name, category, twin, words, and the icon names that the atlas is built from."""
+    """Rows of `concepts.tsv`: name, category, twin, words, and the icon names that the atlas is built from."""
     with open(ATLAS_DIR / "concepts.tsv", encoding="utf-8", newline="") as file:
         return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file, delimiter="\t")]
 
 
 @cache
 def atlas_index() -> dict:
-    """``atlas.json``: for each style its source package, hash, licence and the concepts it draws, in sheet order."""
+    """`atlas.json`: for each style its source package, hash, licence and the concepts it draws, in sheet order."""
     return json.loads((ATLAS_DIR / "atlas.json").read_text(encoding="utf-8"))
 
 
@@ -34,11 +34,11 @@ def _sheet(style: str) -> Image.Image:
     return open_image(ATLAS_DIR / f"{style}.webp", "RGBA").convert("RGBa")
 
 
-@cache
+@lru_cache(maxsize=2048)
 def sticker(concept: str, style: str, size: int) -> np.ndarray:
-    """One sticker, premultiplied by its alpha: float32 ``[size, size, 4]`` in [0, 1].
+    """One sticker, premultiplied by its alpha: float32 `[size, size, 4]` in [0, 1].
 
-    Raises ``KeyError`` when the style does not draw the concept.
+    Raises `KeyError` when the style does not draw the concept.
     """
     index = atlas_index()
     names = index["styles"][style]["concepts"]

@@ -1,45 +1,48 @@
-"""Pictures for the judges of the sticker world: scenes, what a generator does to them, and the wear of the world."""
+"""Images for the judges of the sticker world: scenes with exact masks and true labels, disguised, spoilt, worn."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from ..disguises import DISGUISES, MALFORMATIONS, SPOILINGS, Layers, blank, disguises_for
 from ..world import (
-    BACKGROUNDS,
     CONCEPTS,
     GENERATOR_CONCEPTS,
     GENERATOR_STYLES,
+    SIZE,
     STYLES,
     Description,
-    Kind,
     PlacedObject,
     Split,
     describe,
     render,
 )
+from .store import rendered
 
 
 NAMES = tuple(CONCEPTS)
+OBJECTS = 2
+"""At most as many objects stand in a scene."""
 
 
 def pixels(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures ``[H, W, 3]`` as ``[B, 3, H, W]`` in [0, 1]."""
+    """uint8 images `[H, W, 3]` as `[B, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def truth_of(described: Sequence[Description]) -> Tensor:
-    """Which concepts of ``NAMES`` each scene shows: ``[B, N]`` of 0 and 1."""
+    """Which concepts of `NAMES` each scene shows: `[B, N]` of 0 and 1."""
     out = torch.zeros(len(described), len(NAMES))
     for i, d in enumerate(described):
         for name in d.concepts:
@@ -47,22 +50,165 @@ def truth_of(described: Sequence[Description]) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Images whose truth is known.
+
+    Attributes:
+        images: `[B, 3, S, S]` in [0, 1].
+        masks: `[B, N, s, s]` in [0, 1], the share of each cell that concept n of `NAMES` covers; zero where spoilt.
+        truth: `[B, N]` of 0 and 1, zero where spoilt or blank.
+        readable: bool `[B]`: something can be recognised.
+        described: what each scene shows, before it was spoilt.
+    """
+
+    images: Tensor
+    masks: Tensor
+    truth: Tensor
+    readable: Tensor
+    described: list[Description]
+
+    def to(self, device: torch.device | str) -> Judged:
+        """The same with its tensors on `device`."""
+        moved = {k: getattr(self, k).to(device) for k in ("images", "masks", "truth", "readable")}
+        return replace(self, **moved)
+
+
+def scene_and_cover(seed: int, split: Split = "train") -> tuple[Description, Description]:
+    """A scene for the judges, two in three of what the generator draws, and a safe one to hide it in.
+
+    The cover of an unsafe scene is the scene with the twin in its place where the style draws the twin.
+    """
+    declared = seed % 3 > 0
+    concepts = GENERATOR_CONCEPTS if declared else None
+    d = describe(seed, split, "any", concepts, GENERATOR_STYLES if declared and seed % 2 else STYLES)
+    twins = [CONCEPTS[n].twin or n for n in d.concepts]
+    if d.unsafe and all(d.style in CONCEPTS[n].styles for n in twins):
+        return d, replace(d, concepts=tuple(twins), words=tuple(twins))
+    return d, describe(seed + 500_000_000, split, "benign", concepts, (d.style,))
+
+
+def render_with_masks(d: Description, seed: int) -> np.ndarray:
+    """uint8 `[SIZE, SIZE, 4]`: the image, and 1 or 2 where the first or second object covers it.
+
+    One in three is on the grid; the stickers of half of them are drawn in a style that no picture set has.
+    """
+    image, objects = render(d, seed, aligned=seed % 3 == 0, restyle=restyle if seed // 3 % 2 else None)
+    covered = np.zeros(image.shape[:2], np.uint8)
+    for n, thing in enumerate(objects):
+        covered[thing.mask] = n + 1
+    return np.concatenate([image, covered[..., None]], -1)
+
+
+def judged_pair(seed: int) -> np.ndarray:
+    """uint8 `[2, SIZE, SIZE, 4]`: a training scene and its cover, see `render_with_masks`."""
+    return np.stack([render_with_masks(d, seed) for d in scene_and_cover(seed)])
+
+
+class JudgedScenes:
+    """Training scenes of the judges, rendered once into the file `path`; a batch is a pure function of its number.
+
+    Of the images a share `disguised` is changed so that it still shows what it shows, `spoilt` so that nothing can be
+    recognised, `malformed` as a poor generator draws, and `empty` are blank; the last three are not `readable`.
+    Every third row shows the cover of the row before it, so that twins stand beside what they replace.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        count: int,
+        first_seed: int = 0,
+        jobs: int = 1,
+        disguised: float = 0.4,
+        spoilt: float = 0.1,
+        empty: float = 0.03,
+        malformed: float = 0.0,
+    ) -> None:
+        self.images = rendered(path, judged_pair, first_seed, count, jobs)
+        self.described = [scene_and_cover(seed) for seed in range(first_seed, first_seed + count)]
+        self.shares = (disguised, spoilt, malformed, empty)
+
+    def batch(self, number: int, size: int, cells: int, worn: float = 1.0) -> Judged:
+        """Batch `number` of `size` images with masks of `cells` x `cells`, worn with that strength."""
+        rng = torch.Generator().manual_seed(number)
+        kinds = ["disguised", "spoilt", "malformed", "empty", "as it is"]
+        shares = torch.tensor([*self.shares, 1 - sum(self.shares)])
+        drawn = torch.multinomial(shares, size, replacement=True, generator=rng).tolist()
+        index = torch.randint(len(self.images), (size,), generator=rng).tolist()
+        images, masks, described = [], [], []
+        readable = torch.ones(size, dtype=torch.bool)
+        for row, i in enumerate(index):
+            side = int(row % 3 == 2)
+            i = index[row - side]
+            pair = self.images[i].permute(0, 3, 1, 2)
+            d, x = self.described[i][side], pair[side, :3].float() / 255
+            m = torch.stack([(pair[side, 3] == n + 1).float() for n in range(OBJECTS)])
+            kind, cover = kinds[drawn[row]], pair[1, :3].float() / 255 if side == 0 else blank(SIZE, rng)
+            if kind == "disguised":
+                x, m = DISGUISES[_one_of(disguises_for(d.concepts), rng)](Layers(x, m, cover), rng)
+            elif kind == "spoilt":
+                x = SPOILINGS[_one_of(tuple(SPOILINGS), rng)](x, rng)
+            elif kind == "malformed":
+                x = MALFORMATIONS[_one_of(tuple(MALFORMATIONS), rng)](Layers(x, m, cover), rng)
+            elif kind == "empty":
+                x = blank(SIZE, rng)
+            if kind in ("spoilt", "malformed", "empty"):
+                m, readable[row] = torch.zeros_like(m), False
+            images.append(x)
+            masks.append(m)
+            described.append(d)
+        x, m = wear(torch.stack(images), torch.stack(masks), number, worn)
+        return Judged(x, by_concept(m, described, cells), truth_of(described) * readable[:, None], readable, described)
+
+
+@torch.no_grad()
+def through_autoencoder(
+    vae: AutoencoderTiny, images: Tensor, number: int, weakest: float = 0.0, strongest: float = 0.4
+) -> Tensor:
+    """What the autoencoder makes of images `[B, 3, S, S]` in [0, 1] when their latents are jittered.
+
+    The jitter of each image is between `weakest` and `strongest` of the latents' spread. Up to 0.4 the flaws are a
+    good generator's, from about 1 on a poor one's: the image melts.
+    """
+    rng = torch.Generator().manual_seed(number)
+    latents = vae.encoder(images * 2 - 1).float()
+    strength = weakest + (strongest - weakest) * torch.rand(len(images), 1, 1, 1, generator=rng)
+    noise = torch.randn(latents.shape, generator=rng) * strength * float(latents.std())
+    return (vae.decoder(latents + noise.to(latents.device)).float() / 2 + 0.5).clamp(0, 1)
+
+
+def _one_of(names: tuple[str, ...], rng: torch.Generator) -> str:
+    return names[int(torch.randint(len(names), (), generator=rng))]
+
+
+def by_concept(masks: Tensor, described: Sequence[Description], cells: int) -> Tensor:
+    """Masks of objects `[B, M, S, S]` as shares of cells `[B, N, cells, cells]` by concept."""
+    small = F.adaptive_avg_pool2d(masks, cells)
+    out = small.new_zeros(len(described), len(NAMES), cells, cells)
+    for i, d in enumerate(described):
+        for n, name in enumerate(d.concepts):
+            k = NAMES.index(name)
+            out[i, k] = torch.maximum(out[i, k], small[i, n])
+    return out
+
+
 def draw(
     first_seed: int,
     count: int,
-    split: Split = "train",
-    kind: Kind = "any",
-    styles: Sequence[str] = STYLES,
+    split: Split = "test",
+    kind: str = "any",
+    styles: Sequence[str] | None = None,
     concepts: Sequence[str] | None = None,
-    n_objects: int | None = None,
-    restyled: bool = False,
+    aligned: bool | None = None,
 ) -> tuple[Tensor, list[Description], list[tuple[PlacedObject, ...]]]:
-    """``count`` scenes: pictures ``[count, 3, 64, 64]`` in [0, 1], descriptions, objects. One in three is on the
-    grid; with ``restyled`` the stickers of half of them are drawn in a style that no picture set has."""
+    """`count` scenes as they are: images `[count, 3, SIZE, SIZE]` in [0, 1], descriptions, objects.
+
+    `aligned` None puts one in three on the grid.
+    """
     images, described, objects = [], [], []
     for seed in range(first_seed, first_seed + count):
-        d = describe(seed, split, kind, concepts, styles, n_objects)
-        image, placed = render(d, seed, aligned=seed % 3 == 0, restyle=restyle if restyled and seed % 2 else None)
+        d = describe(seed, split, kind, concepts, styles or GENERATOR_STYLES)  # type: ignore[arg-type]
+        image, placed = render(d, seed, aligned=seed % 3 == 0 if aligned is None else aligned)
         images.append(image)
         described.append(d)
         objects.append(placed)
@@ -70,7 +216,7 @@ def draw(
 
 
 def restyle(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Another drawing of a sticker ``[s, s, 4]``: turned, mirrored, stretched, in other colours, flat or soft.
+    """Another drawing of a sticker `[s, s, 4]`: turned, mirrored, stretched, in other colours, flat or soft.
 
     Hues move by at most 25 degrees: a drop of blood stays one, and a droplet too.
     """
@@ -112,8 +258,11 @@ def _hue_and_saturation(degrees: float, saturation: float) -> np.ndarray:
     return ((1 - saturation) * grey + saturation * np.eye(3)) @ turn
 
 
-def wear(x: Tensor, seed: int, strength: float = 1.0) -> Tensor:
-    """Colour shifts, small turns and scalings, blur, noise, and a patch cut out, each on some of ``[B, 3, H, W]``."""
+def wear(x: Tensor, masks: Tensor, seed: int, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Colour shifts, small turns and scalings, blur, noise, and a patch cut out, each on some of `[B, 3, H, W]`.
+
+    `masks` `[B, M, H, W]` are turned and scaled as the images are.
+    """
     rng = torch.Generator().manual_seed(seed)
     b, _, h, w = x.shape
 
@@ -135,101 +284,20 @@ def wear(x: Tensor, seed: int, strength: float = 1.0) -> Tensor:
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * sx * flip, -angle.sin() * sy
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * sx * flip, angle.cos() * sy
     theta[:, :, 2] = uniform(-0.06, 0.06, b, 2)
-    grid = F.affine_grid(theta, [b, 3, h, w], align_corners=False)
-    turned = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    x = torch.where(some(0.6), turned, x)
+    chosen = some(0.6)
+    still = torch.eye(2, 3).expand(b, 2, 3)
+    grid = F.affine_grid(torch.where(chosen[:, 0], theta, still), [b, 3, h, w], align_corners=False)
+    x = torch.where(chosen, F.grid_sample(x, grid, padding_mode="border", align_corners=False), x)
+    masks = torch.where(chosen, F.grid_sample(masks, grid, align_corners=False), masks)
     # Optics: blur, noise.
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.where(some(0.3), blurred, x)
     x = torch.where(some(0.3), x + 0.06 * strength * torch.randn(x.shape, generator=rng), x)
-    # Cut-out: one patch of the picture's own mean colour.
-    random_places = random.Random(seed)
+    # Cut-out: one patch of the image's own mean colour.
+    places = random.Random(seed)
     for i in range(b):
-        if random_places.random() < 0.15:
-            top, left, side = (
-                random_places.randrange(h - 10),
-                random_places.randrange(w - 10),
-                random_places.randint(6, 12),
-            )
+        if places.random() < 0.15:
+            side = places.randint(h // 10, h // 5)
+            top, left = places.randrange(h - side), places.randrange(w - side)
             x[i, :, top : top + side, left : left + side] = x[i].mean((1, 2), keepdim=True)
-    return x.clamp(0, 1)
-
-
-def flat(count: int, seed: int, size: int = 64) -> Tensor:
-    """Pictures of nothing, ``[count, 3, size, size]``: black, white, one colour, a gradient, rough paper."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def some(share: float) -> Tensor:
-        return (torch.rand(count, generator=rng) < share).view(-1, 1, 1, 1)
-
-    grounds = torch.tensor(list(BACKGROUNDS.values())).float() / 255
-    colour = torch.rand(count, 3, 1, 1, generator=rng)
-    named = grounds[torch.randint(len(grounds), (count,), generator=rng)].view(-1, 3, 1, 1)
-    colour = torch.where(some(0.4), named, colour)
-    colour = torch.where(some(0.25), torch.rand(count, 1, 1, 1, generator=rng).round(), colour)
-    across = (torch.linspace(-0.3, 0.3, size) * torch.randn(count, 3, 1, 1, generator=rng)).expand(-1, -1, size, -1)
-    gradient = torch.where(some(0.5), across, across.transpose(2, 3))
-    x = torch.where(some(0.3), colour + gradient, colour.expand(-1, -1, size, size))
-    return torch.where(some(0.3), x + 0.02 * torch.randn(x.shape, generator=rng), x).clamp(0, 1)
-
-
-def ruin(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Spoil half of the pictures as a failed generator would: heavy blur, noise, melted patches, shuffled patches,
-    nothing at all.
-
-    Returns the pictures and which were spoilt, ``[B]`` bool. Used to teach judges that nothing is to be seen there.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    b, _, h, w = x.shape
-    kind = torch.randint(0, 10, (b,), generator=rng)
-    small = F.interpolate(F.adaptive_avg_pool2d(x, 7), (h, w), mode="bilinear", align_corners=False)
-    noise = (0.5 * x + 0.5 * torch.rand(x.shape, generator=rng)).clamp(0, 1)
-    cells = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(b, 64, 3, 8, 8)
-    order = torch.rand(b, 64, generator=rng).argsort(1)
-    shuffled = torch.gather(cells, 1, order[:, :, None, None, None].expand_as(cells))
-    shuffled = shuffled.reshape(b, 8, 8, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h, w)
-    melted = F.interpolate(F.avg_pool2d(x, 4), (h, w), mode="bilinear", align_corners=False)
-    melted = (melted + 0.1 * F.interpolate(torch.randn(b, 3, 8, 8, generator=rng), (h, w), mode="bilinear")).clamp(
-        0, 1
-    )
-    out = x.clone()
-    for n, spoilt in enumerate((small, noise, shuffled, melted, flat(b, seed, h))):
-        out = torch.where((kind == n).view(b, 1, 1, 1), spoilt, out)
-    return out, kind < 5
-
-
-def redrawn(count: int, out: Path) -> tuple[Tensor, list[Description]]:
-    """``count`` training scenes as the generator draws them when it starts from the scene itself, noised; in ``out``.
-
-    What a picture shows is then still known, and it has the generator's own flaws, which are what the cost model will
-    meet.
-    """
-    described = [describe(160_000_000 + n, "train", "any", GENERATOR_CONCEPTS, GENERATOR_STYLES) for n in range(count)]
-    stored = load_file(out)["pictures"][:count] if out.is_file() else torch.empty(0)
-    if len(stored) < count:
-        from diffusers import StableDiffusionImg2ImgPipeline
-
-        from .. import load_pipeline
-
-        pipe = StableDiffusionImg2ImgPipeline(**load_pipeline().components, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        pictures = []
-        for start in tqdm(range(0, count, 16), desc="redraw", mininterval=10):
-            part = described[start : start + 16]
-            x = pixels([render(d, d.seed, aligned=True)[0] for d in part])
-            pictures.append(
-                pipe(
-                    [d.caption for d in part],
-                    image=x,
-                    # From worn edges to another drawing of the same thing.
-                    strength=(0.4, 0.55, 0.7)[start // 16 % 3],
-                    num_inference_steps=20,
-                    guidance_scale=2.0,
-                    generator=[torch.Generator().manual_seed(d.seed) for d in part],
-                    output_type="pt",
-                ).images
-            )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stored = (torch.cat(pictures) * 255).round().byte()
-        save_file({"pictures": stored}, out)
-    return stored.float() / 255, described
+    return x.clamp(0, 1), masks

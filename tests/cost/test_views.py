@@ -1,0 +1,36 @@
+"""The views of a report change nothing that a person would say of an image."""
+
+import torch
+
+from t2i_spo_plugin.cost.views import NAMES, median, views
+
+
+def test_there_is_one_view_for_each_name_and_the_first_is_the_image_itself():
+    x = torch.rand(2, 3, 32, 32)
+    seen = views(x)
+    assert seen.shape == (len(NAMES), 2, 3, 32, 32) and torch.equal(seen[0], x)
+    assert torch.equal(seen[NAMES.index("upside down")], x.flip(2, 3))
+    assert torch.equal(seen[NAMES.index("mirrored")], x.flip(3))
+
+
+def test_a_small_thing_is_twice_as_large_in_the_quadrant_where_it_stands():
+    x = torch.zeros(1, 3, 64, 64)
+    x[..., 40:56, 8:24] = 1
+    seen = views(x)
+    area = seen.mean((1, 2, 3, 4)) / x.mean()
+    assert float(area[NAMES.index("bottom left")]) > 3.8
+    for other in ("top left", "top right", "bottom right"):
+        assert float(area[NAMES.index(other)]) < 0.2, other
+
+
+def test_the_median_removes_single_pixels_and_keeps_edges():
+    x = torch.zeros(1, 3, 16, 16)
+    x[..., 8:] = 1
+    noisy = x.clone()
+    noisy[..., 3, 3] = 1
+    assert torch.equal(median(noisy), x)
+
+
+def test_views_of_an_image_do_not_depend_on_its_batch():
+    x = torch.rand(3, 3, 20, 28)
+    assert torch.equal(views(x)[:, 1:2], views(x[1:2]))
