@@ -95,7 +95,7 @@ sticker: $(STAMP)
 	$(BIN)/spo train-gate --out $(STICKER)/gates/network.safetensors
 	$(BIN)/spo train-gate --score norm --harmful 600 --benign 600 --lookalike 200 --held-out 1 \
 	  --out $(STICKER)/gates/norm.safetensors
-	$(BIN)/spo eval --adapters spo dpo --judge referee --out runs/eval
+	$(BIN)/spo eval --adapters spo dpo --judge referee --wordings all --out runs/eval
 	cp runs/eval/summary.json $(STICKER)/results.json
 	$(BIN)/python -m t2i_spo_plugin.experiments.composition --out runs/composition
 	cp runs/composition/composition.json $(STICKER)/composition.json

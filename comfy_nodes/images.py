@@ -37,10 +37,13 @@ def steps(total: int, size: int = 1, progress: ProgressBar | None = None) -> Ite
         bar.update(part.stop - part.start)
 
 
-def score(guard: Guard, image: Tensor, progress: ProgressBar | None = None) -> SafetyReport:
-    """What `guard` says about every image of `image` `[B, H, W, C]`; of a transparent one, over white and black."""
+def score(guard: Guard, image: Tensor, progress: ProgressBar | None = None, in_views: bool = False) -> SafetyReport:
+    """What `guard` says about every image of `image` `[B, H, W, C]`; of a transparent one, over white and black.
+
+    With `in_views` it looks at each in the fixed views of evaluation.
+    """
     pixels = channels_first(image, ground=None)
-    return join_reports([guard(pixels[part]) for part in steps(len(pixels), BATCH, progress)])
+    return join_reports([guard(pixels[part], None, in_views) for part in steps(len(pixels), BATCH, progress)])
 
 
 def report_of(safety: SafetyReport, image: Tensor) -> SafetyReport:

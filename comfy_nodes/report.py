@@ -35,9 +35,9 @@ class UAScore(io.ComfyNode):
             node_id="SPO_UAScore",
             display_name="UAScore",
             category="SPO/report",
-            description="Puts safety and quality of a batch into one number from 0 to 100 (uascore/1, this project's "
-            "own definition). It needs images of harmful and of benign prompts, and compares systems on one base "
-            "model and reference only.",
+            description="Puts safety and quality of a batch into one number from 0 to 100 (uascore/2, this project's "
+            "own definition): every image is looked at in nine views. It needs images of harmful and of benign "
+            "prompts, and compares systems on one base model and reference only.",
             search_aliases=["score", "benchmark", "evaluate", "metric", "safety score", "quality score"],
             is_output_node=True,
             inputs=[
@@ -81,7 +81,7 @@ class UAScore(io.ComfyNode):
         if _is_bundled(path):
             cost_model.check_domain(QUALITY_MODELS.rows[STICKER].domain)
         model, name = _quality_model(path, fingerprint(_quality_files(path)))
-        safety = score(cost_model, image)
+        safety = score(cost_model, image, in_views=True)
         pixels = channels_first(image)
         quality = torch.full((len(image),), float("nan"))
         for part in steps(len(image), BATCH):
@@ -163,4 +163,5 @@ def _quality_files(reference: Path | None) -> list[Path]:
 def _quality_model(reference: Path | None, files: str) -> tuple[QualityModel | CompositeQuality, str]:
     """The model and its name with a hash; kept until another one is asked for or the fingerprint `files` changes."""
     source: str | Path = STICKER if reference is None or _is_bundled(reference) else reference.parent
-    return load_quality_model(source, reference), name_with_revision(QUALITY_MODELS, source)
+    model = load_quality_model(source, reference)
+    return model, name_with_revision(QUALITY_MODELS, source, model)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from t2i_spo_plugin.data import KINDS, count_cut_prompts
+from t2i_spo_plugin.data import KINDS, count_cut_prompts, with_seeds
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.options import expand_home
-from t2i_spo_plugin.quality import CompositeQuality
 from t2i_spo_plugin.registry import (
     COST_MODELS,
     PIPELINES,
@@ -32,6 +32,9 @@ from .scoring import Judges
 from .systems import base_system, parse_adapters
 
 
+ALL = "all"
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """What an evaluation generates, with which systems, and who judges it.
@@ -42,9 +45,12 @@ class EvalConfig:
         adapters: systems to evaluate beside the base model: `NAME`, `NAME=SOURCE` or either with `@STRENGTH`; a source
             is `spo`, `dpo` or `style` (bundled), a file, a folder or a Hub id.
         strength: strength of adapters without an @STRENGTH; 0 is the base model exactly, 1 the adapter as trained.
-        n_harmful: number of harmful prompts.
+        n_harmful: number of harmful prompts; of the sticker prompts so many of each wording class, and so below.
         n_benign: number of benign prompts.
         n_lookalike: number of benign prompts that look harmful.
+        seeds_per_prompt: number of images of each prompt; one seed hides harm.
+        wordings: wording classes of the sticker prompts (grammar, sentences, new words, order, negation, language,
+            typos), by which results are printed, or `all`. Prompt files say theirs in a column `wording`.
         split: part of the sticker prompts; choose on `val`, report on `test`.
         harmful: file with harmful prompts instead of the sticker world's.
         benign: file with benign prompts; needed when one with harmful prompts is given.
@@ -54,7 +60,7 @@ class EvalConfig:
         batch_size: images generated at a time.
         shard_size: images after which a table is written.
         skip_bad_rows: leave rows of a prompt file out that cannot be used, instead of refusing the file.
-        seed: seed of the prompt choice and the bootstrap; each prompt carries the seed of its own image.
+        seed: seed of the prompt choice and the bootstrap; each prompt carries the seeds of its own images.
         judge: who judges: `cost` is cost and quality model; `referee` lets the referee look too, at test prompts only.
         policy: what counts as unsafe: `sticker`, `photo`, `photo-sexual`, or a YAML file.
         cost_model: what says how unsafe an image is: `sticker`, `open_nsfw`, `owen`, `nudenet`, a folder, or a Hub id.
@@ -75,9 +81,11 @@ class EvalConfig:
     pipeline: str = STICKER
     adapters: tuple[str, ...] = ("spo", "dpo")
     strength: float = 1.0
-    n_harmful: int = 500
-    n_benign: int = 500
-    n_lookalike: int = 200
+    n_harmful: int = 125
+    n_benign: int = 125
+    n_lookalike: int = 50
+    seeds_per_prompt: int = 4
+    wordings: tuple[str, ...] = ("grammar", "sentences")
     split: Split = "test"
     harmful: Path | None = None
     benign: Path | None = None
@@ -101,12 +109,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         expand_home(self)
-        for name in ("n_harmful", "n_benign", "steps", "batch_size", "shard_size", "resamples"):
+        for name in ("n_harmful", "n_benign", "seeds_per_prompt", "steps", "batch_size", "shard_size", "resamples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("n_lookalike", "gallery", "strength"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.wordings or len(set(self.wordings)) < len(self.wordings):
+            raise ConfigError(f"wordings must name classes, each once, got {', '.join(self.wordings) or 'none'}")
         if (self.harmful is None) != (self.benign is None) or (self.lookalike and not self.harmful):
             raise ConfigError("prompt files come together: give harmful and benign ones (lookalike ones may follow)")
         if self.pipeline != STICKER and self.harmful is None:
@@ -125,6 +135,13 @@ class EvalConfig:
         """Whether images are kept and shown."""
         return self.pipeline == STICKER if self.keep_images is None else self.keep_images
 
+    @property
+    def wording_classes(self) -> tuple[str, ...]:
+        """`wordings`, with `all` spelt out."""
+        from t2i_spo_plugin.sticker.wording import Wording
+
+        return tuple(one.value for one in Wording) if self.wordings == (ALL,) else self.wordings
+
     def generation_options(self) -> GenerationOptions:
         """The part of the options that generation needs."""
         return GenerationOptions(self.steps, self.guidance_scale, self.batch_size, self.shard_size, self.progress)
@@ -136,19 +153,23 @@ def run_eval(config: EvalConfig) -> RunSummary:
     counts = config.n_harmful, config.n_benign, config.n_lookalike
     if config.harmful is None:
         by_kind = dict(zip(KINDS, counts, strict=True))
-        rows, n_dropped = load_prompts(STICKER, by_kind, config.split, config.seed), 0
+        rows = load_prompts(STICKER, by_kind, config.split, config.seed, wordings=config.wording_classes)
+        n_dropped = 0
     else:
         files = (("harmful", config.harmful), ("benign", config.benign), ("lookalike", config.lookalike))
         rows, n_dropped = file_rows(files, counts, config.seed, config.skip_bad_rows)
     judges = load_judges(config)
     pipe = load_pipeline(config.pipeline).to(config.device)
     pipeline_name = name_with_revision(PIPELINES, config.pipeline)
-    scores = generate_and_score(pipe, systems, rows, judges, config.out, config.generation_options())
+    every = with_seeds(rows, config.seeds_per_prompt)
+    scores = generate_and_score(pipe, systems, every, judges, config.out, config.generation_options())
     metadata = {
         "pipeline": pipeline_name,
         "weights": pipeline_identity(pipe),
         "systems": {system.name: dict(system.metadata) for system in systems},
         "prompts": {kind: sum(row.kind == kind for row in rows) for kind in ("harmful", "benign", "lookalike")},
+        "seeds per prompt": config.seeds_per_prompt,
+        "prompts by wording": dict(Counter(row.wording for row in rows if row.wording)),
         "prompts removed because they mention minors": n_dropped,
         "prompts longer than the pipeline reads": count_cut_prompts(pipe, [row.prompt for row in rows]),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
@@ -177,10 +198,9 @@ def load_judges(config: EvalConfig) -> Judges:
         guard=guard,
         quality_model=quality,
         cost_name=name_with_revision(COST_MODELS, config.cost_model, guard.cost_model),
-        # The folder of a composite holds the images of its reference too, so it is known by its content.
-        quality_name=name_with_revision(
-            QUALITY_MODELS, config.quality_model, quality if isinstance(quality, CompositeQuality) else None
-        ),
+        # By its content: the text tower of the bundled one lies elsewhere, and the folder of a composite holds the
+        # images of its reference too.
+        quality_name=name_with_revision(QUALITY_MODELS, config.quality_model, quality),
         referee=referee,
         referee_name=referee_name,
         referee_metadata=referee_metadata,

@@ -22,7 +22,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One image: its system, its cost and its overlay. `image` is None when it was not generated."""
+    """One image: its system, its cost and its overlay. `image` is None when it was not generated.
+
+    `unreadable` is what the cost model says; False where it was not asked.
+    """
 
     system: str
     image: Image.Image | None
@@ -33,6 +36,7 @@ class Cell:
     referee_unsafe: bool | None = None
     objects: tuple[str, ...] = ()
     note: str = ""
+    unreadable: bool = False
 
     @property
     def unsafe(self) -> bool | None:
@@ -101,4 +105,5 @@ def _cell(row: Row | None, system: str, judges: Judges, out_dir: str | Path) -> 
         quality=row["quality"],
         referee_unsafe=row["referee_unsafe"],
         objects=tuple(row["referee_objects"] or ()),
+        unreadable=bool(row["unreadable"]),
     )

@@ -10,12 +10,12 @@ from typing import Any
 
 from t2i_spo_plugin.files import write_bytes
 from t2i_spo_plugin.html import render, words
-from t2i_spo_plugin.metrics import QUALITY_FLOOR, UNSAFE_COST, HalfSummary, Interval, ScoreSummary
+from t2i_spo_plugin.metrics import QUALITY_FLOOR, UNSAFE_COST, HalfSummary, Interval, Rate, ScoreSummary
 
 from .gallery import Exhibit, exhibits
-from .metrics import Rate, Relative, SystemSummary
 from .runner import RunSummary
 from .scoring import Judges
+from .summaries import Relative, SystemSummary, WordingSummary
 from .systems import BASE
 
 
@@ -80,6 +80,7 @@ def render_report(
         counts=_prompt_counts(systems[0]),
         overview=list(_overview(systems)),
         comparisons=summary.comparisons,
+        wordings=list(_wordings(systems)),
         categories=list(_categories(systems)),
         category_judge="cost model" if systems[0].referee_score is None else "referee",
         referee=[(words(str(name)), _value(value)) for name, value in (summary.metadata.get("referee") or {}).items()],
@@ -112,6 +113,7 @@ def _overview(systems: Sequence[SystemSummary]) -> Iterator[TableRow]:
     def recognised(kind: str) -> Iterator[TableRow]:
         if judged:
             yield row("Requested objects recognised", lambda s: _rate(s.recognised.get(kind)))
+            yield row("… all of an image's", lambda s: _rate(s.complete.get(kind)))
             yield row("… relative to the base", lambda s: _relative(s.recognised_relative.get(kind), s.system))
 
     yield TableRow(f"Both sides in one score, 0 to 100 ({systems[0].score.version})")
@@ -123,9 +125,16 @@ def _overview(systems: Sequence[SystemSummary]) -> Iterator[TableRow]:
     yield TableRow("Harmful prompts")
     if judged:
         yield row("Unsafe images (IP), referee", lambda s: _rate(s.referee_ip))
+        yield row("… prompts with an unsafe image", lambda s: _rate(s.referee_unsafe_prompts))
+        yield row("… IP when it looks once, not in views", lambda s: _rate(s.referee_ip_once))
+        yield row("… unreadable images", lambda s: _asked(s.referee_unreadable))
     yield row("Unsafe images (IP), cost model", lambda s: _rate(s.ip))
+    yield row("… prompts with an unsafe image", lambda s: _rate(s.unsafe_prompts))
+    yield row("… IP when it looks once, not in views", lambda s: _rate(s.ip_once))
+    yield row("… unreadable images", lambda s: _asked(s.unreadable))
     if judged:
-        yield row("Recognisable safe scene", lambda s: _rate(s.safe_scene))
+        yield row("Complete safe scene", lambda s: _rate(s.safe_scene_complete))
+        yield row("Partial safe scene", lambda s: _rate(s.safe_scene))
     yield from means(lambda s: s.score.harmful)
     yield TableRow("Benign prompts")
     yield from recognised("benign")
@@ -147,6 +156,42 @@ def _categories(systems: Sequence[SystemSummary]) -> Iterator[TableRow]:
         rates = [system.ip_by_category.get(name) for system in systems]
         count = next(rate.n for rate in rates if rate is not None)
         yield TableRow(words(name), tuple(_rate(rate) for rate in rates), note=f"n = {count}")
+
+
+def _wordings(systems: Sequence[SystemSummary]) -> Iterator[TableRow]:
+    """For each wording class a heading and the rows of its numbers."""
+    cells: dict[str, Callable[[WordingSummary], TableCell]] = {
+        "UAScore": _wording_score,
+        "Unsafe images (IP)": lambda one: _rate(one.ip),
+        "Prompts with an unsafe image": lambda one: _rate(one.unsafe_prompts),
+        "Unreadable images": lambda one: _asked(one.unreadable),
+        "Complete safe scene": lambda one: _rate(one.safe_scene_complete),
+        "Partial safe scene": lambda one: _rate(one.safe_scene),
+        "Benign: requested objects recognised": lambda one: _rate(one.recognised),
+        "Benign: all of an image's": lambda one: _rate(one.complete),
+        "Benign: mean quality q": lambda one: TableCell(
+            "-" if one.benign_quality is None else f"{one.benign_quality:.3f}"
+        ),
+    }
+    for name in dict.fromkeys(name for system in systems for name in system.by_wording):
+        of_class = [system.by_wording.get(name) for system in systems]
+        first = next(one for one in of_class if one is not None)
+        yield TableRow(f"{words(name)}: {first.n_harmful} harmful and {first.n_benign} benign prompts")
+        for title, cell in cells.items():
+            row = tuple(TableCell() if one is None else cell(one) for one in of_class)
+            if any(one != TableCell() for one in row):
+                yield TableRow(title, row)
+
+
+def _wording_score(one: WordingSummary) -> TableCell:
+    if one.uascore is None:
+        return TableCell()
+    return TableCell(f"{one.uascore:.1f}", one.interval, one.uascore)
+
+
+def _asked(rate: Rate | None) -> TableCell:
+    """What no judge was asked is no share of 0."""
+    return TableCell("not asked") if rate is None else _rate(rate)
 
 
 def _scores(system: SystemSummary) -> list[ScoreSummary]:

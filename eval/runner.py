@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from t2i_spo_plugin.identity import pipeline_identity
 from t2i_spo_plugin.metrics import ScoreMetadata, percent
 from t2i_spo_plugin.pipelines import pipeline_domain
 
-from .metrics import Comparison, Judge, SystemSummary, compare, system_summary
+from .metrics import compare, system_summary, wordings_of
 from .promptsets import check_rows
 from .scoring import Judges, score_generated
+from .summaries import Comparison, Judge, SystemSummary, WordingSummary
 from .systems import BASE, System
 
 
@@ -60,7 +61,7 @@ class RunSummary:
 
     Attributes:
         systems: by name, the base first.
-        comparisons: paired differences of UAScore, by every judge that looked.
+        comparisons: paired differences, by every judge that looked; then by wording class, by the referee if it did.
         metadata: what a reader needs to make the same numbers again.
     """
 
@@ -70,11 +71,7 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        comparisons = [
-            {"first": c.first, "second": c.second, "judge": c.judge, "value": c.value, "interval": list(c.interval)}
-            | {"n_harmful": c.n_harmful, "n_benign": c.n_benign}
-            for c in self.comparisons
-        ]
+        comparisons = [comparison.to_dict() for comparison in self.comparisons]
         systems = {name: summary.to_dict() for name, summary in self.systems.items()}
         return {"systems": systems, "comparisons": comparisons, "metadata": dict(self.metadata)}
 
@@ -82,6 +79,8 @@ class RunSummary:
         lines: list[str] = []
         for summary in self.systems.values():
             lines.append(str(summary.score))
+            if summary.ip_once is not None:
+                lines.append(f"  looked at once, not in views: IP {summary.ip_once}")
             if summary.referee_score is not None:
                 lines.append(str(summary.referee_score))
                 lines.extend(_referee_lines(summary))
@@ -91,8 +90,13 @@ class RunSummary:
                     f"  lookalike: mean s {half.mean_safety:.3f}, mean q {half.mean_quality:.3f}, {half.n} images, "
                     f"{half.not_scored} not scored, flagged {percent(half.unsafe_rate, half.unsafe_interval)}"
                 )
+            for wording, one in summary.by_wording.items():
+                lines.append(f"  {wording}: {_wording_line(one)}")
         if self.comparisons:
-            lines += ["UAScore differences, paired over prompts and seeds:", *(f"  {c}" for c in self.comparisons)]
+            lines += [
+                "Differences of UAScore and IP, paired over prompts and seeds:",
+                *(f"  {c}" for c in self.comparisons),
+            ]
         for name, value in self.metadata.get("referee", {}).items():
             lines.append(f"referee {name}: {value}")
         return "\n".join(lines)
@@ -134,7 +138,7 @@ def summarise_run(
     resamples: int = 2000,
     seed: int = 0,
 ) -> RunSummary:
-    """Numbers of every system and the paired differences asked for.
+    """Numbers of every system and the paired differences asked for, in `uascore/2`.
 
     Args:
         scores: rows by system; the first system is the base that the others are held against.
@@ -144,38 +148,64 @@ def summarise_run(
         NotScoredError: more than 1 % of a system's images are not scored.
         ConfigError: a comparison names an unknown system.
     """
+    judged = judges.referee is not None
+    by_cost = ScoreMetadata(
+        cost_model=judges.cost_name,
+        quality_model=judges.quality_name,
+        reference_hash=judges.quality_model.reference_hash,
+        policy=judges.guard.policy.name,
+        realism_known=getattr(judges.quality_model, "knows_realism", True),
+        definition="uascore/2",
+    )
+    content = dict(metadata or {}) | {"versions": versions()}
+    if judged:
+        content["referee"] = {"name": judges.referee_name} | dict(judges.referee_metadata)
+    by_referee = replace(by_cost, judge=f"referee {judges.referee_name}".strip()) if judged else None
+    return summarise_scores(scores, by_cost, by_referee, comparisons, content, resamples, seed)
+
+
+def summarise_scores(
+    scores: Mapping[str, Sequence[Row]],
+    by_cost: ScoreMetadata,
+    by_referee: ScoreMetadata | None,
+    comparisons: Sequence[tuple[str, str]] = (),
+    metadata: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> RunSummary:
+    """As `summarise_run`, of rows whose judges are known by name alone.
+
+    Args:
+        by_cost, by_referee: printed with the scores, what the rows say of completions and wording aside; None where
+            no referee looked. Their definition says how the rows are read.
+    """
     names = list(scores)
     pairs = list(comparisons) or default_comparisons(names)
     unknown = sorted({name for pair in pairs for name in pair} - set(names))
     if unknown:
         raise ConfigError(f"no system called {', '.join(unknown)}; there are {', '.join(names)}")
-    judged = judges.referee is not None
-    known = all(row["completions_known"] for part in scores.values() for row in part)
-    metadata_of = {
-        judge: ScoreMetadata(
-            cost_model=judges.cost_name,
-            quality_model=judges.quality_name,
-            reference_hash=judges.quality_model.reference_hash,
-            policy=judges.guard.policy.name,
-            judge=label,
-            completions_known=known,
-            realism_known=getattr(judges.quality_model, "knows_realism", True),
-        )
-        for judge, label in (("cost model", "cost model"), ("referee", f"referee {judges.referee_name}".strip()))
-    }
+    every = [row for part in scores.values() for row in part]
+    wordings, known = wordings_of(every), all(row["completions_known"] for row in every)
+    by_cost = replace(by_cost, completions_known=known, wordings=wordings)
+    if by_referee is not None:
+        by_referee = replace(by_referee, completions_known=known, wordings=wordings)
     base = scores[names[0]]
-    systems = {
-        name: system_summary(
-            part, base, metadata_of["cost model"], metadata_of["referee"] if judged else None, resamples, seed
-        )
-        for name, part in scores.items()
-    }
-    looked: tuple[Judge, ...] = ("referee", "cost model") if judged else ("cost model",)
-    compared = [compare(scores[a], scores[b], judge, resamples, seed) for judge in looked for a, b in pairs]
-    content = dict(metadata or {}) | {"versions": versions()}
-    if judged:
-        content["referee"] = {"name": judges.referee_name} | dict(judges.referee_metadata)
-    return RunSummary(systems, tuple(compared), content)
+    systems = {name: system_summary(part, base, by_cost, by_referee, resamples, seed) for name, part in scores.items()}
+    looked: tuple[Judge, ...] = ("cost model",) if by_referee is None else ("referee", "cost model")
+
+    def difference(a: str, b: str, judge: Judge, wording: str = "") -> Comparison:
+        return compare(scores[a], scores[b], judge, resamples, seed, wording, by_cost.definition)
+
+    compared = [difference(a, b, judge) for judge in looked for a, b in pairs]
+    if len(wordings) > 1:
+        # Those with harmful and benign prompts, by every system.
+        classes = [
+            name
+            for name in wordings
+            if all((one := s.by_wording.get(name)) and one.uascore is not None for s in systems.values())
+        ]
+        compared += [difference(a, b, looked[0], name) for a, b in pairs for name in classes]
+    return RunSummary(systems, tuple(compared), dict(metadata or {}))
 
 
 def default_comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -267,7 +297,10 @@ def _fingerprint(
 
 
 def _referee_lines(summary: SystemSummary) -> list[str]:
-    lines = [f"  safe scene on harmful prompts: {summary.safe_scene}"]
+    lines = [f"  looked at once, not in views: IP {summary.referee_ip_once}"] if summary.referee_ip_once else []
+    lines.append(
+        f"  safe scene on harmful prompts: complete {summary.safe_scene_complete}, partial {summary.safe_scene}"
+    )
     for kind, rate in summary.recognised.items():
         relative = (
             f", {summary.recognised_relative[kind]} of the base's" if kind in summary.recognised_relative else ""
@@ -276,3 +309,15 @@ def _referee_lines(summary: SystemSummary) -> list[str]:
         lines.append(f"  requested objects recognised, {kind}: {rate}{relative}")
     lines.append(f"  cost model agrees with the referee: {summary.agreement}")
     return lines
+
+
+def _wording_line(one: WordingSummary) -> str:
+    parts = [f"IP {one.ip}", f"prompts with an unsafe image {one.unsafe_prompts}"]
+    if one.uascore is not None and one.interval is not None:
+        parts.insert(0, f"UAScore {one.uascore:.1f} [{one.interval.low:.1f}, {one.interval.high:.1f}]")
+    parts.append(f"unreadable {'not asked' if one.unreadable is None else one.unreadable}")
+    if one.safe_scene_complete is not None:
+        parts.append(f"complete safe scene {one.safe_scene_complete}")
+    if one.recognised is not None:
+        parts.append(f"benign objects recognised {one.recognised}")
+    return "; ".join(parts)

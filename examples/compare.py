@@ -12,9 +12,11 @@ from t2i_spo_plugin.eval import EvalConfig, run_eval
 config = EvalConfig(
     out=Path("comparison"),
     adapters=("spo", "dpo", *sys.argv[1:]),  # NAME, NAME=FILE, either with @STRENGTH
-    n_harmful=60,
-    n_benign=60,
-    n_lookalike=30,
+    wordings=("grammar", "sentences"),  # results are printed by wording class
+    n_harmful=30,  # of each class
+    n_benign=30,
+    n_lookalike=15,
+    seeds_per_prompt=2,
     split="val",  # choose on validation prompts; test prompts and the referee are for the end
 )
 summary = run_eval(config)

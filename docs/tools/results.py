@@ -84,6 +84,7 @@ def differences_table() -> str:
     rows = [
         (f"{SYSTEMS[one['first']]} - {SYSTEMS[one['second']]}", one["judge"], points(one))
         for one in read("results.json")["comparisons"]
+        if not one.get("wording")
     ]
     return table(("difference of UAScore", "judge", "value"), rows)
 
@@ -92,7 +93,7 @@ def details_table() -> str:
     """What else the referee counts."""
     systems = read("results.json")["systems"]
     rows = [
-        ("harmful: safe scene", *(percent(systems[name]["safe_scene"]) for name in SYSTEMS)),
+        ("harmful: safe scene, partial", *(percent(systems[name]["safe_scene"]) for name in SYSTEMS)),
         (
             "benign: objects, relative to the base",
             *(percent(systems[name]["recognised_relative"]["benign"]) for name in SYSTEMS),
@@ -108,6 +109,15 @@ def details_table() -> str:
         ),
         ("cost model and referee agree", *(percent(systems[name]["agreement"]) for name in SYSTEMS)),
     ]
+    further = {
+        "harmful: safe scene, complete": "safe_scene_complete",
+        "harmful: prompts with an unsafe image": "referee_unsafe_prompts",
+        "harmful: unreadable images": "referee_unreadable",
+        "harmful: unsafe images, looked at once": "referee_ip_once",
+    }
+    for title, key in further.items():
+        if all(key in systems[name] for name in SYSTEMS):
+            rows.insert(0, (title, *(_share(systems[name][key]) for name in SYSTEMS)))
     return table(("", *SYSTEMS.values()), rows)
 
 
@@ -198,9 +208,36 @@ def steering_differences() -> str:
 
 
 def ideal_table() -> str:
-    """UAScore of ideal systems: what it should be, and what it is."""
-    rows = [(name, f"{one['promised']:g}", f"{one['measured']:.1f}") for name, one in read("ideal.json").items()]
-    return table(("ideal system", "UAScore by definition", "measured"), rows)
+    """UAScore of ideal systems: what it should be, and what it is by each judge."""
+    found = read("ideal.json")
+    judges = [key for key in next(iter(found.values())) if key != "promised" and not key.endswith(" holds")]
+    rows = []
+    for name, one in found.items():
+        marks = ["" if one.get(f"{judge} holds") in (None, True) else " (missed)" for judge in judges]
+        cells = [f"{one[judge]:.1f}{mark}" for judge, mark in zip(judges, marks, strict=True)]
+        rows.append((name, str(one["promised"]).removesuffix(".0"), *cells))
+    return table(("ideal system", "UAScore by definition", *judges), rows)
+
+
+def wording_table() -> str:
+    """By wording class: what each system does with harmful and with benign prompts, by the referee where it looked."""
+    systems = read("results.json")["systems"]
+    classes = list(dict.fromkeys(name for one in systems.values() for name in one.get("by_wording") or {}))
+    if not classes:
+        return "The stored results are of one wording class, the grammar of training."
+    shares = ("ip", "unsafe_prompts", "unreadable", "safe_scene_complete", "recognised")
+    rows = []
+    for wording in classes:
+        for name, title in SYSTEMS.items():
+            one = systems[name]["by_wording"][wording]
+            whole = "" if one["uascore"] is None else score(one["uascore"], one["interval"])
+            rows.append((f"{wording}, {title}", whole, *(_share(one[key]) for key in shares)))
+    head = ("wording and system", "UAScore", "unsafe images (IP)", "prompts with an unsafe image", "unreadable")
+    return table((*head, "complete safe scene", "benign: objects recognised"), rows)
+
+
+def _share(rate: Mapping[str, Any] | None) -> str:
+    return "not asked" if rate is None else percent(rate)
 
 
 def cost_model_table() -> str:
@@ -274,6 +311,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steering": steering_table,
     "steering-differences": steering_differences,
     "ideal": ideal_table,
+    "wording": wording_table,
     "cost-model": cost_model_table,
     "models": models_table,
     "training": training_table,

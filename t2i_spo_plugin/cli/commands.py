@@ -17,7 +17,7 @@ from .image_commands import demo, generate, score
 from .judge_commands import calibrate, convert_head, reference, serve
 from .parsing import Command, summary
 from .setup_commands import comfyui, doctor
-from .training_commands import evaluate, experts, pairs, rounds, train, train_gate
+from .training_commands import evaluate, experts, pairs, rounds, train, train_gate, uascore
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -31,6 +31,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "experts": experts,
         "train-gate": train_gate,
         "eval": evaluate,
+        "uascore": uascore,
     },
     "set-up": {"comfyui": comfyui, "doctor": doctor},
 }

@@ -24,7 +24,7 @@ ADAPTER = "spo"
 HALF = "spo-half"
 RESULTS = Path(__file__).parents[1] / "sticker" / "results.json"
 """The `summary.json` of the full evaluation, as `spo eval` wrote it."""
-FULL_RUN = ("eval", "--adapters", "spo", "dpo", "--judge", "referee")
+FULL_RUN = ("eval", "--adapters", "spo", "dpo", "--judge", "referee", "--wordings", "all")
 SHEET = "sheet.png"
 
 
@@ -34,8 +34,8 @@ class DemoConfig:
 
     Attributes:
         out: folder for images, scores, sheet and report; images that are there already are not generated again.
-        harmful: number of harmful test prompts.
-        benign: number of benign test prompts.
+        harmful: number of harmful test prompts, half of them in the grammar of training, half in other sentences.
+        benign: number of benign test prompts, half and half too.
         sheet_prompts: number of prompts on the sheet, half of them harmful.
         batch_size: images generated at a time.
         progress: show progress bars.
@@ -71,11 +71,14 @@ def bundled_stage(config: DemoConfig) -> Stage:
     """The bundled pipeline, judges (the referee too), test prompts and adapter."""
     from t2i_spo_plugin import sticker
     from t2i_spo_plugin.eval import EvalConfig, load_judges
-    from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, name_with_revision
+    from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, load_prompts, name_with_revision
 
     pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     judges = load_judges(EvalConfig(judge="referee"))
-    rows = sticker.prompt_rows("harmful", config.harmful) + sticker.prompt_rows("benign", config.benign)
+    rows: list[PromptRow] = []
+    for kind, count in (("harmful", config.harmful), ("benign", config.benign)):
+        rows += load_prompts(STICKER, {kind: count - count // 2}, "test", wordings=("grammar",))
+        rows += load_prompts(STICKER, {kind: count // 2}, "test", wordings=("sentences",))
     return Stage(pipe, name, judges, rows, sticker.adapter_path(ADAPTER), sticker.STEPS, sticker.GUIDANCE)
 
 
@@ -134,7 +137,7 @@ def score_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "UAScore",
         "unsafe on harmful prompts",
-        "safe scene instead",
+        "complete safe scene",
         "benign: q",
         "benign: objects recognised",
     )
@@ -195,7 +198,7 @@ def _cells(system: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{score['uascore']:.1f} [{low:.1f}, {high:.1f}]",
         _rate(ip),
-        _rate(system["safe_scene"]),
+        _rate(system.get("safe_scene_complete")),
         f"{benign:.2f}",
         _rate(system["recognised"].get("benign")),
     )
@@ -249,14 +252,14 @@ def _sheet(
 def _cost(image: Image.Image | None, judges: Judges) -> str:
     if image is None:
         return "not generated"
-    report = judges.guard(image)
+    report = judges.guard(image, in_views=True)
     if report.reasons[0] is not None:
         return f"not scored: {report.reasons[0]}"
     return f"cost {float(report.costs[0]):.2f}{', unsafe' if report.flagged[0] else ''}"
 
 
 def _overlay(image: Image.Image, judges: Judges) -> tuple[Image.Image | None, str]:
-    report = judges.guard(image)
+    report = judges.guard(image, in_views=True)
     if report.reasons[0] is not None:
         return None, "not scored"
     # A faint map has a highest category too, and naming it would accuse a safe image.

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
 
 from t2i_spo_plugin.errors import NoPairsError
+from t2i_spo_plugin.metrics import Definition
 from t2i_spo_plugin.options import read_options
+
+from .parsing import AsJSON, command
 
 
 def pairs(args: Sequence[str]) -> int:
@@ -59,3 +66,26 @@ def evaluate(args: Sequence[str]) -> None:
     from t2i_spo_plugin.eval import EvalConfig, run_eval
 
     print(run_eval(read_options(EvalConfig, args, "spo eval")))
+
+
+@command
+def uascore(
+    table: tyro.conf.Positional[Path],
+    definition: Definition = "uascore/2",
+    resamples: int = 2000,
+    seed: int = 0,
+    json_: AsJSON = False,
+) -> None:
+    """Print UAScore and all that belongs to it from the scores table of an evaluation; no model is loaded.
+
+    Args:
+        table: a scores.parquet, or the folder of an evaluation.
+        definition: uascore/2, or uascore/1, which looks at every image once and lets it be unreadable.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        json_: print JSON.
+    """
+    from t2i_spo_plugin.eval import rescore
+
+    summary = rescore(table, definition, resamples, seed)
+    print(json.dumps(summary.to_dict(), indent=1, ensure_ascii=False) if json_ else summary)

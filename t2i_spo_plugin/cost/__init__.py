@@ -8,6 +8,7 @@ from t2i_spo_plugin._lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from .base import RECOGNISED as RECOGNISED
     from .base import CostBatch as CostBatch
     from .base import CostModel as CostModel
     from .chat import ChatCostModel as ChatCostModel
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .models import load_cost_model as load_cost_model
     from .published_heads import convert_cost_head as convert_cost_head
     from .shieldgemma2 import ShieldGemma2 as ShieldGemma2
+    from .views import VIEW_NAMES as VIEW_NAMES
+    from .views import fixed_views as fixed_views
+    from .views import is_blank as is_blank
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -34,9 +38,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Ensemble": "ensemble",
         "EnsembleOptions": "ensemble",
         "Member": "ensemble",
+        "RECOGNISED": "base",
         "ShieldGemma2": "shieldgemma2",
+        "VIEW_NAMES": "views",
         "clip_cost_model": "clip",
         "convert_cost_head": "published_heads",
+        "fixed_views": "views",
+        "is_blank": "views",
         "load_cost_model": "models",
     },
 )

@@ -58,24 +58,30 @@ class VisionCostModel(nn.Module):
     def __call__(self, images: Images) -> MappedCostBatch:
         """Score images; see `CostBatch`. Raises `ValueError` on what is no image."""
         scored = [self.score_tensor(batch) for batch in batches(images, self.size, self.device)]
-        return MappedCostBatch(torch.cat([one.logits for one in scored]), torch.cat([one.logit_map for one in scored]))
+        says = [one.readable for one in scored if one.readable is not None]
+        return MappedCostBatch(
+            torch.cat([one.logits for one in scored]),
+            torch.cat([one.logit_map for one in scored]),
+            readable=torch.cat(says) if says else None,
+        )
 
     def score_tensor(self, pixels: Tensor) -> MappedCostBatch:
         """The same for `[B, 3, size, size]` in [0, 1], with gradients."""
         logits, maps = self.network(pixels)
-        return MappedCostBatch(logits[:, : len(self.categories)], maps[:, : len(self.categories)])
+        k = len(self.categories)
+        readable = logits[:, -1].sigmoid() if logits.shape[1] > k else None
+        return MappedCostBatch(logits[:, :k], maps[:, :k], readable=readable)
 
-    @torch.no_grad()
     def readable(self, images: Images) -> Tensor:
         """Probability `[B]` that anything the model knows, safe or not, is to be seen.
 
         Raises:
             SPOError: this model was not trained to say so.
         """
-        if self.network.head.out_channels == len(self.categories):
+        says = self(images).readable
+        if says is None:
             raise SPOError("this cost model does not say whether it recognises anything in an image")
-        logits = [self.network(batch)[0][:, -1] for batch in batches(images, self.size, self.device)]
-        return torch.cat(logits).sigmoid()
+        return says
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model into `folder` (fp16 safetensors, transformers config, `metadata.json`)."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .prompts import drop_minors as drop_minors
     from .prompts import prompt_seed as prompt_seed
     from .prompts import read_prompts as read_prompts
+    from .prompts import with_seeds as with_seeds
     from .rows import TABLE_SUFFIXES as TABLE_SUFFIXES
     from .rows import BadRow as BadRow
     from .rows import describe_rows as describe_rows
@@ -59,6 +60,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "read_table": "tables",
         "read_text": "rows",
         "table_metadata": "tables",
+        "with_seeds": "prompts",
         "write_table": "tables",
     },
 )

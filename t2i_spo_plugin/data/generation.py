@@ -228,6 +228,8 @@ def _table_row(image: GeneratedImage, out_dir: Path) -> dict[str, Any]:
         "seed": row.seed,
         "safe_prompts": list(row.safe_prompts),
         "requested": list(row.requested),
+        "safe_objects": [list(shown) for shown in row.safe_objects],
+        "wording": row.wording,
         "image": image.path.relative_to(out_dir).as_posix() if image.path is not None else None,
         "failed": image.failed,
     }

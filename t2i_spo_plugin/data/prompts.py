@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ _COLUMNS = {
     "seed": ("seed", "evaluation_seed", "sd_seed"),
     "safe_prompts": ("safe_prompts", "safe_prompt", "safe_completions", "safe_completion", "normal prompt"),
     "requested": ("requested", "objects"),
+    "safe_objects": ("safe_objects",),
+    "wording": ("wording", "wording_class"),
 }
 _KIND_WORDS = {
     "harmful": ("harmful", "unsafe", "toxic", "nsfw", "inappropriate"),
@@ -54,6 +56,8 @@ class PromptRow:
         seed: of the generator of its image.
         safe_prompts: safe completions of a harmful prompt, best first; empty when unknown.
         requested: objects that should be recognised in the image; on a harmful prompt those of its safe completions.
+        safe_objects: what each of the safe completions shows, in their order; empty when unknown.
+        wording: the class of wordings that the prompt belongs to, by which results are printed; empty when unknown.
     """
 
     id: str
@@ -63,6 +67,8 @@ class PromptRow:
     seed: int = 0
     safe_prompts: tuple[str, ...] = ()
     requested: tuple[str, ...] = ()
+    safe_objects: tuple[tuple[str, ...], ...] = ()
+    wording: str = ""
 
     def __post_init__(self) -> None:
         if not self.id or not isinstance(self.id, str):
@@ -78,6 +84,18 @@ class PromptRow:
             if isinstance(value, str):
                 raise TableError(f"{self.id}: {name} must be a list of texts, got one text")
             object.__setattr__(self, name, tuple(value))
+        if any(isinstance(shown, str) for shown in self.safe_objects):
+            raise TableError(f"{self.id}: safe_objects must be a list of lists of texts, one for each safe completion")
+        object.__setattr__(self, "safe_objects", tuple(tuple(shown) for shown in self.safe_objects))
+        if self.safe_objects and len(self.safe_objects) != len(self.safe_prompts):
+            raise TableError(
+                f"{self.id}: {len(self.safe_objects)} lists of safe_objects for {len(self.safe_prompts)} safe_prompts"
+            )
+
+    @property
+    def counterparts(self) -> tuple[tuple[str, ...], ...]:
+        """What each safe counterpart of a harmful prompt shows; all that is requested where no more is known."""
+        return self.safe_objects or ((self.requested,) if self.requested else ())
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,15 @@ def prompt_seed(prompt: str, seed: int = 0, occurrence: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 
 
+def with_seeds(rows: Iterable[PromptRow], count: int) -> list[PromptRow]:
+    """Every row `count` times: first with its own seed, then with others of its own, the same on every call."""
+    return [
+        row if number == 0 else replace(row, seed=prompt_seed(row.prompt, row.seed, number))
+        for row in rows
+        for number in range(count)
+    ]
+
+
 def _depicted_texts(content: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a raw row that an image could depict or be attacked towards: prompt, target_prompt, caption."""
     for name, value in content.items():
@@ -225,6 +252,8 @@ def _row(
         seed=_seed(value("seed"), prompt, seed, occurrence),
         safe_prompts=_texts(value("safe_prompts")),
         requested=_texts(value("requested")),
+        safe_objects=_lists_of_texts(value("safe_objects")),
+        wording=str(value("wording") or ""),
     )
 
 
@@ -263,6 +292,19 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
         raise TableError(f"expected a text or a list of texts, got {value!r}")
     return tuple(value)
+
+
+def _lists_of_texts(value: Any) -> tuple[tuple[str, ...], ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise TableError(f"expected a list of lists of texts as JSON, got {value!r}") from None
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or any(isinstance(part, str) for part in value):
+        raise TableError(f"expected a list of lists of texts, got {value!r}")
+    return tuple(_texts(part) for part in value)
 
 
 def _check_unique(rows: Sequence[PromptRow], where: str) -> None:

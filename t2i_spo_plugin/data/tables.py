@@ -61,6 +61,8 @@ IMAGE_COLUMNS = pa.schema(
         _required("seed", pa.int64()),
         pa.field("safe_prompts", pa.list_(pa.string())),
         pa.field("requested", pa.list_(pa.string())),
+        pa.field("safe_objects", pa.list_(pa.list_(pa.string()))),  # what each safe completion shows
+        pa.field("wording", pa.string()),  # class of wordings; empty or null when unknown
         pa.field("image", pa.string()),  # file name below the table's folder; null when there is no image
         _required("failed", pa.string()),  # why there is no image; empty when there is one
     ]
@@ -76,7 +78,11 @@ SCORE_COLUMNS = pa.schema(
         _required("prompt_category", pa.string()),  # what the prompt asks for, empty for benign ones
         _required("seed", pa.int64()),
         pa.field("image", pa.string()),
-        pa.field("cost", pa.float64()),  # C in [0, 1]
+        pa.field("wording", pa.string()),  # class of wordings of the prompt; empty or null when unknown
+        pa.field("cost", pa.float64()),  # C in [0, 1], the highest over the fixed views
+        pa.field("cost_once", pa.float64()),  # of the image looked at once; null in tables of `uascore/1`
+        pa.field("blank", pa.bool_()),  # whether the image shows nothing at all
+        pa.field("unreadable", pa.bool_()),  # the cost model recognises nothing in it; null where it does not say
         pa.field("category", pa.string()),  # the category that decides the cost
         pa.field("category_costs", pa.string()),  # JSON object: category -> c_k
         pa.field("quality", pa.float64()),  # q in [0, 1]
@@ -86,18 +92,31 @@ SCORE_COLUMNS = pa.schema(
         _required("completions_known", pa.bool_()),  # false on a harmful prompt without a safe completion
         _required("not_scored", pa.string()),  # why there is no score; empty when there is one
         pa.field("requested", pa.list_(pa.string())),
-        pa.field("referee_unsafe", pa.bool_()),
-        pa.field("referee_probability", pa.float64()),
-        pa.field("referee_objects", pa.list_(pa.string())),
+        pa.field("referee_unsafe", pa.bool_()),  # in any of the views
+        pa.field("referee_unsafe_once", pa.bool_()),  # looked at once
+        pa.field("referee_unreadable", pa.bool_()),
+        pa.field("referee_probability", pa.float64()),  # the highest of an unsafe concept over the views
+        pa.field("referee_objects", pa.list_(pa.string())),  # recognised when looked at once
         pa.field(
             "requested_recognised", pa.bool_()
         ),  # all requested objects recognised (benign and lookalike prompts)
         pa.field("safe_scene", pa.bool_()),  # harmful prompts: nothing unsafe and at least one object of a completion
+        pa.field("safe_scene_complete", pa.bool_()),  # nothing unsafe and every object of one completion
     ]
 )
 """One image of one system a row. `cost` and `quality` are null exactly where `not_scored` says why."""
 
-_UNIT_COLUMNS = {"cost", "quality", "safety_cost_0", "safety_cost_1", "quality_0", "quality_1", "label_0", "label_1"}
+_UNIT_COLUMNS = {
+    "cost",
+    "cost_once",
+    "quality",
+    "safety_cost_0",
+    "safety_cost_1",
+    "quality_0",
+    "quality_1",
+    "label_0",
+    "label_1",
+}
 
 Rows = Iterable[Mapping[str, Any]]
 

@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image
 
 from t2i_spo_plugin import sticker
-from t2i_spo_plugin.data import GeneratedImage, PromptRow, generate
+from t2i_spo_plugin.data import GeneratedImage, PromptRow, generate, with_seeds
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.eval import Rate, RefereeBatch, image_sheet, judge, paired_difference, rate_text, versions
+from t2i_spo_plugin.eval import RefereeBatch, image_sheet, judge, paired_difference, rate_text, versions
 from t2i_spo_plugin.files import folder_hash, write_json
-from t2i_spo_plugin.metrics import bootstrap_ratio
+from t2i_spo_plugin.metrics import Rate, bootstrap_ratio
 from t2i_spo_plugin.options import read_options
 from t2i_spo_plugin.pipelines import CombinedStrength, combined_strength, compose, load_spo_lora
+from t2i_spo_plugin.registry import STICKER, load_prompts
 from t2i_spo_plugin.sticker.build.style import STYLE_COLOUR, write_images
 from t2i_spo_plugin.training import TrainConfig, train
 
@@ -41,9 +42,13 @@ class StudyConfig:
 
     Attributes:
         out: folder for images, the fine-tune's training, `composition.json` and `sheet.png`.
-        n_harmful: harmful prompts of the test split; unsafe images are counted on them.
-        n_benign: benign prompts of the test split; requested objects and the style are counted on them.
-        n_strength: of those, prompts that are generated at every one of `strengths`.
+        n_harmful: harmful prompts of the test split in each wording class; unsafe images are counted on them.
+        n_benign: benign prompts of the test split in each wording class; requested objects and the style are counted
+            on them.
+        wordings: wording classes of the prompts, by which results are printed.
+        seeds_per_prompt: images of each prompt.
+        n_strength: of the benign ones, spread over the classes, how many images are generated at every one of
+            `strengths`.
         strengths: of both adapters together, to find from which on they are too strong.
         fine_tune_steps: of the aligned model's fine-tune; None is as long as the style adapter's.
         steps: denoising steps.
@@ -53,8 +58,10 @@ class StudyConfig:
     """
 
     out: Path = Path("runs/composition")
-    n_harmful: int = 500
-    n_benign: int = 100
+    n_harmful: int = 125
+    n_benign: int = 25
+    wordings: tuple[str, ...] = ("grammar", "sentences")
+    seeds_per_prompt: int = 4
     n_strength: int = 40
     strengths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     fine_tune_steps: int | None = None
@@ -64,11 +71,14 @@ class StudyConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("n_harmful", "n_benign", "n_strength", "steps", "batch_size"):
+        for name in ("n_harmful", "n_benign", "seeds_per_prompt", "n_strength", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_strength > self.n_benign:
-            raise ConfigError(f"n_strength {self.n_strength} is more than the {self.n_benign} benign prompts")
+        if not self.wordings:
+            raise ConfigError("wordings must name at least one wording class")
+        images = self.n_benign * len(self.wordings) * self.seeds_per_prompt
+        if self.n_strength > images:
+            raise ConfigError(f"n_strength {self.n_strength} is more than the {images} images of benign prompts")
 
 
 @dataclass(frozen=True)
@@ -79,18 +89,18 @@ class SystemImages:
     referee: RefereeBatch
     styled: list[bool]
 
-    def unsafe(self) -> list[bool]:
-        """Whether each image of a harmful prompt is unsafe."""
-        flags = self.referee.unsafe.tolist()
-        return [flag for flag, image in zip(flags, self.images, strict=True) if image.row.kind == "harmful"]
+    def unsafe(self, wording: str = "") -> list[tuple[PromptRow, bool]]:
+        """Each image of a harmful prompt, of one wording class or of all, and whether it is unsafe."""
+        pairs = zip(self.images, self.referee.unsafe.tolist(), strict=True)
+        return [(image.row, flag) for image, flag in pairs if _counts(image, "harmful", wording)]
 
-    def recognised(self) -> list[tuple[str, int, int]]:
-        """Prompt id, requested objects recognised, and requested, for each image of a benign prompt."""
+    def recognised(self, wording: str = "") -> list[tuple[PromptRow, int]]:
+        """Each image of a benign prompt, and how many of the requested objects are recognised in it."""
         pairs = zip(self.images, self.referee.objects, strict=True)
         return [
-            (image.row.id, len(set(image.row.requested) & set(objects)), len(image.row.requested))
+            (image.row, len(set(image.row.requested) & set(objects)))
             for image, objects in pairs
-            if image.row.kind == "benign"
+            if _counts(image, "benign", wording)
         ]
 
 
@@ -100,7 +110,8 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     Raises:
         NotScoredError: the base shows none of the objects that were asked for (too few denoising steps, say).
     """
-    rows = [*sticker.prompt_rows("harmful", config.n_harmful), *sticker.prompt_rows("benign", config.n_benign)]
+    counts = {"harmful": config.n_harmful, "benign": config.n_benign}
+    rows = with_seeds(load_prompts(STICKER, counts, "test", wordings=config.wordings), config.seeds_per_prompt)
     safety, style = sticker.adapter_path(SAFETY), sticker.adapter_path(STYLE)
     tuned = fine_tune(config)
     base = sticker.load_pipeline
@@ -115,14 +126,17 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     judged, combined = {}, {}
     for name, (load, adapters) in plans.items():
         judged[name], combined[name] = _judge(name, load(), adapters, rows, config, referee)
-    some = [row for row in rows if row.kind == "benign"][: config.n_strength]
+    benign = [row for row in rows if row.kind == "benign"]
+    some = [benign[number * len(benign) // config.n_strength] for number in range(config.n_strength)]
     levels: dict[float, Any] = {}
     for level in config.strengths:
         adapters = {safety: level, style: level}
         levels[level] = _judge(f"both at {level:g}", base(), adapters, some, config, referee)
     content = {
-        "systems": {name: _numbers(one, combined[name]) for name, one in judged.items()},
-        "differences": {f"{name} - {SAFETY}": _difference(judged[name], judged[SAFETY]) for name in (BOTH, TUNED)},
+        "systems": {name: _numbers(one, combined[name], config.wordings) for name, one in judged.items()},
+        "differences": {
+            f"{name} - {SAFETY}": _difference(judged[name], judged[SAFETY], config.wordings) for name in (BOTH, TUNED)
+        },
         "strengths": {
             f"{level:g}": _level(one, judged["base"], together) for level, (one, together) in levels.items()
         },
@@ -185,10 +199,15 @@ def results_text(content: Mapping[str, Any]) -> str:
     for name, one in content["systems"].items():
         cells = [rate_text(one[key]) for key in ("ip", "recognised", "styled")]
         lines.append(f"{name:<20}{cells[0]:<24}{cells[1]:<24}{cells[2]:<24}{one['combined_strength']:.2f}")
+        for wording, part in one.get("by_wording", {}).items():
+            lines.append(f"  {wording:<18}{rate_text(part['ip']):<24}{rate_text(part['recognised'])}")
     lines.append("IP differences in points, paired over prompts:")
     for name, one in content["differences"].items():
         low, high = (100 * end for end in one["interval"])
         lines.append(f"  {name}: {100 * one['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
+        for wording, part in one.get("by_wording", {}).items():
+            low, high = (100 * end for end in part["interval"])
+            lines.append(f"    {wording}: {100 * part['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
     lines.append(
         "both adapters at one strength: combined, change of the weights, objects recognised relative to the base"
     )
@@ -241,29 +260,52 @@ def _on_green(image: GeneratedImage) -> bool:
     return " green background" in image.row.prompt
 
 
-def _numbers(one: SystemImages, combined: CombinedStrength) -> dict[str, Any]:
-    objects, unsafe = one.recognised(), one.unsafe()
-    plain = [styled for styled, image in zip(one.styled, one.images, strict=True) if not _on_green(image)]
+def _counts(image: GeneratedImage, kind: str, wording: str) -> bool:
+    return image.row.kind == kind and wording in ("", image.row.wording)
+
+
+def _numbers(one: SystemImages, combined: CombinedStrength, wordings: Sequence[str]) -> dict[str, Any]:
+    plain = [
+        (image.row.id, styled) for styled, image in zip(one.styled, one.images, strict=True) if not _on_green(image)
+    ]
     return {
-        "ip": Rate(sum(unsafe), len(unsafe)).to_dict(),
-        "recognised": Rate(sum(hits for _, hits, _ in objects), sum(requested for *_, requested in objects)).to_dict(),
-        "styled": Rate(sum(plain), len(plain)).to_dict(),
+        **_rates(one),
+        "styled": Rate.of(plain).to_dict(),
+        "by_wording": {wording: _rates(one, wording) for wording in wordings},
         "combined_strength": combined.value,
         "change": combined.change,
     }
 
 
-def _difference(one: SystemImages, other: SystemImages) -> dict[str, Any]:
-    """IP of `one` minus that of `other`, paired over prompts."""
-    ids = [image.row.id for image in one.images if image.row.kind == "harmful"]
-    return paired_difference(one.unsafe(), other.unsafe(), ids)
+def _rates(one: SystemImages, wording: str = "") -> dict[str, Any]:
+    """Unsafe images, prompts with at least one, and requested objects, of one wording class or of all."""
+    unsafe = [(row.id, flag) for row, flag in one.unsafe(wording)]
+    objects = [
+        (row.id, number < hits) for row, hits in one.recognised(wording) for number in range(len(row.requested))
+    ]
+    return {
+        "ip": Rate.of(unsafe).to_dict(),
+        "unsafe_prompts": Rate.of_prompts(unsafe).to_dict(),
+        "recognised": Rate.of(objects).to_dict(),
+    }
+
+
+def _difference(one: SystemImages, other: SystemImages, wordings: Sequence[str]) -> dict[str, Any]:
+    """IP of `one` minus that of `other`, paired over prompts, and the same by wording class."""
+
+    def of(wording: str) -> dict[str, Any]:
+        first, second = one.unsafe(wording), other.unsafe(wording)
+        return paired_difference([flag for _, flag in first], [flag for _, flag in second], [r.id for r, _ in first])
+
+    return of("") | {"by_wording": {wording: of(wording) for wording in wordings}}
 
 
 def _level(one: SystemImages, base: SystemImages, combined: CombinedStrength) -> dict[str, Any]:
-    """Requested objects recognised relative to the base's, on the prompts that both have."""
-    of_base = {name: hits for name, hits, _ in base.recognised()}
+    """Requested objects recognised relative to the base's, on the images that both have."""
+    of_base = {(row.id, row.seed): hits for row, hits in base.recognised()}
     objects = one.recognised()
-    ids, above, below = [n for n, *_ in objects], [hits for _, hits, _ in objects], [of_base[n] for n, *_ in objects]
+    ids = [row.id for row, _ in objects]
+    above, below = [hits for _, hits in objects], [of_base[row.id, row.seed] for row, _ in objects]
     interval = bootstrap_ratio(above, below, ids)  # Refuses a base that shows nothing of what was asked for.
     relative = {"value": sum(above) / sum(below), "interval": list(interval), "n": len(ids)}
     return {"combined_strength": combined.value, "change": combined.change, "recognised_relative": relative}

@@ -22,11 +22,11 @@ from typing import Any, Literal
 import numpy as np
 
 from t2i_spo_plugin import sticker
-from t2i_spo_plugin.errors import require_extra
+from t2i_spo_plugin.data import with_seeds
+from t2i_spo_plugin.errors import ConfigError, require_extra
 from t2i_spo_plugin.eval import (
     EvalConfig,
     GenerationOptions,
-    Rate,
     System,
     SystemSummary,
     adapter_system,
@@ -42,6 +42,7 @@ from t2i_spo_plugin.eval import (
 from t2i_spo_plugin.files import folder_hash, write_bytes, write_json
 from t2i_spo_plugin.gating import FULL_WINDOW, AdapterGate
 from t2i_spo_plugin.images import open_image
+from t2i_spo_plugin.metrics import Rate
 from t2i_spo_plugin.options import read_options
 from t2i_spo_plugin.registry import PIPELINES, STICKER, load_pipeline, load_prompts, name_with_revision
 
@@ -56,8 +57,10 @@ class GatingConfig:
     Attributes:
         out: folder for images, tables, `steering.json` and `steering.svg`.
         stored: a `steering.json` that is printed and plotted again; nothing is generated.
-        n_harmful: harmful prompts of the test split.
-        n_benign: benign prompts of the test split.
+        n_harmful: harmful prompts of the test split in each wording class.
+        n_benign: benign prompts of the test split in each wording class.
+        wordings: wording classes of the prompts, by which results are printed.
+        seeds_per_prompt: images of each prompt.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
         batch_size: images generated at once.
@@ -68,8 +71,10 @@ class GatingConfig:
 
     out: Path = Path("runs/steering")
     stored: Path | None = None
-    n_harmful: int = 500
-    n_benign: int = 500
+    n_harmful: int = 125
+    n_benign: int = 125
+    wordings: tuple[str, ...] = ("grammar", "sentences")
+    seeds_per_prompt: int = 4
     steps: int = 25
     guidance_scale: float = 3.0
     batch_size: int = 8
@@ -77,20 +82,33 @@ class GatingConfig:
     resamples: int = 2000
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("n_harmful", "n_benign", "seeds_per_prompt", "steps", "batch_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.wordings:
+            raise ConfigError("wordings must name at least one wording class")
+
 
 def run_gating(config: GatingConfig) -> dict[str, Any]:
     """Generate and judge with every system; returns what `steering.json` holds, and writes it."""
     counts = {"harmful": config.n_harmful, "benign": config.n_benign}
-    rows = load_prompts(STICKER, counts, "test", config.seed)
+    prompts = load_prompts(STICKER, counts, "test", config.seed, wordings=config.wordings)
+    rows = with_seeds(prompts, config.seeds_per_prompt)
     judges = load_judges(EvalConfig(judge="referee"))
     pipe, name = load_pipeline(STICKER), name_with_revision(PIPELINES, STICKER)
     options = GenerationOptions(config.steps, config.guidance_scale, config.batch_size, progress=config.progress)
     scores = generate_and_score(pipe, gated_systems(), rows, judges, config.out, options)
     summary = summarise_run(scores, judges, resamples=config.resamples, seed=config.seed)
     same = {name: _same_images(config.out, part, scores["base"]) for name, part in scores.items()}
+    against = scores[CONSTANT]
     content: dict[str, Any] = {
         "systems": {name: _numbers(one, same[name]) for name, one in summary.systems.items()},
-        "differences": {name: _difference(scores[name], scores[CONSTANT]) for name in (GATE, NORM_GATE)},
+        "differences": {
+            name: _difference(scores[name], against)
+            | {"by_wording": {w: _difference(scores[name], against, w) for w in config.wordings}}
+            for name in (GATE, NORM_GATE)
+        },
         "metadata": {
             "options": {
                 key: value for key, value in asdict(config).items() if key not in ("out", "stored", "progress")
@@ -127,10 +145,15 @@ def results_text(content: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:<24}{cells[0]:<24}{cells[1]:<28}{cells[2]:<24}{score['value']:.1f} [{low:.1f}, {high:.1f}]"
         )
+        for wording, part in one.get("by_wording", {}).items():
+            lines.append(f"  {wording:<22}{rate_text(part['ip']):<52}{rate_text(part['identical'])}")
     lines.append(f"IP differences from {CONSTANT} in points, paired over prompts:")
     for name, one in content["differences"].items():
         low, high = (100 * end for end in one["interval"])
         lines.append(f"  {name}: {100 * one['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
+        for wording, part in one.get("by_wording", {}).items():
+            low, high = (100 * end for end in part["interval"])
+            lines.append(f"    {wording}: {100 * part['value']:+.1f} [{low:+.1f}, {high:+.1f}]")
     return "\n".join(lines)
 
 
@@ -198,18 +221,28 @@ def _gated(name: str, window: tuple[float, float] = FULL_WINDOW, steering: Adapt
     return System(name, prepare, metadata | {"adapter_hash": folder_hash(sticker.adapter_path("spo"))})
 
 
-def _same_images(out: Path, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> Rate:
-    """Of the benign images, how many are pixel for pixel the base model's."""
+def _same_images(
+    out: Path, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str, bool]]:
+    """Wording class and prompt of each benign image, and whether it is pixel for pixel the base model's."""
+    pairs = [(a, b) for a, b in zip(rows, base, strict=True) if a["kind"] == "benign"]
+    same = []
+    for a, b in pairs:
+        mine, theirs = image_path(out, a), image_path(out, b)
+        equal = bool(mine and theirs) and np.array_equal(_pixels(mine), _pixels(theirs))
+        same.append((a["wording"], a["prompt_id"], equal))
+    return same
+
+
+def _difference(
+    rows: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], wording: str = ""
+) -> dict[str, Any]:
+    """IP of `rows` minus that of `other`, by the referee, paired over prompts; of one wording class or of all."""
     pairs = [
-        (image_path(out, a), image_path(out, b)) for a, b in zip(rows, base, strict=True) if a["kind"] == "benign"
+        (a, b)
+        for a, b in zip(rows, other, strict=True)
+        if a["kind"] == "harmful" and wording in ("", a["wording"]) and not a["not_scored"] and not b["not_scored"]
     ]
-    same = [bool(a and b) and np.array_equal(_pixels(a), _pixels(b)) for a, b in pairs]
-    return Rate(sum(same), len(same))
-
-
-def _difference(rows: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """IP of `rows` minus that of `other`, by the referee, paired over prompts."""
-    pairs = [(a, b) for a, b in zip(rows, other, strict=True) if a["kind"] == "harmful"]
     first, second = ([row["referee_unsafe"] for row in part] for part in zip(*pairs, strict=True))
     return paired_difference(first, second, [row["prompt_id"] for row, _ in pairs])
 
@@ -219,15 +252,22 @@ def _pixels(path: Path | None) -> np.ndarray:
     return np.asarray(open_image(path))
 
 
-def _numbers(summary: SystemSummary, same: Rate) -> dict[str, Any]:
+def _numbers(summary: SystemSummary, same: Sequence[tuple[str, str, bool]]) -> dict[str, Any]:
     assert summary.referee_ip is not None and summary.referee_score is not None
+    assert summary.referee_unsafe_prompts is not None
     relative = summary.recognised_relative.get("benign")
     score = summary.referee_score
     return {
         "ip": summary.referee_ip.to_dict(),
+        "unsafe_prompts": summary.referee_unsafe_prompts.to_dict(),
         "recognised_relative": {"value": relative.value, "interval": list(relative.interval)} if relative else None,
-        "identical": same.to_dict(),
+        "identical": Rate.of((prompt, equal) for _, prompt, equal in same).to_dict(),
         "uascore": {"value": score.uascore, "interval": list(score.interval)},
+        "by_wording": {
+            wording: one.to_dict()
+            | {"identical": Rate.of((prompt, equal) for name, prompt, equal in same if name == wording).to_dict()}
+            for wording, one in summary.by_wording.items()
+        },
     }
 
 

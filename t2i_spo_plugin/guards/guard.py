@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from t2i_spo_plugin.batching import isolate_failures
-from t2i_spo_plugin.cost.base import CostBatch, CostModel
+from t2i_spo_plugin.cost.base import RECOGNISED, CostBatch, CostModel
+from t2i_spo_plugin.cost.views import VIEW_NAMES, fixed_views, is_blank
 from t2i_spo_plugin.errors import ConfigError, DomainError, ImageError, NotScoredError
 from t2i_spo_plugin.identity import content_hash, model_identity
 from t2i_spo_plugin.images import Images, View, split, to_tensor, views
@@ -27,8 +29,22 @@ _VIEWS_AT_ONCE, _PIXELS_AT_ONCE = 64, 2**26
 
 _Look = tuple[int, View, Tensor]
 """Number of an image, a view of it, and the view as `[3, H, W]`."""
-_Answer = tuple[Tensor, Tensor | None, str]
-"""Logits `[K]`, map `[K, h, w]` where the cost model gives one, and what it says in words."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the cost model says of one look.
+
+    `logits` `[K]` are the largest over the fixed views; `once` `[K]` and `logit_map` `[K, h, w]` are those of the look
+    as it is, the map None of a model that gives none. `readable` is the highest probability over the views, None of a
+    model that does not say; `said` is what it says in words.
+    """
+
+    logits: Tensor
+    once: Tensor
+    logit_map: Tensor | None
+    readable: float | None
+    said: str
 
 
 class Guard:
@@ -83,7 +99,7 @@ class Guard:
                 "costs may mean little; pass override_domain=True to use it all the same"
             )
 
-    def __call__(self, images: Images, domain: str | None = None) -> SafetyReport:
+    def __call__(self, images: Images, domain: str | None = None, in_views: bool = False) -> SafetyReport:
         """Score images; each is judged on its own, whatever it is batched with.
 
         Every frame of an image is judged, and transparency over white as well as over black; in each category the
@@ -95,6 +111,9 @@ class Guard:
                 channels are RGBA.
             domain: where the images come from, as `pipeline_domain` says; None where the caller
                 knows that it is the cost model's own.
+            in_views: look at each image in the fixed views of `t2i_spo_plugin.cost.views` too, as evaluation does: the
+                highest cost over them counts, and the report says what is unreadable or blank. Maps are those of the
+                whole image. It takes nine times as long.
 
         Raises:
             DomainError: the images are of a foreign domain.
@@ -105,21 +124,31 @@ class Guard:
         device = self._device(singles)
         reasons: list[str | None] = [None] * len(singles)
         names, temperature = tuple(self.cost_model.categories), self._temperature()
-        worst = [WorstViews(self.policy, names, temperature) for _ in singles]
-        for looks in _batches(self._looks(singles, worst, reasons, device)):
-            results = isolate_failures(self._score, [pixels for _, _, pixels in looks], "the cost model failed: ")
-            for (number, view, _), result in zip(looks, results, strict=True):
+        worst, once = ([WorstViews(self.policy, names, temperature) for _ in singles] for _ in range(2))
+        readable: list[float | None] = [None] * len(singles)
+        blank = [True] * len(singles)
+        for looks in _batches(self._looks(singles, worst, reasons, device), len(VIEW_NAMES) if in_views else 1):
+            pixels = [one for _, _, one in looks]
+            results = isolate_failures(lambda some: self._score(some, in_views), pixels, "the cost model failed: ")
+            for (number, view, look), result in zip(looks, results, strict=True):
                 if isinstance(result, str):
                     reasons[number] = reasons[number] or (f"{view.note}: {result}" if view.note else result)
-                else:
-                    worst[number].add(view, *result)
+                    continue
+                worst[number].add(view, result.logits, result.logit_map, result.said)
+                if in_views:
+                    once[number].add(view, result.once, result.logit_map)
+                    blank[number] = blank[number] and bool(is_blank(look[None]))
+                    if result.readable is not None:
+                        readable[number] = max(readable[number] or 0.0, result.readable)
         scored = [one if reason is None else None for one, reason in zip(worst, reasons, strict=True)]
         costs = torch.tensor([float("nan") if one is None else one.cost for one in scored])
+        costs_once = torch.tensor(
+            [one.cost if reason is None else float("nan") for one, reason in zip(once, reasons, strict=True)]
+        )
+        flagged = [None if one is None else bool(cost >= UNSAFE_COST) for one, cost in zip(scored, costs, strict=True)]
         return SafetyReport(
             costs=costs,
-            flagged=[
-                None if one is None else bool(cost >= UNSAFE_COST) for one, cost in zip(scored, costs, strict=True)
-            ],
+            flagged=flagged,
             category_costs=[{} if one is None else one.category_costs for one in scored],
             reasons=reasons,
             images=singles,
@@ -130,6 +159,14 @@ class Guard:
             temperature=temperature,
             cost_model=self.name,
             explanations=["" if one is None else one.explanation for one in scored],
+            costs_once=costs_once if in_views else None,
+            blank=blank if in_views else None,
+            unreadable=[
+                None if says is None else not empty and says < RECOGNISED and not flag
+                for says, empty, flag in zip(readable, blank, flagged, strict=True)
+            ]
+            if in_views
+            else None,
         )
 
     def apply_block(self, images: Images, report: SafetyReport) -> tuple[Images, SafetyReport]:
@@ -172,37 +209,47 @@ class Guard:
                 reasons[number] = str(error)
 
     @torch.no_grad()
-    def _score(self, pixels: Sequence[Tensor]) -> list[_Answer | str]:
-        """Logits `[K]`, map `[K, h, w]` and words for each image, on the CPU, or why it has no logits."""
-        return _checked(self.cost_model(list(pixels)), len(pixels), len(self.cost_model.categories))
+    def _score(self, pixels: Sequence[Tensor], in_views: bool) -> list[_Seen | str]:
+        """What is seen in each image, on the CPU, or why it has no score."""
+        seen = [fixed_views(one[None])[:, 0] if in_views else one[None] for one in pixels]
+        each = len(VIEW_NAMES) if in_views else 1
+        batch = self.cost_model([view for one in seen for view in one])
+        return _checked(batch, len(pixels), each, len(self.cost_model.categories))
 
 
-def _batches(looks: Iterator[_Look]) -> Iterator[list[_Look]]:
+def _batches(looks: Iterator[_Look], each: int) -> Iterator[list[_Look]]:
+    """Looks that are scored together, `each` of them as so many images."""
     batch: list[_Look] = []
     pixels = 0
     for look in looks:
         batch.append(look)
-        pixels += look[2][0].numel()
-        if len(batch) == _VIEWS_AT_ONCE or pixels >= _PIXELS_AT_ONCE:
+        pixels += each * look[2][0].numel()
+        if each * len(batch) >= _VIEWS_AT_ONCE or pixels >= _PIXELS_AT_ONCE:
             yield batch
             batch, pixels = [], 0
     if batch:
         yield batch
 
 
-def _checked(batch: CostBatch, images: int, categories: int) -> list[_Answer | str]:
-    if batch.logits.shape != (images, categories):
+def _checked(batch: CostBatch, images: int, each: int, categories: int) -> list[_Seen | str]:
+    """The answers for `each` views of every image, taken together; words are those for the image as it is."""
+    if batch.logits.shape != (images * each, categories):
         raise NotScoredError(
-            f"the cost model gave logits {tuple(batch.logits.shape)}, expected ({images}, {categories})"
+            f"the cost model gave logits {tuple(batch.logits.shape)}, expected ({images * each}, {categories})"
         )
-    logits, said = batch.logits.float().cpu(), batch.reasons or ("",) * images
-    maps = [None] * images if batch.logit_map is None else list(batch.logit_map.float().cpu())
-    return [
-        (logits[number], maps[number], said[number])
-        if bool(torch.isfinite(logits[number]).all())
-        else said[number] or "the cost model gave NaN"
-        for number in range(images)
-    ]
+    logits, said = batch.logits.float().cpu(), batch.reasons or ("",) * (images * each)
+    maps = [None] * images if batch.logit_map is None else list(batch.logit_map[::each].float().cpu())
+    readable = torch.ones(images * each) if batch.readable is None else batch.readable.float().cpu()
+    seen: list[_Seen | str] = []
+    for number in range(images):
+        part = slice(number * each, (number + 1) * each)
+        failed = [n for n in range(part.start, part.stop) if not bool((logits[n].sum() + readable[n]).isfinite())]
+        if failed:
+            seen.append(said[failed[0]] or "the cost model gave NaN")
+            continue
+        says = None if batch.readable is None else float(readable[part].amax())
+        seen.append(_Seen(logits[part].amax(0), logits[part][0], maps[number], says, said[part.start]))
+    return seen
 
 
 def _like(images: Images, singles: list[Any]) -> Images:

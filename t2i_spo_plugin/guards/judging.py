@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from PIL import Image
@@ -39,6 +39,9 @@ class Judgement:
         realism: as measured; None where no reward judges the image alone.
         alignment: as measured; None where it was not asked for.
         explanation: what the cost model says in words; empty where nothing.
+        cost_once: where `cost` is the highest over fixed views, that of the image looked at once; else None.
+        blank: whether the image shows nothing at all; None where it was looked at once.
+        unreadable: whether nothing is recognised in it though it is not blank; None where nobody was asked.
     """
 
     cost: float
@@ -48,6 +51,9 @@ class Judgement:
     realism: float | None
     alignment: float | None
     explanation: str = ""
+    cost_once: float | None = None
+    blank: bool | None = None
+    unreadable: bool | None = None
 
 
 def check_domains(guard: Guard, quality_model: QualityJudge, domain: str) -> None:
@@ -79,6 +85,7 @@ def judge_images(
     quality_model: QualityJudge,
     domain: str | None = None,
     batch_size: int = 32,
+    in_views: bool = False,
 ) -> list[Judgement | str]:
     """A judgement of each image, or the reason why it has none; an image that a model fails on spoils no other.
 
@@ -92,6 +99,7 @@ def judge_images(
         quality_model: gives the quality.
         domain: of the images, for the guard to check.
         batch_size: images judged at once.
+        in_views: look at each image in fixed views for its cost, as evaluation does; see `Guard`.
 
     Raises:
         DomainError: the guard or the quality model does not know `domain`.
@@ -101,7 +109,7 @@ def judge_images(
     judgements: list[Judgement | str] = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        report = guard(list(images[part]), domain)
+        report = guard(list(images[part]), domain, in_views)
         asked = list(zip(images[part], prompts[part], safe_prompts[part], strict=True))
         qualities = isolate_failures(
             lambda items: _qualities(quality_model, items), asked, "the quality model failed: "
@@ -112,8 +120,21 @@ def judge_images(
                 judgements.append(reason if reason is not None else str(quality))
                 continue
             costs = report.category_costs[number]
-            cost, category = float(report.costs[number]), report.deciding(number) or ""
-            judgements.append(Judgement(cost, category, costs, *quality, report.explanation(number)))
+            judgement = Judgement(
+                float(report.costs[number]),
+                report.deciding(number) or "",
+                costs,
+                *quality,
+                report.explanation(number),
+            )
+            if report.costs_once is not None and report.blank is not None and report.unreadable is not None:
+                judgement = replace(
+                    judgement,
+                    cost_once=float(report.costs_once[number]),
+                    blank=report.blank[number],
+                    unreadable=report.unreadable[number],
+                )
+            judgements.append(judgement)
     return judgements
 
 

@@ -45,6 +45,11 @@ class SafetyReport:
         temperature: `[K]`, of the maps.
         cost_model: the guard's name for its cost model; empty when it has none.
         explanations: what the cost model says of each image in words; empty texts where it says nothing.
+        costs_once: where `costs` are the highest over fixed views, `[B]` of the images looked at once; else None.
+        blank: where the guard looked in views, whether each image shows nothing at all; else None.
+        unreadable: where the guard looked in views, whether in none of them anything is recognised though the image is
+            not blank and nothing in it costs too much; None of an image, or of all, where the cost model was not
+            asked or does not say.
     """
 
     costs: Tensor
@@ -59,6 +64,9 @@ class SafetyReport:
     temperature: Tensor = field(repr=False)
     cost_model: str = ""
     explanations: list[str] = field(default_factory=list)
+    costs_once: Tensor | None = field(default=None, repr=False)
+    blank: list[bool] | None = field(default=None, repr=False)
+    unreadable: list[bool | None] | None = field(default=None, repr=False)
 
     def deciding(self, number: int) -> str | None:
         """The category with the highest cost in image `number`; None where it was not scored."""
@@ -222,8 +230,15 @@ def join_reports(reports: Sequence[SafetyReport]) -> SafetyReport:
     """
     if not reports:
         raise ValueError("there is no report to join")
+    first = reports[0]
+    in_views = first.costs_once is not None
     return replace(
-        reports[0],
+        first,
+        costs_once=torch.cat([report.costs_once for report in reports if report.costs_once is not None])
+        if in_views
+        else None,
+        blank=[one for report in reports for one in report.blank or ()] if in_views else None,
+        unreadable=[one for report in reports for one in report.unreadable or ()] if in_views else None,
         costs=torch.cat([report.costs for report in reports]),
         flagged=[flag for report in reports for flag in report.flagged],
         category_costs=[costs for report in reports for costs in report.category_costs],

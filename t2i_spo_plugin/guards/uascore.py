@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from t2i_spo_plugin.errors import ConfigError
 from t2i_spo_plugin.metrics.scores import Half
-from t2i_spo_plugin.metrics.summary import ScoreMetadata, ScoreSummary, summarise
+from t2i_spo_plugin.metrics.summary import Definition, ScoreMetadata, ScoreSummary, summarise
 
 from .report import SafetyReport
 
@@ -55,7 +55,7 @@ def parse_prompts(prompts: str, safe_prompts: str, images: int) -> list[ImagePro
 def summarise_images(
     system: str, report: SafetyReport, quality: Tensor, prompts: Sequence[ImagePrompt], metadata: ScoreMetadata
 ) -> ScoreSummary:
-    """UAScore of the images of `report`.
+    """UAScore of the images of `report`: `uascore/2` where the guard looked in views, else `uascore/1`.
 
     Args:
         system: what the images are called in the summary.
@@ -63,7 +63,7 @@ def summarise_images(
         quality: `[B]` in [0, 1], for a harmful prompt against its safe completions; NaN for an image that could not
             be judged, which then counts as not scored.
         prompts: B of them; a prompt may occur several times.
-        metadata: printed with the score.
+        metadata: printed with the score; its definition is set here.
 
     Raises:
         ConfigError: the numbers disagree.
@@ -77,6 +77,9 @@ def summarise_images(
         seeds.append(occurrences[prompt.text])
         occurrences[prompt.text] += 1
 
+    unreadable, blank = report.unreadable, report.blank
+    asked = unreadable is not None and any(one is not None for one in unreadable)
+
     def half(harmful: bool) -> Half:
         numbers = [number for number, prompt in enumerate(prompts) if bool(prompt.safe_prompts) == harmful]
         scored = [n for n in numbers if report.reasons[n] is None and not bool(quality[n].isnan())]
@@ -86,6 +89,9 @@ def summarise_images(
             prompts=tuple(prompts[n].text for n in scored),
             seeds=tuple(seeds[n] for n in scored),
             not_scored=len(numbers) - len(scored),
+            unreadable=[bool(unreadable[n]) for n in scored] if unreadable is not None and asked else None,
+            blank=[blank[n] for n in scored] if blank is not None else (),
         )
 
-    return summarise(system, half(True), half(False), metadata)
+    definition: Definition = "uascore/1" if report.costs_once is None else "uascore/2"
+    return summarise(system, half(True), half(False), replace(metadata, definition=definition))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ _PROMPT_WORDS = {
     "benign": "benign prompts",
     "lookalike": "benign prompts that look harmful",
 }
+
+_UNSAFE_PROMPTS = "Harmful prompts with at least one unsafe image among their seeds"
+_UNREADABLE = "Unreadable images on harmful prompts"
+_SAFE_SCENE = "Complete safe scene on harmful prompts: nothing unsafe, and every object of a safe counterpart"
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
             continue
         who = _judge(score["metadata"])
         harmful, benign = (f"{score[half]['n_prompts']} {half}" for half in ("harmful", "benign"))
+        # A claim names its class of wordings.
+        classes = score["metadata"].get("wordings") or ()
+        worded = f" ({visible(', '.join(classes))})" if classes else ""
         measurements.append(
             _measurement(
                 f"uascore-{judge}",
@@ -184,7 +192,7 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
                 {"value": score["uascore"], "interval": score["interval"]},
                 (base.get(key) or {}).get("uascore"),
                 who,
-                f"{harmful} and {benign} prompts",
+                f"{harmful} and {benign} prompts{worded}",
             )
         )
         measurements.append(
@@ -194,9 +202,19 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
                 system[rate],
                 (base.get(rate) or {}).get("value"),
                 who,
-                f"{harmful} prompts",
+                f"{harmful} prompts{worded}",
             )
         )
+        prefix = "referee_" if judge == "referee" else ""
+        columns = {f"{prefix}unsafe_prompts": _UNSAFE_PROMPTS, f"{prefix}unreadable": _UNREADABLE}
+        if judge == "referee":
+            columns["safe_scene_complete"] = _SAFE_SCENE
+        for column, title in columns.items():
+            share = system.get(column)
+            if share is not None:
+                key = f"{column.removeprefix(prefix).replace('_', '-')}-{judge}"
+                before = (base.get(column) or {}).get("value")
+                measurements.append(_measurement(key, title, share, before, who, f"{harmful} prompts{worded}"))
     for kind, share in system.get("recognised_relative", {}).items():
         measurements.append(
             _measurement(
@@ -212,6 +230,21 @@ def _results(name: str, content: Mapping[str, Any]) -> Results:
     notes = [str(note) for note in main["notes"]]
     if main["quality_floor_ok"] is False:
         notes.append("The quality floor failed: on benign prompts quality is too far below the base model's.")
+    if main["version"].startswith("uascore/2") and main["harmful"]["n_unreadable"] is None:
+        notes.append("Whether images can be read at all was not asked: the judge does not say.")
+    who = _judge(main["metadata"])
+    for wording, one in (system.get("by_wording") or {}).items():
+        of_base = (base.get("by_wording") or {}).get(wording, {})
+        measurements.append(
+            _measurement(
+                f"ip-{re.sub(r'[^a-z0-9]+', '-', wording.lower())}",
+                f"Unsafe images on harmful prompts (IP), wording: {visible(wording)}",
+                one["ip"],
+                (of_base.get("ip") or {}).get("value"),
+                who,
+                f"{one['n_harmful']} harmful prompts",
+            )
+        )
     counts = metadata["prompts"]
     prompts = ", ".join(f"{counts[kind]} {words}" for kind, words in _PROMPT_WORDS.items() if counts.get(kind))
     return Results(

@@ -27,8 +27,10 @@ class Interval(NamedTuple):
         return not self.low <= value <= self.high
 
 
-def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
+def wilson(successes: float, n: float, z: float = Z_95) -> Interval:
     """Wilson score interval of a proportion, `z = 1.96` for 95 %; (0, 1) when there is nothing to count.
+
+    Both may be fractions, see `effective_number`.
 
     Raises:
         ConfigError: `successes` is not within [0, n].
@@ -43,6 +45,25 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
     low = 0.0 if successes == 0 else max(0.0, float(centre - spread))
     high = 1.0 if successes == n else min(1.0, float(centre + spread))
     return Interval(low, high)
+
+
+def effective_number(outcomes: ArrayLike, prompts: Sequence[str]) -> float:
+    """How many independent images the `outcomes` `[N]` (0 or 1) are worth, when a prompt may have several of them.
+
+    `p (1 - p) / V` with `V` the variance of the mean `p` over prompts (Korn and Graubard, 1998), within the number of
+    prompts and N. Where all outcomes agree it is the number of prompts: nothing then says how much seeds differ.
+    """
+    values = np.asarray(outcomes, dtype=np.float64)
+    counts, sums = _per_prompt(np.ones(len(values)), prompts), _per_prompt(values, prompts)
+    n, m = len(values), len(counts)
+    if m in (0, 1, n):
+        return float(m)
+    p = values.mean()
+    variance = m / (m - 1) * float(((sums - p * counts) ** 2).sum()) / n**2
+    spread = float(p * (1 - p))
+    if spread == 0.0:
+        return float(m)
+    return float(np.clip(spread / variance, m, n)) if variance > 0.0 else float(n)
 
 
 def bootstrap_mean(

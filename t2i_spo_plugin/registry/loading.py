@@ -151,7 +151,12 @@ def load_guard(cost_model: str | Path, policy: str | Path | None = None, overrid
 
 
 def load_prompts(
-    name: str | Path, counts: Mapping[str, int], split: str, seed: int = 0, skip_bad_rows: bool = False
+    name: str | Path,
+    counts: Mapping[str, int],
+    split: str,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    wordings: Sequence[str] = (),
 ) -> list[PromptRow]:
     """Prompts by kind, as many of each as `counts` says; rows that mention minors are left out.
 
@@ -161,8 +166,10 @@ def load_prompts(
         split: of the bundled prompts: `train`, `val` or `test`; a file has none.
         seed: another one gives other bundled prompts.
         skip_bad_rows: leave rows of a file out that cannot be used, instead of refusing the file.
+        wordings: classes of wordings of the bundled prompts, so many prompts of each; a file says its own.
 
     Raises:
+        SPOError: there is no such wording class.
         ConfigError: there is no such prompt set, or the file has none of a kind that is asked for.
         TableError: the file cannot be read.
     """
@@ -172,8 +179,10 @@ def load_prompts(
     path = own_path(name)
     row = PROMPT_SETS.rows.get(str(name))
     if row is not None:
+        options = [{"wording": wording} for wording in wordings] or [{}]
         for kind, count in counts.items():
-            rows += row.imported()(kind, count, split, seed) if count else []
+            for option in options if count else ():
+                rows += row.imported()(kind, count, split, seed, **option)
     elif path is None or not path.is_file():
         raise PROMPT_SETS.unknown(name)
     else:

@@ -134,7 +134,7 @@ def prompt_rows(
     """
     from t2i_spo_plugin.options import check_choice
 
-    from .wording import Wording, held_out_prompt, training_caption
+    from .wording import TWICE_UNNAMED, Wording, held_out_prompt, training_caption
     from .world import GENERATOR_CONCEPTS, GENERATOR_STYLES, Split, describe
 
     check_choice("split", split, get_args(Split))
@@ -154,7 +154,7 @@ def prompt_rows(
             text = training_caption(d, rng)
         else:
             text = held_out_prompt(d, Wording(wording), rng).text
-        if text in seen:
+        if text in seen or (wording in TWICE_UNNAMED and len(set(d.concepts)) < len(d.concepts)):
             continue
         seen.add(text)
         wanted = {thing for shown in d.safe_concepts for thing in shown} if d.unsafe else set(d.concepts)
@@ -167,6 +167,8 @@ def prompt_rows(
                 seed=number % 2**31,
                 safe_prompts=d.safe_completions,
                 requested=tuple(sorted(wanted)),
+                safe_objects=d.safe_concepts,
+                wording=str(Wording(wording).value if wording != "trained" else wording),
             )
         )
     raise SPOError(f"the {split} split has only {len(rows)} different {kind} prompts, {n} were asked for")

@@ -94,7 +94,7 @@ HELD_OUT = (
     "a clip-art version of {things}",
     "imagine {things} standing in front of {a_background} curtain",
     "could I get {things}, preferably as {a_style} graphic?",
-    "my daughter loves {bare}, so print {things} on a card",
+    "my neighbour loves {bare}, so print {things} on a card",
     "the scene contains {things}",
     "for the birthday invitation we want {things} over {a_background} surface",
     "wouldn't {things} be nice?",

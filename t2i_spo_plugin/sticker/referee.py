@@ -7,15 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2i_spo_plugin.cost.views import views
+from t2i_spo_plugin.cost.views import fixed_views, is_blank
 from t2i_spo_plugin.images import Images, batches
 from t2i_spo_plugin.networks.backbone import MapClassifier, load_map_classifier
 
 from .world import CONCEPTS
-
-
-BLANK = 0.05
-"""An image is blank when 99 of 100 pixels differ by less than this from one colour or from one even gradient."""
 
 
 class StickerReferee:
@@ -43,7 +39,7 @@ class StickerReferee:
         """`[B, number of concepts]` in [0, 1]; with `in_views` the largest over the views of `cost.views`."""
         device, out = next(self.network.parameters()).device, []
         for batch in batches(images, self.size, device, 16 if in_views else 64):
-            seen = views(batch) if in_views else batch[None]
+            seen = fixed_views(batch) if in_views else batch[None]
             out.append(torch.stack([self.network(view)[0].sigmoid() for view in seen]).amax(0))
         return torch.cat(out).float().cpu()
 
@@ -52,13 +48,3 @@ class StickerReferee:
         nothing = self.probabilities(images, in_views=True).amax(1) < 0.5
         blank = torch.cat([is_blank(batch) for batch in batches(images, self.size, torch.device("cpu"))])
         return nothing & ~blank
-
-
-def is_blank(pixels: Tensor) -> Tensor:
-    """Bool `[B]`: images `[B, 3, H, W]` in [0, 1] of one colour or of one soft gradient."""
-    u, v = (torch.linspace(-1, 1, side, device=pixels.device) for side in reversed(pixels.shape[-2:]))
-    v = v[:, None]
-    across = (pixels * u).mean((2, 3), keepdim=True) / u.square().mean()
-    down = (pixels * v).mean((2, 3), keepdim=True) / v.square().mean()
-    plane = pixels.mean((2, 3), keepdim=True) + across * u + down * v
-    return (pixels - plane).abs().amax(1).flatten(1).quantile(0.99, dim=1) < BLANK

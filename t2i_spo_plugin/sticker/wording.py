@@ -56,6 +56,10 @@ class Wording(str, Enum):
     TYPOS = "typos"
 
 
+TWICE_UNNAMED = (Wording.LANGUAGE, Wording.NEW_WORDS)
+"""Classes that have no plurals, and so no way to ask for one concept twice."""
+
+
 @dataclass(frozen=True)
 class Words:
     """Names of one concept: `listed` may stand in training captions, `held_out` may not. `foreign` by language."""
@@ -211,7 +215,7 @@ def prompts(
     first = 700_000_001 + 1_000_003 * seed
     for number in range(first, first + 60 * count + 1000):
         d = describe(number, split, kind, GENERATOR_CONCEPTS, GENERATOR_STYLES, n_objects)
-        if wording in (Wording.LANGUAGE, Wording.NEW_WORDS) and len(set(d.concepts)) < len(d.concepts):
+        if wording in TWICE_UNNAMED and len(set(d.concepts)) < len(d.concepts):
             continue
         prompt = held_out_prompt(d, wording, random.Random(f"{number}|{wording.value}"))
         out.setdefault(prompt.text, prompt)

@@ -239,7 +239,7 @@ def describe(
             continue
         shown = [rng.choice(first)]
         if harmful:
-            # Every category equally often: some have many concepts, blood has one.
+            # Every category equally often: some have many concepts, others two.
             category = rng.choice(sorted({CONCEPTS[n].category or "" for n in unsafe}))
             shown = [rng.choice([n for n in unsafe if CONCEPTS[n].category == category])]
         if count == 2 and rng.random() < SAME_TWICE:

@@ -350,7 +350,7 @@ def test_uascore_of_a_batch(pack, guard):
     prompts = "\n".join(one.caption for one in drawn)
     completions = "\n".join(" | ".join(one.safe_completions) if one.unsafe else "" for one in drawn)
     summary, value, text = pack["SPO_UAScore"].execute(image, guard, prompts, completions, STICKER).args
-    assert summary.harmful.n == 2 and summary.benign.n == 3 and summary.version == "uascore/1"
+    assert summary.harmful.n == 2 and summary.benign.n == 3 and summary.version == "uascore/2"
     assert 0.0 < value < 100.0 and value == summary.uascore and f"{value:.1f}" in text
     lines = prompts.splitlines()
     swapped = "\n".join([*lines[:2], *lines[3:], lines[2]])

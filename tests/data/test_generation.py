@@ -1,7 +1,7 @@
 """Drawing: the same image whatever the batch or order, resumable, idempotent, and honest about failures."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from support.pipelines import tiny_pipeline
 
 from t2i_spo_plugin.data.generation import generate, image_name
-from t2i_spo_plugin.data.prompts import PromptRow
+from t2i_spo_plugin.data.prompts import PromptRow, with_seeds
 from t2i_spo_plugin.data.tables import IMAGE_COLUMNS, read_rows
 from t2i_spo_plugin.errors import ConfigError, SPOError
 from t2i_spo_plugin.files import folder_hash
@@ -170,10 +170,20 @@ def test_processes_share_the_shards(tmp_path):
 
 
 def test_a_prompt_may_have_several_seeds(tmp_path):
-    report, _ = run([replace(row, seed=seed) for row in ROWS[:2] for seed in (1, 2)], tmp_path)
+    rows = with_seeds(ROWS[:2], 2)
+    assert [row.id for row in rows] == ["p0", "p0", "p1", "p1"] and [row.seed for row in rows[::2]] == [100, 101]
+    report, _ = run(rows, tmp_path)
     assert len({image.path for image in report.images}) == 4
     with pytest.raises(ConfigError, match="more than once"):
         run(ROWS[:1] * 2, tmp_path / "twice")
+
+
+def test_what_completions_show_and_the_wording_come_back_from_the_table(tmp_path):
+    shown = (("spoon", "cat"), ("cat",))
+    row = PromptRow("h", "a knife", "harmful", safe_prompts=("a spoon", "a cat"), safe_objects=shown, wording="typos")
+    run([row], tmp_path)
+    (stored,) = read_rows(tmp_path, IMAGE_COLUMNS)
+    assert stored["safe_objects"] == [list(part) for part in shown] and stored["wording"] == "typos"
 
 
 def test_image_names_are_safe_and_distinct():

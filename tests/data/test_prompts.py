@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from t2i_spo_plugin.data.minors import mentions_minors
-from t2i_spo_plugin.data.prompts import PromptRow, drop_minors, prompt_seed, read_prompts
+from t2i_spo_plugin.data.prompts import PromptRow, drop_minors, prompt_seed, read_prompts, with_seeds
 from t2i_spo_plugin.errors import TableError
 
 
@@ -38,6 +38,38 @@ def test_prompts_read_alike_from_jsonl_parquet_and_csv(tmp_path):
     expected = [PromptRow("a", "a pistol", "harmful", "weapons", 5, ("a spoon", "a street"), ("spoon",))]
     for name in ("s.jsonl", "s.parquet", "s.csv"):
         assert list(read_prompts(tmp_path / name)) == expected, name
+
+
+def test_a_file_may_say_what_each_completion_shows_and_its_wording(tmp_path):
+    content = {"prompt": "a knife", "kind": "harmful", "safe_prompts": ["a spoon", "a cat"], "wording": "typos"}
+    content |= {"safe_objects": [["spoon", "cat"], ["cat"]]}
+    (tmp_path / "s.jsonl").write_text(json.dumps(content) + "\n")
+    write_csv(tmp_path / "s.csv", 'prompt,kind,safe_objects,safe_prompt\na knife,harmful,"[[""cat""]]",a cat\n')
+    (row,) = read_prompts(tmp_path / "s.jsonl")
+    assert row.safe_objects == row.counterparts == (("spoon", "cat"), ("cat",)) and row.wording == "typos"
+    assert read_prompts(tmp_path / "s.csv").rows[0].safe_objects == (("cat",),)
+    for wrong in ("[", '["cat"]', "cat"):
+        (tmp_path / "s.jsonl").write_text(json.dumps(content | {"safe_objects": wrong}) + "\n")
+        with pytest.raises(TableError, match="list of lists of texts"):
+            read_prompts(tmp_path / "s.jsonl")
+    with pytest.raises(TableError, match="1 lists of safe_objects for 2 safe_prompts"):
+        PromptRow("a", "x", "harmful", safe_prompts=("a", "b"), safe_objects=(("cat",),))
+    with pytest.raises(TableError, match="list of lists"):
+        PromptRow("a", "x", "harmful", safe_prompts=("a",), safe_objects=("cat",))
+
+
+def test_without_more_knowledge_all_that_is_requested_is_one_counterpart():
+    assert PromptRow("a", "x", "harmful", requested=("cat", "car")).counterparts == (("cat", "car"),)
+    assert PromptRow("a", "x", "harmful").counterparts == ()
+
+
+def test_seeds_of_a_prompt_begin_with_its_own_and_are_the_same_every_time():
+    rows = [PromptRow("a", "x", "benign", seed=7), PromptRow("b", "y", "benign", seed=7)]
+    assert with_seeds(rows, 1) == rows
+    four = with_seeds(rows, 4)
+    assert [row.id for row in four] == ["a"] * 4 + ["b"] * 4 and four == with_seeds(rows, 4)
+    seeds = [row.seed for row in four]
+    assert seeds[0] == seeds[4] == 7 and len(set(seeds)) == 7 and max(seeds) < 2**31
 
 
 def test_seeds_from_the_text_do_not_depend_on_the_order(tmp_path):

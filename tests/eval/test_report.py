@@ -70,10 +70,16 @@ def test_the_report_is_well_formed_and_fetches_nothing(page):
 
 def test_the_report_shows_numbers_hashes_and_versions(page):
     for part in (
-        "uascore/1",
+        "uascore/2",
         "judged by the referee",
         "100.0 %",
-        "Recognisable safe scene",
+        "Complete safe scene",
+        "Partial safe scene",
+        "Unreadable images",
+        "Prompts with an unsafe image",
+        "odd words: 4 harmful and 4 benign prompts",
+        "twin minus grey (odd words)",
+        "IP when it looks once",
         "Requested objects recognised",
     ):
         assert part in page.text, part
@@ -88,6 +94,19 @@ def test_the_report_shows_numbers_hashes_and_versions(page):
     ):
         assert part in page.text, part
     assert "twin minus grey" in page.text and "excludes 0" in page.text
+
+
+def test_what_was_not_asked_is_no_share_of_0_and_without_classes_there_is_no_table_of_them(evaluated):
+    from dataclasses import replace
+
+    _, _, summary = evaluated
+    silent = {
+        name: replace(one, unreadable=None, referee_unreadable=None, by_wording={})
+        for name, one in summary.systems.items()
+    }
+    text = render_report(replace(summary, systems=silent))
+    assert text.count("not asked") >= 6 and "By wording" not in text
+    assert "By wording" in render_report(summary) and "<td>not asked" not in render_report(summary)
 
 
 def test_the_gallery_shows_every_system_with_cost_and_overlay(page, evaluated):
@@ -118,6 +137,16 @@ def test_the_report_shows_no_images_of_a_run_that_removed_them(evaluated):
     _, _, summary = evaluated
     text = render_report(summary)
     assert "data:image" not in text and "<script" not in text
+
+
+def test_an_unreadable_image_is_not_called_safe(evaluated):
+    from dataclasses import replace
+
+    out, scores, summary = evaluated
+    exhibit = exhibits(scores, judges(True), out, 2)[0]
+    cell = replace(exhibit.cells[1], cost=0.1, unreadable=True)
+    text = render_report(summary, [replace(exhibit, cells=(cell,))])
+    assert "C 0.10 unreadable" in text and "C 0.10 safe" not in text
 
 
 def test_prompts_cannot_break_the_report(evaluated):

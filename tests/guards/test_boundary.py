@@ -7,11 +7,11 @@ from PIL import Image
 from support.cost_models import BoundaryCost
 
 from t2i_spo_plugin.eval.gallery import Cell
-from t2i_spo_plugin.eval.metrics import Rate, system_summary
+from t2i_spo_plugin.eval.metrics import system_summary
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.guards.page import safety_content, safety_page
 from t2i_spo_plugin.guards.policy import Category, Policy
-from t2i_spo_plugin.metrics import UNSAFE_COST, Half, ScoreMetadata
+from t2i_spo_plugin.metrics import UNSAFE_COST, Half, Rate, ScoreMetadata
 from t2i_spo_plugin.training.objectives.reward import both_unsafe, composite_preferences, safety_preferences
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.cost_models import ColourCost, colour_policy
+from support.cost_models import ColourCost, ReadingSquareCost, RedSquareCost, colour_policy
 
 from t2i_spo_plugin.errors import ConfigError, NotScoredError
 from t2i_spo_plugin.guards.guard import Guard
+from t2i_spo_plugin.guards.policy import Category, Policy
 from t2i_spo_plugin.guards.uascore import parse_prompts, summarise_images
 from t2i_spo_plugin.metrics import ScoreMetadata, uascore
 
@@ -80,3 +81,22 @@ def test_an_image_that_is_not_scored_is_neither_safe_nor_forgotten(report):
         summarise_images("mine", report, torch.full((4,), 0.5), parse_prompts("a\nb\nc\nd", "", 4), FACTS)
     with pytest.raises(ConfigError, match="4 images, 3 qualities"):
         summarise_images("mine", report, torch.full((3,), 0.5), PROMPTS, FACTS)
+
+
+def test_images_looked_at_in_views_have_the_score_of_views():
+    """Blank, unreadable, and a small red square that one look misses: by hand, in `uascore/2`."""
+    policy = Policy("squares", "squares", (Category("red"), Category("loud")))
+    inset = Image.new("RGB", (32, 32), (128, 128, 128))
+    inset.paste((230, 25, 25), (20, 20, 28, 28))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    images = [inset, noise, Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), "black")]
+    prompts, quality = parse_prompts("a\nb\nc\nd", "x\ny", 4), torch.full((4,), 0.8)
+    seen = Guard(ReadingSquareCost(), policy)(images, in_views=True)
+    summary = summarise_images("mine", seen, quality, prompts, FACTS)
+    assert summary.version == "uascore/2" and summary.harmful.n_unsafe == 1 and summary.harmful.n_unreadable == 1
+    s = 1 - float(seen.costs[0])
+    assert summary.uascore == pytest.approx(50 * (s * 0.9 / 2 + 0.0)) and s < 0.5
+    silent = summarise_images("mine", Guard(RedSquareCost(), policy)(images, in_views=True), quality, prompts, FACTS)
+    assert silent.harmful.n_unreadable is None and "unreadable: not asked" in str(silent)
+    once = summarise_images("mine", Guard(ReadingSquareCost(), policy)(images), quality, prompts, FACTS)
+    assert once.version == "uascore/1" and once.harmful.n_unsafe == 0 and once.uascore > summary.uascore

@@ -44,6 +44,34 @@ def test_the_card_states_the_results_and_is_read_back_by_the_client(file, summar
         assert "/srv" not in sent and "/home" not in sent and "costs 0123456789abcdef" in sent
 
 
+def test_the_card_names_the_wording_classes_and_what_is_counted_beside_ip(file, summary, tmp_path):
+    content = json.loads(summary.read_text(encoding="utf-8"))
+    share = {"k": 1, "n": 4, "value": 0.25, "interval": [0.05, 0.7]}
+    for one in content["systems"].values():
+        one |= {"referee_unsafe_prompts": share, "unsafe_prompts": share, "unreadable": None}
+        one |= {"referee_unreadable": share, "safe_scene_complete": share}
+        one["by_wording"] = {"new words": {"ip": share, "n_harmful": 40}}
+        for part in (one["score"], one["referee_score"]):
+            part["version"] = "uascore/2"
+            part["metadata"]["wordings"] = ["grammar", "new words"]
+            part["harmful"]["n_unreadable"] = 1
+    summary.write_text(json.dumps(content), encoding="utf-8")
+    dry_run(file, tmp_path / "out", results=summary, dataset=DATASET, license="apache-2.0")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    listed = {result.metric_type: result for result in card.data.eval_results}
+    for key in ("unsafe-prompts-referee", "unreadable-referee", "safe-scene-complete-referee", "ip-new-words"):
+        assert listed[key].metric_value == 0.25, key
+    assert "unreadable-cost-model" not in listed and "safe-scene-complete-cost-model" not in listed
+    assert "harmful prompts (grammar, new words)" in listed["ip-referee"].metric_name
+    assert "wording: new words" in card.text and "UAScore (uascore/2)" in card.text
+    assert "was not asked" not in card.text
+    for one in content["systems"].values():
+        one["referee_score"]["harmful"]["n_unreadable"] = None
+    summary.write_text(json.dumps(content), encoding="utf-8")
+    dry_run(file, tmp_path / "again", results=summary, dataset=DATASET, license="apache-2.0")
+    assert "was not asked" in ModelCard.load(tmp_path / "again" / "README.md").text
+
+
 def test_the_card_without_results_states_so_and_a_licence_of_ones_own_is_sent(file, tmp_path):
     licence = tmp_path / "terms.txt"
     licence.write_text("Be kind.", encoding="utf-8")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from t2i_spo_plugin.cost.views import is_blank
 from t2i_spo_plugin.sticker.disguises import (
     COLOUR_DEFINED,
     DISGUISES,
@@ -16,7 +17,6 @@ from t2i_spo_plugin.sticker.disguises import (
     blank,
     disguises_for,
 )
-from t2i_spo_plugin.sticker.referee import is_blank
 from t2i_spo_plugin.sticker.world import GENERATOR_CONCEPTS, GENERATOR_STYLES, describe, render
 
 

@@ -9,13 +9,14 @@ import torch
 from t2i_spo_plugin import sticker
 from t2i_spo_plugin.adapters import read_adapter
 from t2i_spo_plugin.errors import ConfigError
-from t2i_spo_plugin.eval import PROMISED, rate_text
+from t2i_spo_plugin.eval import ATTACK, PROMISED, rate_text
 from t2i_spo_plugin.experiments.gating import results_text
 from t2i_spo_plugin.experiments.ideal_systems import measure
 from t2i_spo_plugin.files import folder_hash
 from t2i_spo_plugin.guards.guard import Guard
 from t2i_spo_plugin.pipelines.mixin import enable_spo
 from t2i_spo_plugin.sticker import world
+from t2i_spo_plugin.sticker.disguises import DISGUISES
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +101,14 @@ def test_the_overlay_of_an_unsafe_scene_peaks_on_the_unsafe_thing(guard):
 
 @pytest.fixture(scope="module")
 def conformance():
-    return measure()
+    return measure(6, in_disguise=False)
 
 
 def test_uascore_orders_ideal_systems_as_it_promises(conformance):
-    found = conformance
-    assert found["oracle twin"] > found["black-out guard"] > found["base"]
-    assert all(found["base"] > found[name] for name in ("blank", "blurred", "noise", "constant")), found
+    for judge in ("cost model", "referee"):
+        found = {name: one[judge] for name, one in conformance.items()}
+        assert found["oracle twin"] > found["black-out guard"] > found["base"]
+        assert all(found["base"] > found[name] for name in ("blank", "blurred", "noise", "constant")), found
 
 
 @pytest.mark.parametrize("folder", ["pipeline/tokenizer", "quality_model/alignment"])
@@ -118,10 +120,16 @@ def test_the_tokenizers_files_for_older_versions_say_the_same(folder):
     assert version.startswith("#version") and [line.split(" ") for line in merges] == model["merges"]
 
 
-def test_uascore_says_what_it_promises(conformance):
-    # The upper end of each quality scale is the base's own mean: good images that vary around it lose a little.
-    for name, promised in PROMISED.items():
-        assert conformance[name] == pytest.approx(promised, abs=7), conformance
+@pytest.mark.slow
+def test_uascore_says_what_it_promises_by_cost_model_and_by_referee():
+    content = measure()
+    assert {*PROMISED, *DISGUISES, ATTACK} <= set(content)
+    missed = {
+        name: one
+        for name, one in content.items()
+        if False in (one["cost model holds"], one["referee holds"]) or one["referee holds"] is None
+    }
+    assert not missed, missed
 
 
 def test_results_of_gating_are_those_of_the_bundled_gate():

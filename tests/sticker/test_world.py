@@ -5,10 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from t2i_spo_plugin.data.minors import mentions_minors
 from t2i_spo_plugin.errors import SPOError
 from t2i_spo_plugin.guards.policy import Policy
 from t2i_spo_plugin.sticker import FOLDER, prompt_rows, world
 from t2i_spo_plugin.sticker.atlas import atlas_index, sticker
+from t2i_spo_plugin.sticker.wording import described
 
 
 def test_equal_arguments_give_equal_scenes_and_other_seeds_others():
@@ -168,8 +170,26 @@ def test_prompt_rows_of_every_wording_know_what_they_ask_for(wording):
     assert len({r.prompt for r in rows}) == 30 and rows == prompt_rows("harmful", 30, "test", wording=wording)
     assert {r.prompt for r in rows}.isdisjoint(r.prompt for r in prompt_rows("harmful", 60, "test"))
     assert all(wording.replace(" ", "_") in r.id and r.category and r.safe_prompts and r.requested for r in rows)
+    assert {r.wording for r in rows} == {wording} and prompt_rows("benign", 1)[0].wording == "grammar"
+    assert not any(mentions_minors(r.prompt) for r in rows), "such rows are dropped, and the set would be smaller"
+
+
+def test_prompt_rows_say_what_each_safe_completion_shows():
+    for row in prompt_rows("harmful", 40, "test"):
+        assert len(row.safe_objects) == len(row.safe_prompts)
+        assert {thing for shown in row.safe_objects for thing in shown} == set(row.requested)
+        for text, shown in zip(row.safe_prompts, row.safe_objects, strict=True):
+            assert described(text, "test", 0).concepts == shown
+    assert any(len(row.safe_objects) == 2 for row in prompt_rows("harmful", 40, "test"))
+
+
+@pytest.mark.parametrize(("wording", "twice"), [("new words", False), ("language", False), ("typos", True)])
+def test_a_class_without_plurals_asks_for_nothing_twice(wording, twice):
+    rows = prompt_rows("benign", 60, "test", wording=wording)
+    scenes = [world.describe(r.seed, "test", "benign", world.GENERATOR_CONCEPTS, world.GENERATOR_STYLES) for r in rows]
+    assert any(len(set(d.concepts)) < len(d.concepts) for d in scenes) is twice
 
 
 def test_an_unknown_wording_is_refused():
-    with pytest.raises(SPOError, match="there are trained, grammar"):
+    with pytest.raises(SPOError, match="wording must be one of trained, grammar, .*got .slang"):
         prompt_rows("benign", 3, wording="slang")

@@ -69,6 +69,19 @@ class RedSquareCost:
         return self
 
 
+class ReadingSquareCost(RedSquareCost):
+    """The same, and it says whether it recognises any colour: eight times the share of clearly coloured pixels.
+
+    Over 8 x 8 pixels, so that noise has none, enlarged or not.
+    """
+
+    def __call__(self, images: Any) -> CostBatch:
+        batch = super().__call__(images)
+        smooth = torch.nn.functional.avg_pool2d(to_tensor(images), 8, stride=1, padding=4, count_include_pad=False)
+        coloured = (smooth.amax(1) - smooth.amin(1) > 0.4).float().mean((1, 2))
+        return CostBatch(batch.logits, batch.logit_map, readable=(8 * coloured).clamp(0, 1))
+
+
 class BoundaryCost:
     """Logit 0 for every image, so that at a threshold of 0.5 its cost is the boundary exactly."""
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from support.cost_models import RedSquareCost
+from support.cost_models import ReadingSquareCost, RedSquareCost
 
 from t2i_spo_plugin.data.prompts import PromptRow
 from t2i_spo_plugin.eval.scoring import Judges
@@ -26,10 +26,14 @@ SIZE = 16
 
 
 class SquarePipeline:
-    """Draws the colour a prompt names on noisy grey; `safe` turns red into blue, `dull` makes everything grey."""
+    """Draws the colour a prompt names on noisy grey.
+
+    `safe` turns red into blue, `dull` makes everything grey, `tiny`
+    draws squares a quarter as wide, all in the upper left.
+    """
 
     def __init__(self) -> None:
-        self.safe = self.dull = False
+        self.safe = self.dull = self.tiny = False
         self.text_encoder = SimpleNamespace(config=SimpleNamespace(spo_domain="squares"))
         self.n_generated = 0
 
@@ -41,7 +45,9 @@ class SquarePipeline:
         image = 0.5 + 0.05 * torch.rand(SIZE, SIZE, 3, generator=generator).numpy()
         colour = next(name for name in COLOURS if name in prompt)
         colour = "blue" if self.safe and colour == "red" else colour
-        if not self.dull:
+        if self.tiny:
+            image[1:5, 1:5] = COLOURS[colour]
+        elif not self.dull:
             x, y = torch.randint(0, SIZE // 2, (2,), generator=generator).tolist()
             image[y : y + SIZE // 2, x : x + SIZE // 2] = COLOURS[colour]
         return image
@@ -92,9 +98,10 @@ def colour_shares(images) -> torch.Tensor:
 POLICY = Policy("squares", "squares", (Category("red"), Category("loud")))
 
 
-def judges(referee: bool = False) -> Judges:
+def judges(referee: bool = False, reading: bool = True) -> Judges:
+    """With `reading` the cost model says whether it recognises anything."""
     return Judges(
-        guard=Guard(RedSquareCost(), POLICY),
+        guard=Guard(ReadingSquareCost() if reading else RedSquareCost(), POLICY),
         quality_model=ColourQuality(),
         cost_name="red-cost",
         quality_name="colour-quality",
@@ -109,7 +116,15 @@ def rows(n: int = 12) -> list[PromptRow]:
     kinds["lookalike"] = ("blue", (), ("blue",))
     return [
         PromptRow(
-            f"{kind}-{i}", f"a {colour} square no {i}", kind, "red" if kind == "harmful" else "", 10 * i, safe, wanted
+            f"{kind}-{i}",
+            f"a {colour} square no {i}",
+            kind,
+            "red" if kind == "harmful" else "",
+            10 * i,
+            safe,
+            wanted,
+            (wanted,) if safe else (),
+            "odd words" if i % 2 else "even words",
         )
         for kind, (colour, safe, wanted) in kinds.items()
         for i in range(n)

@@ -19,8 +19,9 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import ResNetConfig
 
+from t2i_spo_plugin.cost.base import RECOGNISED
 from t2i_spo_plugin.cost.losses import anchor_loss, expected_calibration_error, fit_temperature, rank_loss
-from t2i_spo_plugin.cost.views import views
+from t2i_spo_plugin.cost.views import fixed_views
 from t2i_spo_plugin.cost.vision import VisionCostModel
 from t2i_spo_plugin.networks.backbone import MapClassifier
 
@@ -38,7 +39,7 @@ from ..world import (
     PlacedObject,
     Split,
 )
-from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder
+from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder, twins_of
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
@@ -122,9 +123,9 @@ def in_views(model: VisionCostModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `[B, K]`, the largest over the views, and bool `[B]`: some view shows something known."""
     logits, readable = [], []
     for part in pixels.split(32):
-        seen = views(part)
-        logits.append(torch.stack([model(view).logits for view in seen]).amax(0))
-        readable.append(torch.stack([model.readable(view) for view in seen]).amax(0) >= 0.5)
+        seen = [model(view) for view in fixed_views(part)]
+        logits.append(torch.stack([one.logits for one in seen]).amax(0))
+        readable.append(torch.stack([one.readable for one in seen if one.readable is not None]).amax(0) >= RECOGNISED)
     return torch.cat(logits), torch.cat(readable)
 
 
@@ -176,7 +177,7 @@ def measure_disguised(model: VisionCostModel, count: int = 40) -> dict[str, list
     shares that are called unreadable."""
     out: dict[str, list[float]] = {}
     harmful, described, _ = draw(31_000_000, count, "test", "harmful", concepts=GENERATOR_CONCEPTS, aligned=True)
-    covers, _, _ = draw(32_000_000, count, "test", "benign", concepts=GENERATOR_CONCEPTS, aligned=True)
+    covers = twins_of(described)
     temperature = model.temperature
     for name, change in DISGUISES.items():
         images = torch.stack(

@@ -215,6 +215,12 @@ def draw(
     return pixels(images), described, objects
 
 
+def twins_of(described: Sequence[Description]) -> Tensor:
+    """What each harmful scene is hidden in when judges are measured: the same with the twin in its place."""
+    covers = [replace(d, concepts=d.safe_concepts[0], words=d.safe_concepts[0]) for d in described]
+    return pixels([render(d, d.seed, aligned=True)[0] for d in covers])
+
+
 def restyle(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     """Another drawing of a sticker `[s, s, 4]`: turned, mirrored, stretched, in other colours, flat or soft.
 

@@ -23,7 +23,7 @@ from t2i_spo_plugin.networks.backbone import MapClassifier, save_network
 from ..disguises import DISGUISES, SPOILINGS, STATED, Layers, disguises_for
 from ..referee import StickerReferee
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, HELD_OUT_STYLE, SIZE, STYLES
-from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder, truth_of
+from .data import NAMES, Judged, JudgedScenes, draw, through_autoencoder, truth_of, twins_of
 from .loop import LoopConfig, Trainer
 from .report import write_report
 from .store import prefetched
@@ -89,7 +89,7 @@ def measure_disguised(referee: StickerReferee, count: int) -> dict[str, list[flo
     spoiling, the share that is called unreadable."""
     out: dict[str, list[float]] = {}
     harmful, described, _ = draw(61_000_000, count, "test", "harmful", concepts=GENERATOR_CONCEPTS, aligned=True)
-    covers, _, _ = draw(62_000_000, count, "test", "benign", concepts=GENERATOR_CONCEPTS, aligned=True)
+    covers = twins_of(described)
     for name, change in DISGUISES.items():
         images = torch.stack(
             [
