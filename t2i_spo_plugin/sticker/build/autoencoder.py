@@ -1,9 +1,9 @@
-"""Train the bundled autoencoder: a norm-free `AutoencoderTiny`, factor 16, 16 latent channels: 128 px to 8 x 8.
+"""Train the bundled autoencoder: a norm-free `AutoencoderTiny`, factor 8, 8 latent channels: 128 px to 16 x 16.
 
 `python -m t2i_spo_plugin.sticker.build.autoencoder`, then the same with `--stage decoder`, which sharpens the decoder
 while the latents stay as they are (it may run while the generator trains). Stops and resumes anywhere.
 
-Objects stand on a grid of 1/8 of the side, which is one latent cell, so one sticker has the same latents wherever it
+Objects stand on a grid of 1/8 of the side, which is two latent cells, so one sticker has the same latents wherever it
 stands. Most steps see crops of half the side: the network is convolutional, and a crop costs a quarter.
 """
 
@@ -23,19 +23,19 @@ from .loop import LoopConfig, Trainer
 from .store import as_pixels, rendered
 
 
-FACTOR = 16
-CHANNELS = 16
-WIDTH = 64
+FACTOR = 8
+CHANNELS = 8
+WIDTH = 48
 
 
 def model(seed: int = 0) -> AutoencoderTiny:
     """The untrained network."""
     torch.manual_seed(seed)
     return AutoencoderTiny(
-        encoder_block_out_channels=(WIDTH,) * 5,
-        decoder_block_out_channels=(WIDTH,) * 5,
-        num_encoder_blocks=(0, 1, 1, 3, 3),
-        num_decoder_blocks=(4, 4, 3, 1, 0),
+        encoder_block_out_channels=(WIDTH,) * 4,
+        decoder_block_out_channels=(WIDTH,) * 4,
+        num_encoder_blocks=(0, 1, 2, 3),
+        num_decoder_blocks=(4, 3, 1, 0),
         latent_channels=CHANNELS,
         scaling_factor=1.0,
     )
@@ -70,7 +70,7 @@ def crop(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
 
 
 def image_loss(y: Tensor, x: Tensor, objects: float = 5.0) -> Tensor:
-    """L1 and L2 on pixels, L1 on differences of neighbours and on the 16x16-pooled image, for images in [-1, 1].
+    """L1 and L2 on pixels, L1 on differences of neighbours and on the pooled image, for images in [-1, 1].
 
     Pixels that differ from the image's background (its median colour) weigh `1 + objects`: flat ground is easily
     learnt, and thin or pale things would otherwise vanish.
@@ -103,6 +103,27 @@ def decoder_loss(vae: AutoencoderTiny, x: Tensor, rng: torch.Generator) -> Tenso
     return image_loss(vae.decoder(latents), x)
 
 
+SPREAD = 0.2
+"""Standard deviation of every latent channel: small, for the decoder of `AutoencoderTiny` bends values beyond 1."""
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderTiny, images: Tensor) -> None:
+    """Give every latent channel the mean 0 and the deviation `SPREAD` over `images` `[B, 3, H, W]`, in place.
+
+    The encoder's last convolution takes the change, the decoder's first one takes it back. What a generator learns
+    first is then no longer the channels' own means. Exact but for the border, where the padding of the decoder's
+    convolution means another value now, and for how the decoder bends what is large.
+    """
+    latents = torch.cat([vae.encoder(part).float() for part in images.split(16)])
+    mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) / SPREAD
+    last, first = vae.encoder.layers[-1], vae.decoder.layers[0]
+    last.weight.div_(scale[:, None, None, None])
+    last.bias.sub_(mean).div_(scale)
+    first.bias.add_(torch.einsum("oihw,i->o", first.weight, mean))
+    first.weight.mul_(scale[None, :, None, None])
+
+
 def gradient_energy(x: Tensor) -> float:
     """Mean square of the differences of neighbouring pixels: sharp images have more of it."""
     return float(x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean())
@@ -126,11 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("both", "decoder"), default="both")
     parser.add_argument("--work", type=Path, default=Path("runs/sticker/autoencoder"))
-    parser.add_argument("--steps", type=int, default=24_000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=12, help="crops in a step; of whole scenes a quarter as many")
     parser.add_argument("--whole", type=float, default=0.15, help="last share of the steps, on whole scenes")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--muon", type=float, default=0.005, help="rate of the convolutions")
+    parser.add_argument("--decay", type=float, default=0.7)
     parser.add_argument("--scenes", type=int, default=20_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that render")
@@ -145,7 +167,7 @@ def main() -> None:
         chosen = images[index] if whole else crop(images[index], SIZE // 2, rng)
         return as_pixels(chosen, args.device) * 2 - 1
 
-    config = LoopConfig(args.steps, args.learning_rate, warmup=200, decay=args.decay, ema=0.998)
+    config = LoopConfig(args.steps, args.learning_rate, warmup=100, decay=args.decay, ema=0.995, muon=args.muon)
     if args.stage == "both":
         vae = model().to(memory_format=torch.channels_last)
         trainer = Trainer(args.work, {"vae": vae}, config, args.device)
@@ -170,6 +192,11 @@ def main() -> None:
         return measure(shipped.to(args.device), test)
 
     state = trainer.run(step, evaluate, evaluate_every=200, title=f"autoencoder, {args.stage}")
+    if args.stage == "both":
+        shipped = averaged()
+        standardise(shipped, scenes(20_000_000, 512, "train"))
+        shipped.save_pretrained(args.work / "vae")
+        print(f"with latents of one spread: {measure(shipped, test)}")
     print(f"autoencoder, {args.stage}: {state.curve[-1]}, {state.seconds:.0f} s")
 
 

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..wording import Wording, prompts, training_caption
 from ..world import GENERATOR_CONCEPTS, GENERATOR_STYLES, SIZE, describe
 from .autoencoder import CHANNELS, FACTOR, training_scene
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, Trainer, computes_bfloat16
 from .store import as_pixels, rendered
 from .text import WIDTH, tokens, write_classic_names
 from .tokenizer import write_classic_files
@@ -38,16 +38,16 @@ CAPTIONS = 6
 
 
 def unet(seed: int = 0) -> UNet2DConditionModel:
-    """The untrained UNet, on latents `[16, 8, 8]`."""
+    """The untrained UNet, on latents `[8, 16, 16]`; it reads the text where 8 x 8 and 4 x 4 cells are left."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=SIZE // FACTOR,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         layers_per_block=1,
-        block_out_channels=(160, 192),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         # By its name it is the width of a head; diffusers takes it for their number in this kind of UNet.
         attention_head_dim=8,
@@ -89,7 +89,7 @@ def assemble(
 
 @torch.no_grad()
 def encode(vae: AutoencoderTiny, tokenizer: CLIPTokenizer, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Unscaled latents `[N, 16, 8, 8]` and ids of captions `[N, 6, 32]` of the training scenes, kept in `--work`."""
+    """Unscaled latents `[N, 8, 16, 16]` and ids of captions `[N, 6, 32]` of the training scenes, kept in `--work`."""
     out = args.work / "latents.safetensors"
     if out.is_file():
         stored = load_file(out)
@@ -97,11 +97,11 @@ def encode(vae: AutoencoderTiny, tokenizer: CLIPTokenizer, args: argparse.Namesp
     images = rendered(args.autoencoder.parent / "scenes.uint8", training_scene, 0, args.scenes, args.jobs)
     # One scene in seven is there for the autoencoder alone, see `training_scene`.
     seeds = [seed for seed in range(args.scenes) if seed % 7]
-    vae = vae.to(args.device)
+    vae, device = vae.to(args.device), torch.device(args.device)
     latents, captions = [], []
     for start in tqdm(range(0, len(seeds), 64), desc="encode", mininterval=10):
         part = seeds[start : start + 64]
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
             latents.append(vae.encoder(as_pixels(images[part], args.device) * 2 - 1).half().cpu())
         for seed in part:
             d = describe(seed, "train", concepts=GENERATOR_CONCEPTS, styles=GENERATOR_STYLES)
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--muon", type=float, default=0.0, help="rate of matrices and convolutions")
     parser.add_argument("--scenes", type=int, default=28_000)
     parser.add_argument("--sheet-every", type=int, default=500)
     parser.add_argument("--device", default="cpu")
@@ -152,7 +153,15 @@ def main() -> None:
     trainer = Trainer(
         args.work,
         {"unet": net},
-        LoopConfig(args.steps, args.learning_rate, warmup=300, decay=args.decay, ema=0.999, weight_decay=1e-3),
+        LoopConfig(
+            args.steps,
+            args.learning_rate,
+            warmup=300,
+            decay=args.decay,
+            ema=0.999,
+            weight_decay=1e-3,
+            muon=args.muon,
+        ),
         args.device,
     )
     alphas = scheduler().alphas_cumprod.to(args.device)

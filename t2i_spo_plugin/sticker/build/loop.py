@@ -8,6 +8,7 @@ curve.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from t2i_spo_plugin.errors import SPOError
+
+from .muon import Muon, suits
+
+
+STATE = ("step", "exp_avg", "exp_avg_sq", "momentum")
+"""What AdamW and Muon keep of a weight."""
+
 
 @dataclass
 class LoopConfig:
@@ -25,6 +34,7 @@ class LoopConfig:
 
     Attributes:
         decay: share of the steps over which the rate falls to zero.
+        muon: rate of the matrices and convolutions, which Muon updates; 0 leaves them to AdamW too.
         bf16: whether `step` runs under autocast to bfloat16 where the device computes in it; weights, optimiser and
             losses stay float32. A CPU without the instructions is three times slower with it, and does without.
     """
@@ -37,6 +47,7 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     ema: float = 0.0
+    muon: float = 0.0
     bf16: bool = True
     checkpoint_every: int = 200
     report_every: int = 50
@@ -93,13 +104,21 @@ class Trainer:
             for key, p in m.named_parameters()
             if p.requires_grad
         }
-        self.optimizer = torch.optim.AdamW(
-            list(self.named.values()),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        weights = list(self.named.values())
+        matrices = [p for p in weights if config.muon and suits(p)]
+        rest = [p for p in weights if not (config.muon and suits(p))]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                rest,
+                lr=config.learning_rate,
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+                fused=self.device.type == "cuda",
+            )
+        ]
+        if matrices:
+            decay = config.weight_decay * config.learning_rate / config.muon
+            self.optimizers.append(Muon(matrices, config.muon, weight_decay=decay))
         self.bf16 = config.bf16 and computes_bfloat16(self.device)
         self.average = {k: p.detach().clone() for k, p in self.named.items()} if config.ema else {}
         self.state = LoopState()
@@ -112,12 +131,12 @@ class Trainer:
             own = {k.removeprefix(f"model.{name}."): v for k, v in tensors.items() if k.startswith(f"model.{name}.")}
             module.load_state_dict(own)
         for key, p in self.named.items():
-            if f"exp_avg.{key}" in tensors:
-                self.optimizer.state[p] = {
-                    "step": tensors[f"step.{key}"].cpu(),
-                    "exp_avg": tensors[f"exp_avg.{key}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{key}"],
-                }
+            parts = {part: tensors[f"{part}.{key}"] for part in STATE if f"{part}.{key}" in tensors}
+            if "step" in parts:
+                parts["step"] = parts["step"].cpu()
+            for optimizer in self.optimizers:
+                if parts and any(p is q for group in optimizer.param_groups for q in group["params"]):
+                    optimizer.state[p] = parts
         self.average = {k: tensors[f"ema.{k}"] for k in self.average}
         self.state = LoopState(**json.loads((self.folder / "state.json").read_text()))
 
@@ -125,8 +144,8 @@ class Trainer:
         """Write the checkpoint; a kill at any moment leaves the former or the new one."""
         tensors = {f"model.{n}.{k}": v for n, m in self.modules.items() for k, v in m.state_dict().items()}
         for key, p in self.named.items():
-            for part, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{part}.{key}"] = value
+            for optimizer in self.optimizers:
+                tensors |= {f"{part}.{key}": value for part, value in optimizer.state.get(p, {}).items()}
         tensors |= {f"ema.{k}": v for k, v in self.average.items()}
         temporary = self.folder / "checkpoint.tmp"
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
@@ -148,14 +167,17 @@ class Trainer:
             module.train()
         with tqdm(total=config.steps, initial=state.step, desc=title, mininterval=10) as bar:
             while state.step < config.steps:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = config.learning_rate * rate(state.step, config)
+                factor = rate(state.step, config)
+                for optimizer, full in zip(self.optimizers, (config.learning_rate, config.muon), strict=False):
+                    for group in optimizer.param_groups:
+                        group["lr"] = full * factor
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     loss = step(state.step)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.named.values(), config.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 state.step += 1
                 if config.ema:
                     # Ramped, so that the first average is not the random start.
@@ -168,6 +190,8 @@ class Trainer:
                 if state.step % config.report_every == 0 or state.step == config.steps:
                     entry = {"step": state.step, "loss": float(total) / count}
                     total, count = torch.zeros((), device=self.device), 0
+                    if not math.isfinite(entry["loss"]):
+                        raise SPOError(f"{title}: the loss is {entry['loss']} at step {state.step}; a lower rate helps")
                     if evaluate is not None and (state.step % evaluate_every == 0 or state.step == config.steps):
                         entry |= evaluate()
                         for module in self.modules.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -34,7 +35,9 @@ def rendered(path: Path, render: RenderImage, first_seed: int, count: int, jobs:
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = render(first_seed).shape
     note = path.with_suffix(".json")
-    key = {"first_seed": first_seed, "shape": list(shape), "render": f"{render.__module__}.{render.__qualname__}"}
+    # A module that runs as a command is called `__main__`; what it renders is the same.
+    module = getattr(sys.modules[render.__module__].__spec__, "name", render.__module__)
+    key = {"first_seed": first_seed, "shape": list(shape), "render": f"{module}.{render.__qualname__}"}
     done = 0
     if note.is_file():
         stored = json.loads(note.read_text())

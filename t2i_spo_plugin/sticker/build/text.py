@@ -37,7 +37,7 @@ from ..world import (
     Description,
     describe,
 )
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, Trainer, computes_bfloat16
 from .tokenizer import MAX_LENGTH, learn_tokenizer, token_texts
 
 
@@ -69,7 +69,7 @@ class MiniLM:
         for start in tqdm(range(0, len(texts), 256), desc="MiniLM", mininterval=10, disable=len(texts) < 2000):
             part = list(texts[start : start + 256])
             batch = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=computes_bfloat16(self.device)):
                 hidden = self.model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"][..., None].float()
             out.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--taught", type=int, default=40_000, help="captions that MiniLM answers")
     parser.add_argument("--vocabulary", type=int, default=15_000, help="general words that become tokens, at most")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--muon", type=float, default=0.01, help="rate of the matrices")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     teacher = MiniLM(args.device)
@@ -238,7 +239,7 @@ def main() -> None:
     trainer = Trainer(
         args.work,
         {"encoder": encoder, "probe": probe},
-        LoopConfig(args.steps, args.learning_rate, warmup=200, decay=0.4, weight_decay=1e-2),
+        LoopConfig(args.steps, args.learning_rate, warmup=200, decay=0.4, weight_decay=1e-2, muon=args.muon),
         args.device,
     )
 
