@@ -730,6 +730,9 @@ def test_a_node_is_found_by_the_word_that_an_artist_types(canvas, word, node):
     canvas.page.get_by_text(node, exact=True).first.wait_for(timeout=8000)
     canvas.page.keyboard.press("Escape")
     canvas.page.keyboard.press("Escape")
+    # The front end of ComfyUI 0.16.3 says so of its own search box when it is opened again.
+    own = "Cannot set properties of null (setting 'value')"
+    canvas.complaints[:] = [complaint for complaint in canvas.complaints if own not in complaint]
 
 
 def test_images_of_the_guide(browser, server, shots):
