@@ -64,7 +64,8 @@ def everything():
 
 def test_a_graph_of_all_nodes_runs_and_its_images_are_served(server, own_nodes):
     graph = everything()
-    assert {given["class_type"] for given in graph.values()} >= own_nodes.keys()
+    elsewhere = {"AdapterWindow", "AdapterGate", "ApplyByBlock", "Compare", "SaveImage"}  # test_showing runs these
+    assert {given["class_type"] for given in graph.values()} >= own_nodes.keys() - {f"SPO_{n}" for n in elsewhere}
     run = server.run(graph)
     assert run.messages[-1][0] == "execution_success"
     shown = [*run.ui["7"]["images"]]
@@ -75,7 +76,7 @@ def test_a_graph_of_all_nodes_runs_and_its_images_are_served(server, own_nodes):
         assert Image.open(io.BytesIO(server.view(image))).size == (64, 64)
     assert "merged_" in run.ui["10"]["text"][0] and "uascore/1" in run.ui["24"]["text"][0]
     (page,) = run.ui["25"]["text"]
-    assert page.startswith(str(server.base / "output"))
+    assert Path(server.base, "output", page.splitlines()[0]).is_file()
 
 
 def test_progress_of_scoring_and_of_sampling_arrives(server):
@@ -90,7 +91,7 @@ def test_progress_of_scoring_and_of_sampling_arrives(server):
 
 
 def test_the_front_end_is_told_all_that_it_shows(own_nodes):
-    assert len(own_nodes) == 12
+    assert len(own_nodes) == 17
     for name, said in own_nodes.items():
         assert said["name"] == name and said["display_name"] and said["description"], name
         assert said["category"].startswith("SPO/") and said["search_aliases"], name
@@ -114,8 +115,8 @@ def test_what_is_not_chosen_comes_back_as_a_sentence_at_its_node(server, model, 
     graph = safety(["1", 0], model) | {"1": node("EmptyImage", width=64, height=64, batch_size=1, color=0)}
     with pytest.raises(GraphError) as refused:
         server.run(graph)
-    (error,) = json.loads(str(refused.value))["node_errors"]["20"]["errors"]
-    assert error["type"] == "custom_validation_failed"
+    errors = json.loads(str(refused.value))["node_errors"]["20"]["errors"]
+    error = next(error for error in errors if error["type"] == "custom_validation_failed")
     assert words in error["details"] and "sticker demo only." in error["details"]
 
 
