@@ -76,7 +76,7 @@ def test_a_graph_of_all_nodes_runs_and_its_images_are_served(server, own_nodes):
         assert Image.open(io.BytesIO(server.view(image))).size == (64, 64)
     assert "merged_" in run.ui["10"]["text"][0] and "uascore/1" in run.ui["24"]["text"][0]
     (page,) = run.ui["25"]["text"]
-    assert Path(server.base, "output", page.splitlines()[0]).is_file()
+    assert (server.base / "output" / page.splitlines()[0]).is_file()
 
 
 def test_progress_of_scoring_and_of_sampling_arrives(server):
