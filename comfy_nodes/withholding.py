@@ -99,8 +99,7 @@ class SafetySwitch(io.ComfyNode):
         categories: str = "",
     ) -> io.NodeOutput:
         threshold = threshold if own_threshold else safety.threshold
-        safety, chosen = safety.of_images(image), _chosen(safety, category, categories)
-        unsafe = [number for number in range(len(image)) if safety.is_unsafe(number, threshold, chosen)]
+        safety, chosen, unsafe = _judged(image, safety, threshold, category, categories)
         if action == "pass" or not unsafe:
             said = f"passed as they are: {len(image)} of {len(image)}"
             return io.NodeOutput(image, False, ui={"text": [said]})
@@ -184,8 +183,7 @@ class SafetyFilter(io.ComfyNode):
         categories: str = "",
     ) -> io.NodeOutput:
         threshold = threshold if own_threshold else safety.threshold
-        safety, chosen = safety.of_images(image), _chosen(safety, category, categories)
-        unsafe = [number for number in range(len(image)) if safety.is_unsafe(number, threshold, chosen)]
+        safety, chosen, unsafe = _judged(image, safety, threshold, category, categories)
         safe = [number for number in range(len(image)) if number not in unsafe]
         said = f"let through: {len(safe)} of {len(image)}"
         if unsafe:
@@ -196,8 +194,13 @@ class SafetyFilter(io.ComfyNode):
         return io.NodeOutput(passed, safe or nothing, len(unsafe), ui={"text": [said]})
 
 
-def _chosen(safety: ScoredImages, category: str, categories: str) -> tuple[str, ...]:
-    return chosen_categories(category, categories, [one.name for one in safety.policy.enabled])
+def _judged(
+    image: Tensor, safety: ScoredImages, threshold: float, category: str, categories: str
+) -> tuple[ScoredImages, tuple[str, ...], list[int]]:
+    """The report of just these images, the categories that count, and the numbers of the unsafe images."""
+    chosen = chosen_categories(category, categories, [one.name for one in safety.policy.enabled])
+    safety = safety.of_images(image)
+    return safety, chosen, [number for number in range(len(image)) if safety.is_unsafe(number, threshold, chosen)]
 
 
 def _reasons(safety: ScoredImages, numbers: Sequence[int], chosen: Sequence[str]) -> str:
